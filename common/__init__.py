@@ -1,0 +1,1 @@
+"""What all services share: messages, subjects, the bus, configuration and pure models of latency. No torch."""

@@ -1,0 +1,136 @@
+"""The life of a service process: configuration, bus, heartbeats, micro-service registration, signals, drain. Knows no role."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Protocol, TypeVar
+
+import structlog
+import uvloop
+from nats import micro
+
+from common import subjects
+from common.bus import Bus
+from common.config import ConfigError, ServiceConfig, load_config
+from common.messages import Beat, ExecutorLoad, Role, ServiceState
+from common.telemetry import configure_logging
+
+log = structlog.get_logger()
+C = TypeVar("C", bound=ServiceConfig)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Vitals:
+    """What an actor says of itself in its heartbeats."""
+
+    state: ServiceState = "ready"
+    url: str = ""
+    counters: dict[str, float] = dataclasses.field(default_factory=dict)
+    gauges: dict[str, float] = dataclasses.field(default_factory=dict)
+    executor: ExecutorLoad | None = None
+
+
+class Actor(Protocol):
+    """A service's behaviour. `start` subscribes; long-running work goes into `tasks`, whose failure ends the process."""
+
+    async def start(self, bus: Bus, tasks: asyncio.TaskGroup) -> None:
+        """Subscribe and begin to work; returns when work is accepted."""
+
+    async def drain(self) -> None:
+        """Take no new work, finish or hand over what runs; called once, before the process ends."""
+
+    def vitals(self) -> Vitals:
+        """State and load for the next heartbeat."""
+
+
+def main(role: Role, config_type: type[C], make_actor: Callable[[C], Actor]) -> None:
+    """Entry point of `python -m services.<role>`: runs until SIGTERM or SIGINT. Exits with 2 on a configuration error."""
+    try:
+        config = load_config(config_type, role)
+    except ConfigError as error:
+        sys.exit(f"heddle {role}: {error}")
+    configure_logging(role, config.instance_id, config.log_level, config.log_format)
+    log.info("service.starting", config=dataclasses.asdict(config) | {"nats_url": redacted(config.nats_url)})
+    uvloop.run(serve(role, config, make_actor(config)))
+
+
+async def serve(role: Role, config: ServiceConfig, actor: Actor) -> None:
+    """Run an actor until a signal asks to stop: starting -> ready -> draining. A failing task of the actor is raised."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    bus = await Bus.connect(config.nats_url, f"heddle-{role}-{config.instance_id}")
+    registration = await micro.add_service(
+        bus.client, name=f"heddle-{role}", version=version("heddle"), metadata={"instance_id": config.instance_id}
+    )
+    heart = _Heart(role, config, actor, bus)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(heart.run())
+            await actor.start(bus, tasks)
+            await heart.enter(None)
+            log.info("service.ready")
+            await stop.wait()
+            await heart.enter("draining")
+            log.info("service.draining")
+            await actor.drain()
+            raise _StopService
+    except* _StopService:
+        pass
+    finally:
+        await registration.stop()
+        await bus.drain()
+    log.info("service.stopped")
+
+
+def redacted(url: str) -> str:
+    """The URL without credentials."""
+    scheme, _, rest = url.rpartition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}" if scheme else rest.rpartition("@")[2]
+
+
+class _StopService(Exception):
+    """Leaves the task group and cancels what still runs in it."""
+
+
+class _Heart:
+    """Sends beats; `override` replaces the actor's own state while it starts and drains."""
+
+    def __init__(self, role: Role, config: ServiceConfig, actor: Actor, bus: Bus) -> None:
+        self._role = role
+        self._config = config
+        self._actor = actor
+        self._bus = bus
+        self._override: ServiceState | None = "starting"
+
+    async def enter(self, override: ServiceState | None) -> None:
+        """Change state and tell at once."""
+        self._override = override
+        await self._beat()
+
+    async def run(self) -> None:
+        """Beat for ever, once a period."""
+        while True:
+            await self._beat()
+            await asyncio.sleep(self._config.heartbeat_s)
+
+    async def _beat(self) -> None:
+        vitals = self._actor.vitals()
+        beat = Beat(
+            role=self._role,
+            instance_id=self._config.instance_id,
+            state=self._override or vitals.state,
+            sent_at=time.time(),
+            period_s=self._config.heartbeat_s,
+            url=vitals.url,
+            counters=vitals.counters | {name: float(count) for name, count in self._bus.counters.items()},
+            gauges=vitals.gauges,
+            executor=vitals.executor,
+        )
+        await self._bus.publish(subjects.beat(self._role, self._config.instance_id), beat)

@@ -1,0 +1,1 @@
+"""Tensor operations of the executor: the plain torch specification and the place that chooses implementations."""

@@ -1,0 +1,40 @@
+"""Fixtures: a fresh NATS server per test, buses on it, unique ids."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from common.bus import Bus
+from common.nats_server import NatsServer
+
+
+@pytest.fixture
+def nats_server(tmp_path: Path) -> Iterator[NatsServer]:
+    """A fresh server with JetStream in the test's folder; ready in a few ms."""
+    server = NatsServer(tmp_path / "nats", sync_always=False)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def connect(nats_server: NatsServer) -> AsyncIterator[Callable[[], Awaitable[Bus]]]:
+    """A function that opens one more bus connection; all are closed after the test."""
+    buses: list[Bus] = []
+
+    async def open_bus() -> Bus:
+        buses.append(await Bus.connect(nats_server.url, "test"))
+        return buses[-1]
+
+    yield open_bus
+    for bus in buses:
+        await bus.drain()
+
+
+@pytest.fixture
+async def bus(connect: Callable[[], Awaitable[Bus]]) -> Bus:
+    """A bus on the test's own server."""
+    return await connect()
