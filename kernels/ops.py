@@ -1,0 +1,42 @@
+"""The one place that chooses the implementation of every tensor operation. Knows no formula."""
+
+from __future__ import annotations
+
+from kernels.reference import (
+    adamw,
+    clip_grad_norm,
+    commit_kv,
+    linear_cross_entropy,
+    ragged_attention,
+    rms_norm,
+    rms_norm_backward,
+    rope_and_cache,
+    rope_backward,
+    segmented_lora,
+    segmented_lora_backward,
+    segmented_lora_weight_backward,
+    silu_mul,
+    silu_mul_backward,
+    window_attention_backward,
+)
+from kernels.segments import AttentionSegment, LoraSegment
+
+__all__ = [
+    "AttentionSegment",
+    "LoraSegment",
+    "adamw",
+    "clip_grad_norm",
+    "commit_kv",
+    "linear_cross_entropy",
+    "ragged_attention",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope_and_cache",
+    "rope_backward",
+    "segmented_lora",
+    "segmented_lora_backward",
+    "segmented_lora_weight_backward",
+    "silu_mul",
+    "silu_mul_backward",
+    "window_attention_backward",
+]

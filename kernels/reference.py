@@ -1,0 +1,236 @@
+"""The specification of every tensor operation in plain torch: the oracle of the tests and the CPU path. Knows no other device.
+
+Shapes are named in `kernels.segments`. Half precision is widened to fp32 where Llama does it; fp64 stays fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.segments import AttentionSegment, LoraSegment
+
+LOGIT_ROWS = 128
+"""Rows of logits that exist at a time in linear_cross_entropy."""
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """y = weight * x / sqrt(mean(x^2) + eps)"""
+    wide = x_TH.to(_wide(x_TH.dtype))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight_H * wide.to(x_TH.dtype)
+
+
+def rms_norm_backward(dy_TH: Tensor, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """dx = i * g - x * i^3 * mean(g * x) with g = dy * weight and i = 1 / rms(x)"""
+    x = x_TH.to(_wide(x_TH.dtype))
+    g = dy_TH.to(x.dtype) * weight_H
+    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    shared = inverse.pow(3) * (g * x).mean(-1, keepdim=True)
+    return (g * inverse - x * shared).to(x_TH.dtype)
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((-high, low), dim=-1)
+
+
+def rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotates the pairs (i, i + D/2) of every head: Llama's half rotation."""
+    return x_TND * cos_TD.unsqueeze(1) + _rotate_half(x_TND) * sin_TD.unsqueeze(1)
+
+
+def rope_backward(dx_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """The inverse rotation: the gradient before RoPE from the one after it."""
+    return rope(dx_TND, cos_TD, -sin_TD)
+
+
+def rope_and_cache(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    k_cache_SKD: Tensor,
+    v_cache_SKD: Tensor,
+    slots_T: Tensor,
+) -> Tensor:
+    """Semantics: k_cache[slots] = rope(k); v_cache[slots] = v, in place; returns rope(q)."""
+    k_cache_SKD.index_copy_(0, slots_T, rope(k_TKD, cos_TD, sin_TD))
+    v_cache_SKD.index_copy_(0, slots_T, v_TKD)
+    return rope(q_TND, cos_TD, sin_TD)
+
+
+def segment_mask(segment: AttentionSegment) -> Tensor:
+    """bool [n, L]: all of the context, then the segment's own rows by its mask."""
+    num_rows, num_keys = segment.end - segment.start, segment.slots_L.numel()
+    mask_nL = torch.ones(num_rows, num_keys, dtype=torch.bool, device=segment.slots_L.device)
+    own = mask_nL[:, num_keys - num_rows :]
+    own.copy_(own.tril() if segment.mask_nn is None else segment.mask_nn)
+    return mask_nL
+
+
+def ragged_attention(
+    q_TND: Tensor, k_cache_SKD: Tensor, v_cache_SKD: Tensor, segments: Sequence[AttentionSegment], scale: float
+) -> Tensor:
+    """Semantics: out[s:e] = softmax(scale * q[s:e] k^T, masked) v over the segment's keys; rows of no segment are zero."""
+    out_TND = torch.zeros_like(q_TND)
+    for segment in segments:
+        rows = slice(segment.start, segment.end)
+        q_KWD = fold_heads(q_TND[rows], k_cache_SKD.shape[1])
+        k_KLD, v_KLD = (cache.index_select(0, segment.slots_L).transpose(0, 1) for cache in (k_cache_SKD, v_cache_SKD))
+        p_KWL = _probabilities(q_KWD, k_KLD, segment_mask(segment), scale)
+        out_TND[rows] = unfold_heads(p_KWL.to(v_KLD.dtype) @ v_KLD, q_TND.shape[1])
+    return out_TND
+
+
+def fold_heads(x_WND: Tensor, num_kv_heads: int) -> Tensor:
+    """[n, N, D] -> [K, G * n, D]: the G query heads of a key/value head become rows, so grouped attention is one matmul per K."""
+    num_rows, num_heads, head_dim = x_WND.shape
+    grouped = x_WND.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    return grouped.permute(1, 2, 0, 3).reshape(num_kv_heads, -1, head_dim)
+
+
+def unfold_heads(x_KWD: Tensor, num_heads: int) -> Tensor:
+    """The inverse of fold_heads."""
+    num_kv_heads, num_rows, head_dim = x_KWD.shape
+    group = num_heads // num_kv_heads
+    grouped = x_KWD.reshape(num_kv_heads, group, num_rows // group, head_dim)
+    return grouped.permute(2, 0, 1, 3).reshape(num_rows // group, num_heads, head_dim)
+
+
+def _probabilities(q_KWD: Tensor, k_KLD: Tensor, mask_nL: Tensor, scale: float) -> Tensor:
+    """Softmax in the wide type; the mask of n rows serves all G heads that were folded into rows."""
+    scores = (q_KWD @ k_KLD.mT).to(_wide(q_KWD.dtype)).mul_(scale)
+    scores.unflatten(1, (-1, mask_nL.shape[0])).masked_fill_(~mask_nL, float("-inf"))
+    return scores.softmax(-1)
+
+
+def window_attention_backward(
+    do_WND: Tensor, q_WND: Tensor, k_LKD: Tensor, v_LKD: Tensor, start: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Causal attention of positions [start, start + W) over L = start + W keys: its output, dq, dk and dv, from the output's gradient.
+
+    The probabilities are recomputed; dk and dv hold this window's share for all its keys, summed over the heads of a group.
+    """
+    num_rows, num_heads, _ = q_WND.shape
+    num_keys, num_kv_heads, _ = k_LKD.shape
+    if num_keys != start + num_rows:
+        raise ValueError(f"{num_keys} keys for a window of {num_rows} rows that starts at {start}")
+    q, do = fold_heads(q_WND, num_kv_heads), fold_heads(do_WND, num_kv_heads)
+    k, v = k_LKD.transpose(0, 1), v_LKD.transpose(0, 1)
+    mask_WL = torch.ones(num_rows, num_keys, dtype=torch.bool, device=q.device).tril(start)
+    p_wide = _probabilities(q, k, mask_WL, scale)
+    p = p_wide.to(q.dtype)
+    o = p @ v
+    shared = (do.to(p_wide.dtype) * o).sum(-1, keepdim=True)
+    ds = p_wide.mul_(scale).mul_((do @ v.mT).to(p_wide.dtype).sub_(shared)).to(q.dtype)
+    dk, dv = (ds.mT @ q).transpose(0, 1), (p.mT @ do).transpose(0, 1)
+    return unfold_heads(o, num_heads), unfold_heads(ds @ k, num_heads), dk, dv
+
+
+def silu_mul(gate_up_T2F: Tensor) -> Tensor:
+    """silu(gate) * up; the first half of the columns is the gate."""
+    gate, up = gate_up_T2F.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def silu_mul_backward(dz_TF: Tensor, gate_up_T2F: Tensor) -> Tensor:
+    """The gradients of gate and up, side by side as they came."""
+    gate, up = gate_up_T2F.chunk(2, dim=-1)
+    dgate = torch.ops.aten.silu_backward(dz_TF * up, gate)
+    return torch.cat((dgate, dz_TF * F.silu(gate)), dim=-1)
+
+
+def segmented_lora(y_TO: Tensor, x_TI: Tensor, segments: Sequence[LoraSegment]) -> None:
+    """Semantics: y[s:e] += scale * (x[s:e] @ a^T) @ b^T, in place, in the adapter's type; y is rounded once."""
+    for segment in segments:
+        rows = slice(segment.start, segment.end)
+        low_nR = x_TI[rows].to(segment.a_RI.dtype) @ segment.a_RI.mT
+        y_TO[rows].add_(low_nR @ segment.b_OR.mT, alpha=segment.scale)
+
+
+def segmented_lora_backward(dx_TI: Tensor, dy_TO: Tensor, segments: Sequence[LoraSegment]) -> None:
+    """Semantics: dx[s:e] += scale * (dy[s:e] @ b) @ a, in place: the transposed adapter."""
+    for segment in segments:
+        rows = slice(segment.start, segment.end)
+        low_nR = dy_TO[rows].to(segment.b_OR.dtype) @ segment.b_OR
+        dx_TI[rows].add_(low_nR @ segment.a_RI, alpha=segment.scale)
+
+
+def segmented_lora_weight_backward(
+    grads: Sequence[tuple[Tensor, Tensor]], dy_TO: Tensor, x_TI: Tensor, segments: Sequence[LoraSegment]
+) -> None:
+    """Semantics, for grads (da_RI, db_OR) of each segment, in place: da += scale * (dy b)^T x; db += scale * dy^T (x a^T)."""
+    for (da_RI, db_OR), segment in zip(grads, segments, strict=True):
+        rows = slice(segment.start, segment.end)
+        dy, x = dy_TO[rows].to(da_RI.dtype), x_TI[rows].to(da_RI.dtype)
+        da_RI.addmm_((dy @ segment.b_OR).mT, x, alpha=segment.scale)
+        db_OR.addmm_(dy.mT, x @ segment.a_RI.mT, alpha=segment.scale)
+
+
+def linear_cross_entropy(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, weights_T: Tensor) -> tuple[Tensor, int, Tensor]:
+    """Loss sum(weight * cross entropy of hidden @ head^T), hits of the argmax, and the loss's gradient in hidden.
+
+    The head is frozen. Rows of weight 0 cost nothing; the logits of LOGIT_ROWS rows exist at a time.
+    """
+    wide = _wide(hidden_TH.dtype)
+    loss, num_correct = torch.zeros((), dtype=wide, device=hidden_TH.device), 0
+    dhidden_TH = torch.zeros_like(hidden_TH)
+    for rows in weights_T.nonzero().squeeze(1).split(LOGIT_ROWS):
+        labels, weights = labels_T[rows].unsqueeze(1), weights_T[rows].unsqueeze(1).to(wide)
+        logits = (hidden_TH[rows] @ head_VH.mT).to(wide)
+        num_correct += int((logits.argmax(-1, keepdim=True) == labels).sum())
+        log_probs = logits.log_softmax(-1)
+        loss -= (weights * log_probs.gather(1, labels)).sum()
+        dlogits = log_probs.exp_().scatter_add_(1, labels, -torch.ones_like(weights)).mul_(weights)
+        dhidden_TH[rows] = dlogits.to(head_VH.dtype) @ head_VH
+    return loss, num_correct, dhidden_TH
+
+
+def commit_kv(k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], src_slots: Tensor, dst_slots: Tensor) -> None:
+    """Semantics, in every layer's cache: cache[dst] = cache[src], all reads before all writes, so the sets may overlap."""
+    if src_slots.shape != dst_slots.shape:
+        raise ValueError(f"src {tuple(src_slots.shape)} and dst {tuple(dst_slots.shape)} differ")
+    for cache in (*k_caches, *v_caches):
+        cache.index_copy_(0, dst_slots, cache.index_select(0, src_slots))
+
+
+def clip_grad_norm(grads: Sequence[Tensor], max_norm: float) -> Tensor:
+    """The norm of all gradients as one vector; scales them in place to `max_norm` if it is larger (0: never)."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
+    if max_norm > 0:
+        torch._foreach_mul_(list(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    *,
+    step: int,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW update in place, torch.optim.AdamW's formula; `step` counts from 1."""
+    params, grads, exp_avg, exp_avg_sq = list(params), list(grads), list(exp_avg), list(exp_avg_sq)
+    torch._foreach_mul_(params, 1 - learning_rate * weight_decay)
+    torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sq, beta2)
+    torch._foreach_addcmul_(exp_avg_sq, grads, grads, 1 - beta2)
+    denominators = torch._foreach_sqrt(exp_avg_sq)
+    torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_addcdiv_(params, exp_avg, denominators, -learning_rate / (1 - beta1**step))

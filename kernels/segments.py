@@ -1,0 +1,41 @@
+"""The runs of rows that the segmented operations work on. Knows shapes, not models or requests.
+
+Shape legend of the kernels: T rows of the batch, H hidden, N query heads, K key/value heads, D head_dim, S cache slots, L keys,
+W rows of a training window, n rows of a segment, F intermediate, V vocabulary, R LoRA rank, I and O a linear's input and output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSegment:
+    """Rows [start, end) of the batch that attend to one sequence's keys."""
+
+    start: int
+    end: int
+    slots_L: Tensor
+    """int64 cache slots of all keys: the committed context, then the segment's own rows in row order."""
+    mask_nn: Tensor | None = None
+    """bool [n, n] over the segment's own rows, True where row i may attend to row j; None is causal."""
+
+    def __post_init__(self) -> None:
+        num_rows = self.end - self.start
+        if num_rows < 1 or self.slots_L.numel() < num_rows:
+            raise ValueError(f"a segment of {num_rows} rows with {self.slots_L.numel()} keys")
+        if self.mask_nn is not None and self.mask_nn.shape != (num_rows, num_rows):
+            raise ValueError(f"mask {tuple(self.mask_nn.shape)} of a segment of {num_rows} rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSegment:
+    """Rows [start, end) of the batch that share one adapter: its two matrices for one linear, and alpha / rank."""
+
+    start: int
+    end: int
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
