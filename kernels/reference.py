@@ -92,7 +92,7 @@ def ragged_attention(
 
 
 def fold_heads(x_WND: Tensor, num_kv_heads: int) -> Tensor:
-    """[n, N, D] -> [K, G * n, D]: the G query heads of a key/value head become rows, so grouped attention is one matmul per K."""
+    """[n, N, D] -> [K, G * n, D]: the G query heads of a key/value head become rows of one matmul."""
     num_rows, num_heads, head_dim = x_WND.shape
     grouped = x_WND.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     return grouped.permute(1, 2, 0, 3).reshape(num_kv_heads, -1, head_dim)
@@ -109,16 +109,16 @@ def unfold_heads(x_KWD: Tensor, num_heads: int) -> Tensor:
 def _probabilities(q_KWD: Tensor, k_KLD: Tensor, mask_nL: Tensor, scale: float) -> Tensor:
     """Softmax in the wide type; the mask of n rows serves all G heads that were folded into rows."""
     scores = (q_KWD @ k_KLD.mT).to(_wide(q_KWD.dtype)).mul_(scale)
-    scores.unflatten(1, (-1, mask_nL.shape[0])).masked_fill_(~mask_nL, float("-inf"))
+    scores.view(scores.shape[0], -1, *mask_nL.shape).masked_fill_(~mask_nL, float("-inf"))
     return scores.softmax(-1)
 
 
 def window_attention_backward(
     do_WND: Tensor, q_WND: Tensor, k_LKD: Tensor, v_LKD: Tensor, start: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Causal attention of positions [start, start + W) over L = start + W keys: its output, dq, dk and dv, from the output's gradient.
+    """Causal attention of positions [start, start + W) over L = start + W keys: (output, dq, dk, dv) from the output's gradient.
 
-    The probabilities are recomputed; dk and dv hold this window's share for all its keys, summed over the heads of a group.
+    The probabilities are recomputed; dk and dv are this window's share for all its keys, summed over the heads of a group.
     """
     num_rows, num_heads, _ = q_WND.shape
     num_keys, num_kv_heads, _ = k_LKD.shape
@@ -184,7 +184,7 @@ def linear_cross_entropy(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, w
     wide = _wide(hidden_TH.dtype)
     loss, num_correct = torch.zeros((), dtype=wide, device=hidden_TH.device), 0
     dhidden_TH = torch.zeros_like(hidden_TH)
-    for rows in weights_T.nonzero().squeeze(1).split(LOGIT_ROWS):
+    for rows in torch.split(weights_T.nonzero().squeeze(1), LOGIT_ROWS):
         labels, weights = labels_T[rows].unsqueeze(1), weights_T[rows].unsqueeze(1).to(wide)
         logits = (hidden_TH[rows] @ head_VH.mT).to(wide)
         num_correct += int((logits.argmax(-1, keepdim=True) == labels).sum())
@@ -205,7 +205,7 @@ def commit_kv(k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], src_slots:
 
 def clip_grad_norm(grads: Sequence[Tensor], max_norm: float) -> Tensor:
     """The norm of all gradients as one vector; scales them in place to `max_norm` if it is larger (0: never)."""
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
     if max_norm > 0:
         torch._foreach_mul_(list(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -1,7 +1,7 @@
 """The runs of rows that the segmented operations work on. Knows shapes, not models or requests.
 
 Shape legend of the kernels: T rows of the batch, H hidden, N query heads, K key/value heads, D head_dim, S cache slots, L keys,
-W rows of a training window, n rows of a segment, F intermediate, V vocabulary, R LoRA rank, I and O a linear's input and output.
+W rows of a training window, n rows of a segment, F intermediate, V vocabulary, R LoRA rank, I -> O a linear.
 """
 
 from __future__ import annotations
