@@ -15,6 +15,7 @@ FINETUNE = PREFIX + "finetune"
 
 ADAPTERS_BUCKET = "heddle_adapters"
 JOBS_BUCKET = "heddle_jobs"
+JOB_EVENTS_BUCKET = "heddle_job_events"
 PROFILES_BUCKET = "heddle_profiles"
 FILES_STORE = "heddle_files"
 ARTIFACTS_STORE = "heddle_artifacts"
@@ -63,3 +64,8 @@ def beat(role: str, instance_id: str) -> str:
 def finetune(verb: str) -> str:
     """One endpoint of the trainer's API."""
     return f"{FINETUNE}.{verb}"
+
+
+def adapter_key(name: str) -> str:
+    """Key of an adapter in ADAPTERS_BUCKET; names hold characters such as ':' that keys may not."""
+    return name.encode().hex()
