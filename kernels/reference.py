@@ -116,7 +116,7 @@ def _probabilities(q_KWD: Tensor, k_KLD: Tensor, mask_nL: Tensor, scale: float) 
 def window_attention_backward(
     do_WND: Tensor, q_WND: Tensor, k_LKD: Tensor, v_LKD: Tensor, start: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Causal attention of positions [start, start + W) over L = start + W keys: (output, dq, dk, dv) from the output's gradient.
+    """Causal attention of positions [start, start + W) over L = start + W keys to (output, dq, dk, dv).
 
     The probabilities are recomputed; dk and dv are this window's share for all its keys, summed over the heads of a group.
     """

@@ -1,0 +1,192 @@
+"""A finetuning job on this executor: its adapter, optimizer and queue of slices. Knows neither bus nor schedule.
+
+A slice is forwarded in windows of any size, whenever the engine has room, then goes backward in windows of any size; the
+sum over a step's slices equals whole-sequence training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+
+import safetensors.torch
+import torch
+
+from common.messages import LoraSpec, OptimizerStep, TrainingSlice
+from kernels import ops
+from services.executor.backward import BackwardPass
+from services.executor.lora import InvalidAdapterError, LoraAdapter, LoraWeights, read_tensors
+from services.executor.model import Decoder, KvCache
+from services.executor.training_sequence import InvalidSliceError, TrainingSequence, check_slice
+
+
+class OutOfOrderSliceError(InvalidSliceError):
+    """A slice before this one is missing."""
+
+
+class TrainingDivergedError(Exception):
+    """Loss or gradient stopped being finite; the job's adapter still is what the last good step left."""
+
+    def __init__(self, job_id: str, step: int, what: str, value: float) -> None:
+        super().__init__(f"job {job_id}: the {what} of step {step} is {value}; a lower learning rate may help")
+        self.job_id, self.step = job_id, step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What an optimizer step did; the fields are StepDone's."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    num_correct: int
+    num_tokens: int
+    num_sequence_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackwardResult:
+    """Work done, in tokens times layers. `finished` has no more use for its slots; `step` is set at a step's end."""
+
+    num_token_layers: int
+    finished: TrainingSequence | None = None
+    step: StepResult | None = None
+
+
+@dataclasses.dataclass
+class _Totals:
+    """Sums over the finished sequences of the step in work."""
+
+    loss: float = 0.0
+    num_correct: int = 0
+    num_tokens: int = 0
+    num_sequence_tokens: int = 0
+
+    def add(self, sequence: TrainingSequence) -> None:
+        self.loss += sequence.loss
+        self.num_correct += sequence.num_correct
+        self.num_tokens += sequence.num_tokens
+        self.num_sequence_tokens += len(sequence.tokens)
+
+
+class FinetuneJob:
+    """One adapter in training. `step` is the number of its next optimizer step; at most one slice is in work."""
+
+    def __init__(self, job_id: str, adapter: LoraAdapter, decoder: Decoder, cache: KvCache, step: int = 0) -> None:
+        self.job_id = job_id
+        self.adapter = adapter
+        self.step = step
+        self.current: TrainingSequence | None = None
+        self._decoder, self._cache = decoder, cache
+        self._grads, self._exp_avg, self._exp_avg_sq = (self._like_adapter() for _ in range(3))
+        self._queue: deque[TrainingSlice] = deque()
+        self._expected = (step, 0)
+        self._backward: BackwardPass | None = None
+        self._totals = _Totals()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a slice is in work or waits."""
+        return self.current is not None or bool(self._queue)
+
+    def accept(self, item: TrainingSlice) -> bool:
+        """Queue a slice; False for one that came before. Raises InvalidSliceError, OutOfOrderSliceError if one is missing."""
+        key = (item.step, item.index)
+        if key < self._expected:
+            return False
+        if key > self._expected:
+            raise OutOfOrderSliceError(f"slice (step, index) {key} came, {self._expected} is next")
+        check_slice(item, self._decoder)
+        self._queue.append(item)
+        self._expected = (item.step, item.index + 1) if item.optimizer is None else (item.step + 1, 0)
+        return True
+
+    def start_next(self) -> TrainingSequence | None:
+        """The sequence in work, the next of the queue if there was none."""
+        if self.current is None and self._queue:
+            self.current = TrainingSequence(self._queue.popleft(), self._decoder)
+        return self.current
+
+    def backward(self, max_tokens: int) -> BackwardResult:
+        """Go back through as much of the sequence in work as `max_tokens` tokens through all layers cost; may end a step.
+
+        Raises TrainingDivergedError if loss or gradient are not finite: then the job is over.
+        """
+        sequence = self.current
+        if sequence is None or not sequence.is_forwarded:
+            raise ValueError(f"job {self.job_id} has no forwarded sequence")
+        if self._backward is None:
+            self._check_finite("loss", sequence.loss)
+            self._backward = BackwardPass(self._decoder, self._cache, self.adapter, self._grads, sequence)
+        done = self._backward.advance(max_tokens * self._decoder.config.num_layers)
+        if not self._backward.is_done:
+            return BackwardResult(num_token_layers=done)
+        self._backward = self.current = None
+        self._totals.add(sequence)
+        optimizer = sequence.item.optimizer
+        step = None if optimizer is None else self._optimize(optimizer)
+        return BackwardResult(num_token_layers=done, finished=sequence, step=step)
+
+    def checkpoint(self) -> bytes:
+        """Adapter, moments and step number before the step in work, as safetensors bytes."""
+        tensors = {"step": torch.tensor(self.step)}
+        for prefix, weights in self._state().items():
+            tensors |= {prefix + name: tensor.contiguous() for name, tensor in weights.tensors.items()}
+        return safetensors.torch.save(tensors)
+
+    def restore(self, data: bytes) -> None:
+        """Take up the state that `checkpoint` wrote; only for a new job. Raises InvalidAdapterError if it does not fit."""
+        what = f"checkpoint of job {self.job_id}"
+        tensors = read_tensors(data, what)
+        if (step := tensors.pop("step", None)) is None or step.numel() != 1:
+            raise InvalidAdapterError(f"{what} has no step")
+        state = self._state()
+        for prefix, weights in state.items():
+            own = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+            weights.copy_from(own, what)
+        self.step = int(step)
+        self._expected = (self.step, 0)
+
+    def _state(self) -> dict[str, LoraWeights]:
+        """What a checkpoint holds, by prefix; the adapter last, because its prefix is empty."""
+        return {"exp_avg.": self._exp_avg, "exp_avg_sq.": self._exp_avg_sq, "": self.adapter.weights}
+
+    def _like_adapter(self) -> LoraWeights:
+        weights = self.adapter.weights
+        return LoraWeights(
+            self.adapter.spec,
+            self._decoder.config,
+            layers=weights.layers,
+            dtype=weights.flat.dtype,
+            device=weights.flat.device,
+        )
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrainingDivergedError(self.job_id, self.step, what, value)
+
+    def _optimize(self, optimizer: OptimizerStep) -> StepResult:
+        grad_norm = float(ops.clip_grad_norm([self._grads.flat], optimizer.max_grad_norm))
+        self._check_finite("gradient norm", grad_norm)
+        ops.adamw(
+            [self.adapter.weights.flat],
+            [self._grads.flat],
+            [self._exp_avg.flat],
+            [self._exp_avg_sq.flat],
+            step=self.step + 1,
+            learning_rate=optimizer.learning_rate,
+            beta1=optimizer.beta1,
+            beta2=optimizer.beta2,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+        self._grads.flat.zero_()
+        totals, self._totals = self._totals, _Totals()
+        self.step += 1
+        return StepResult(step=self.step - 1, grad_norm=grad_norm, **dataclasses.asdict(totals))
+
+
+def new_job(job_id: str, spec: LoraSpec, seed: int, decoder: Decoder, cache: KvCache) -> FinetuneJob:
+    """A job at step 0. Raises InvalidAdapterError for an impossible specification."""
+    return FinetuneJob(job_id, LoraAdapter.initialized(job_id, spec, decoder.config, seed, decoder.device), decoder, cache)

@@ -1,0 +1,228 @@
+"""LoRA adapters: weights, files in PEFT's layout, the update of a linear's output. Knows no job and no optimizer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from common.messages import LoraSpec
+from kernels import ops
+from services.executor.model_config import ModelConfig
+
+MODULES = {
+    "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    "o": ("self_attn", ("o_proj",)),
+    "gate_up": ("mlp", ("gate_proj", "up_proj")),
+    "down": ("mlp", ("down_proj",)),
+}
+"""The decoder's linears: PEFT's block of each, and the targets whose outputs lie side by side in it."""
+TARGETS = tuple(target for _, targets in MODULES.values() for target in targets)
+
+
+class InvalidAdapterError(ValueError):
+    """The adapter does not fit its specification or the base model; the message names the field or tensor."""
+
+
+class LoraLinear(NamedTuple):
+    """One target's matrices and the columns of the fused linear's output that it updates."""
+
+    columns: slice
+    a_RI: Tensor
+    b_OR: Tensor
+
+
+class LoraWeights:
+    """The matrices of all targets as views of one flat tensor, so that an optimizer sees a single parameter."""
+
+    def __init__(
+        self,
+        spec: LoraSpec,
+        config: ModelConfig,
+        *,
+        layers: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        check_spec(spec)
+        self.layers = tuple(range(config.num_layers)) if layers is None else tuple(sorted(layers))
+        self.linears: dict[tuple[int, str], list[LoraLinear]] = {}
+        self.tensors: dict[str, Tensor] = {}
+        per_layer = sum(spec.rank * (i + o) for target, (o, i) in _shapes(config).items() if target in spec.target_modules)
+        self.flat = torch.zeros(per_layer * len(self.layers), dtype=dtype, device=device)
+        offset = 0
+        for layer in self.layers:
+            for module in MODULES:
+                offset = self._add_module(layer, module, offset, spec, config)
+
+    def _add_module(self, layer: int, module: str, offset: int, spec: LoraSpec, config: ModelConfig) -> int:
+        block, targets = MODULES[module]
+        linears, column = [], 0
+        for target in targets:
+            num_out, num_in = _shapes(config)[target]
+            columns = slice(column, column + num_out)
+            column += num_out
+            if target not in spec.target_modules:
+                continue
+            middle, end = offset + spec.rank * num_in, offset + spec.rank * (num_in + num_out)
+            linear = LoraLinear(
+                columns, self.flat[offset:middle].view(spec.rank, num_in), self.flat[middle:end].view(num_out, spec.rank)
+            )
+            offset = end
+            linears.append(linear)
+            key = f"base_model.model.model.layers.{layer}.{block}.{target}"
+            self.tensors[f"{key}.lora_A.weight"], self.tensors[f"{key}.lora_B.weight"] = linear.a_RI, linear.b_OR
+        if linears:
+            self.linears[layer, module] = linears
+        return offset
+
+    def fill(self, seed: int) -> None:
+        """A uniform in +-1/sqrt(inputs), B zero; the same on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        self.flat.zero_()
+        for linear in (linear for linears in self.linears.values() for linear in linears):
+            a_RI = torch.empty(linear.a_RI.shape)
+            torch.nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
+            linear.a_RI.copy_(a_RI)
+
+    def copy_from(self, source: dict[str, Tensor], what: str) -> None:
+        """Take every matrix from `source`, in place. Raises InvalidAdapterError unless names, shapes and values fit."""
+        for problem, names in (
+            ("lacks", self.tensors.keys() - source.keys()),
+            ("has unknown", source.keys() - self.tensors.keys()),
+        ):
+            if names:
+                raise InvalidAdapterError(
+                    f"{what} {problem} {min(names)} and {len(names) - 1} more; check rank, targets, layers"
+                )
+        for name, tensor in source.items():
+            expected = self.tensors[name].shape
+            if tensor.shape != expected:
+                shapes = f"{tuple(tensor.shape)}, the base model and rank ask for {tuple(expected)}"
+                raise InvalidAdapterError(f"{what}: {name} has shape {shapes}; was it made for another model?")
+            if not tensor.isfinite().all():
+                raise InvalidAdapterError(f"{what}: {name} holds values that are not finite")
+            self.tensors[name].copy_(tensor)
+
+
+class LoraAdapter:
+    """One adapter on one base model, as PEFT computes it: y += (alpha / rank) * x A^T B^T on each target, in fp32."""
+
+    def __init__(self, name: str, spec: LoraSpec, weights: LoraWeights) -> None:
+        self.name = name
+        self.spec = spec
+        self.weights = weights
+        self.scale = spec.alpha / spec.rank
+
+    @classmethod
+    def initialized(
+        cls, name: str, spec: LoraSpec, config: ModelConfig, seed: int, device: torch.device | None = None
+    ) -> LoraAdapter:
+        """An adapter that changes nothing yet: A uniform as in PEFT (and nn.Linear), B zero."""
+        weights = LoraWeights(spec, config, device=device)
+        weights.fill(seed)
+        return cls(name, spec, weights)
+
+    @classmethod
+    def from_safetensors(
+        cls, name: str, spec: LoraSpec, data: bytes, config: ModelConfig, device: torch.device | None = None
+    ) -> LoraAdapter:
+        """The adapter in the bytes of an adapter_model.safetensors. Raises InvalidAdapterError if it does not fit."""
+        weights = LoraWeights(spec, config, device=device)
+        weights.copy_from(read_tensors(data, f"adapter {name}"), f"adapter {name}")
+        return cls(name, spec, weights)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that carry the adapter, ascending."""
+        return self.weights.layers
+
+    def has(self, layer: int, module: str) -> bool:
+        """Whether any target inside this fused linear is adapted."""
+        return (layer, module) in self.weights.linears
+
+    def apply(self, layer: int, module: str, y_TO: Tensor, x_TI: Tensor) -> None:
+        """Add the update of a linear with input `x_TI` to its output `y_TO`, in place."""
+        linears = self.weights.linears.get((layer, module), ())
+        x_TI = x_TI.to(self.weights.flat.dtype) if linears else x_TI
+        for linear in linears:
+            ops.segmented_lora(y_TO[:, linear.columns], x_TI, [self._segment(linear, y_TO)])
+
+    def backward(self, layer: int, module: str, dx_TI: Tensor, dy_TO: Tensor) -> None:
+        """Add the update's share of the linear's input gradient to `dx_TI`, in place."""
+        for linear in self.weights.linears.get((layer, module), ()):
+            ops.segmented_lora_backward(dx_TI, dy_TO[:, linear.columns], [self._segment(linear, dy_TO)])
+
+    def weight_backward(self, grads: LoraWeights, layer: int, module: str, dy_TO: Tensor, x_TI: Tensor) -> None:
+        """Add the gradients of the adapter's matrices to `grads`, in place."""
+        linears = self.weights.linears.get((layer, module), ())
+        x_TI = x_TI.to(self.weights.flat.dtype) if linears else x_TI
+        for linear, grad in zip(linears, grads.linears.get((layer, module), ()), strict=True):
+            segment = self._segment(linear, dy_TO)
+            ops.segmented_lora_weight_backward([(grad.a_RI, grad.b_OR)], dy_TO[:, linear.columns], x_TI, [segment])
+
+    def to_safetensors(self) -> bytes:
+        """The bytes of PEFT's adapter_model.safetensors."""
+        return safetensors.torch.save({name: tensor.contiguous() for name, tensor in self.weights.tensors.items()})
+
+    def config_json(self, base_model: str) -> str:
+        """The text of PEFT's adapter_config.json."""
+        partial = self.layers != tuple(range(max(self.layers, default=-1) + 1))
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "inference_mode": True,
+            "r": self.spec.rank,
+            "lora_alpha": self.spec.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "target_modules": sorted(self.spec.target_modules),
+            "layers_to_transform": list(self.layers) if partial else None,
+        }
+        return json.dumps(config, indent=2)
+
+    def _segment(self, linear: LoraLinear, rows: Tensor) -> ops.LoraSegment:
+        return ops.LoraSegment(start=0, end=rows.shape[0], a_RI=linear.a_RI, b_OR=linear.b_OR, scale=self.scale)
+
+
+def read_tensors(data: bytes, what: str) -> dict[str, Tensor]:
+    """The tensors of safetensors bytes. Raises InvalidAdapterError for anything else."""
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise InvalidAdapterError(f"{what} is not in safetensors format: {error}") from error
+
+
+def check_spec(spec: LoraSpec) -> None:
+    """Raises InvalidAdapterError for a specification that no adapter can have."""
+    if spec.rank < 1:
+        raise InvalidAdapterError(f"rank must be at least 1, not {spec.rank}")
+    if not (math.isfinite(spec.alpha) and spec.alpha > 0):
+        raise InvalidAdapterError(f"alpha must be positive, not {spec.alpha}")
+    unknown = sorted(set(spec.target_modules) - set(TARGETS))
+    if unknown or not spec.target_modules:
+        raise InvalidAdapterError(f"target_modules must be some of {', '.join(TARGETS)}, not {', '.join(unknown) or 'none'}")
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Output and input features of every target."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, k, v = config.qkv_sizes
+    return {
+        "q_proj": (q, hidden),
+        "k_proj": (k, hidden),
+        "v_proj": (v, hidden),
+        "o_proj": (hidden, q),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }

@@ -1,0 +1,75 @@
+"""One sequence in training: its forward windows, its loss, the gradient at its top. Knows no adapter or job."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from common.messages import TrainingSlice
+from kernels import ops
+from services.executor.model import Decoder
+from services.executor.tape import ActivationTape
+
+
+class InvalidSliceError(ValueError):
+    """The slice cannot be trained on; the message names the field."""
+
+
+class TrainingSequence:
+    """A slice in work. The engine sets `slots_T` before the first window, forwards `num_rows` rows and calls `head` on each.
+
+    `num_rows` ends before the last predicted token: rows after it have no gradient.
+    """
+
+    def __init__(self, item: TrainingSlice, decoder: Decoder) -> None:
+        device = decoder.device
+        self.item = item
+        self.tokens = item.tokens
+        self.num_rows = max((i for i, weight in enumerate(item.weights) if i and weight), default=0)
+        self.num_forwarded = 0
+        self.slots_T = torch.empty(0, dtype=torch.int64, device=device)
+        self.tape = ActivationTape(decoder.config, self.num_rows, decoder.dtype, device)
+        self.loss = 0.0
+        self.num_correct = 0
+        self.num_tokens = sum(1 for weight in item.weights[1:] if weight)
+        self._decoder = decoder
+        self._labels_T = torch.tensor(item.tokens[1 : self.num_rows + 1], dtype=torch.int64, device=device)
+        wide = torch.promote_types(decoder.dtype, torch.float32)
+        self._weights_T = torch.tensor(item.weights[1 : self.num_rows + 1], dtype=wide, device=device)
+        self.dx_TH = torch.empty(self.num_rows, decoder.config.hidden_size, dtype=decoder.dtype, device=device)
+
+    @property
+    def is_forwarded(self) -> bool:
+        """Whether the backward pass can start."""
+        return self.num_forwarded == self.num_rows
+
+    def head(self, hidden_WH: Tensor, start: int) -> None:
+        """Loss and gradient of a forwarded window, from the last layer's output (before the final norm)."""
+        if start != self.num_forwarded or not 0 < hidden_WH.shape[0] <= self.num_rows - start:
+            raise ValueError(f"window [{start}, +{hidden_WH.shape[0]}) after {self.num_forwarded} of {self.num_rows} rows")
+        decoder, rows = self._decoder, slice(start, start + hidden_WH.shape[0])
+        norm_H, eps = decoder.final_norm_H, decoder.config.rms_norm_eps
+        normed_WH = ops.rms_norm(hidden_WH, norm_H, eps)
+        loss, num_correct, dnormed_WH = ops.linear_cross_entropy(
+            normed_WH, decoder.lm_head_VH, self._labels_T[rows], self._weights_T[rows]
+        )
+        self.dx_TH[rows] = ops.rms_norm_backward(dnormed_WH, hidden_WH, norm_H, eps)
+        self.loss += float(loss)
+        self.num_correct += num_correct
+        self.num_forwarded = rows.stop
+
+
+def check_slice(item: TrainingSlice, decoder: Decoder) -> None:
+    """Raises InvalidSliceError for a slice that no job can train on."""
+    if len(item.weights) != len(item.tokens):
+        raise InvalidSliceError(f"weights: {len(item.weights)} for {len(item.tokens)} tokens")
+    if not item.tokens:
+        raise InvalidSliceError("tokens: empty")
+    if len(item.tokens) > decoder.config.max_position_embeddings:
+        raise InvalidSliceError(f"tokens: {len(item.tokens)}, the model takes {decoder.config.max_position_embeddings}")
+    if not 0 <= min(item.tokens) <= max(item.tokens) < decoder.config.vocab_size:
+        raise InvalidSliceError(f"tokens: ids must be in [0, {decoder.config.vocab_size})")
+    if not all(math.isfinite(weight) for weight in item.weights):
+        raise InvalidSliceError("weights: not finite")
