@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from kernels.attention import AttentionPlan, ragged_attention
 from kernels.reference import (
     adamw,
     clip_grad_norm,
     commit_kv,
     linear_cross_entropy,
-    ragged_attention,
     rms_norm,
     rms_norm_backward,
     rope_and_cache,
@@ -22,6 +22,7 @@ from kernels.reference import (
 from kernels.segments import AttentionSegment, LoraSegment
 
 __all__ = [
+    "AttentionPlan",
     "AttentionSegment",
     "LoraSegment",
     "adamw",

@@ -9,7 +9,7 @@ from services.executor.model_config import ModelConfig
 
 
 class ActivationTape:
-    """Per layer and token: x (layer input), q (after RoPE), m (before the MLP's norm), gate_up. Keys, values are in the cache."""
+    """Per layer and token: x (layer input), q (after RoPE), m (before the MLP's norm), gate_up. The cache has keys, values."""
 
     def __init__(self, config: ModelConfig, num_tokens: int, dtype: torch.dtype, device: torch.device | None = None) -> None:
         shapes = {

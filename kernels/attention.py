@@ -1,0 +1,103 @@
+"""Ragged attention in few large calls: short segments of similar length share one padded call. Knows no model.
+
+Measured on two cores (9 query heads, 3 kv heads, D 64): query heads folded into rows beat repeated keys and enable_gqa, in
+bf16 by up to 8 times at one row; padded calls for 32 segments take half the time of 32 calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.reference import segment_mask
+from kernels.segments import AttentionSegment
+
+MAX_SHARED_ROWS = 16
+"""Longer segments get a call of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """B segments, padded to n rows and L keys. `bias` [B, 1, G * n, L] is 0 or -inf; None if all rows see all keys."""
+
+    num_segments: int
+    rows: Tensor
+    slots: Tensor
+    bias: Tensor | None
+
+
+class AttentionPlan:
+    """The segments of one batch, arranged once and used by every layer."""
+
+    def __init__(self, segments: Sequence[AttentionSegment]) -> None:
+        self.segments = tuple(segments)
+        self._calls: dict[tuple[int, torch.dtype], list[_Call]] = {}
+
+    def calls(self, group: int, dtype: torch.dtype) -> list[_Call]:
+        """The padded calls, with masks for `group` query heads per key/value head; kept for the next layer."""
+        if (group, dtype) not in self._calls:
+            self._calls[group, dtype] = [_padded_call(segments, group, dtype) for segments in self._shares()]
+        return self._calls[group, dtype]
+
+    def _shares(self) -> list[list[AttentionSegment]]:
+        """Segments that share a call: all short, of one row or more, their key counts within a factor of two."""
+        shared: dict[tuple[bool, int], list[AttentionSegment]] = {}
+        alone: list[list[AttentionSegment]] = []
+        for segment in self.segments:
+            num_rows = segment.end - segment.start
+            if num_rows > MAX_SHARED_ROWS:
+                alone.append([segment])
+            else:
+                shared.setdefault((num_rows > 1, segment.slots_L.numel().bit_length()), []).append(segment)
+        return [*shared.values(), *alone]
+
+
+def _padded_call(segments: list[AttentionSegment], group: int, dtype: torch.dtype) -> _Call:
+    """Padding rows repeat a segment's last row, with the same result; padding keys are masked."""
+    device = segments[0].slots_L.device
+    num_rows = max(segment.end - segment.start for segment in segments)
+    num_keys = max(segment.slots_L.numel() for segment in segments)
+    rows = torch.stack([torch.arange(s.start, s.start + num_rows).clamp(max=s.end - 1) for s in segments])
+    slots = torch.zeros(len(segments), num_keys, dtype=torch.int64, device=device)
+    mask = torch.zeros(len(segments), num_rows, num_keys, dtype=torch.bool, device=device)
+    for i, segment in enumerate(segments):
+        own_rows, own_keys = segment.end - segment.start, segment.slots_L.numel()
+        slots[i, :own_keys] = segment.slots_L
+        mask[i, :own_rows, :own_keys] = segment_mask(segment)
+        mask[i, own_rows:] = mask[i, own_rows - 1].clone()
+    bias = None
+    if not mask.all():
+        bias = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, float("-inf"))
+        bias = bias.repeat(1, group, 1).unsqueeze(1)
+    return _Call(num_segments=len(segments), rows=rows.flatten().to(device), slots=slots.flatten(), bias=bias)
+
+
+def ragged_attention(
+    q_TND: Tensor,
+    k_cache_SKD: Tensor,
+    v_cache_SKD: Tensor,
+    segments: AttentionPlan | Sequence[AttentionSegment],
+    scale: float,
+) -> Tensor:
+    """The reference's ragged_attention; a plan saves arranging the segments again in every layer."""
+    plan = segments if isinstance(segments, AttentionPlan) else AttentionPlan(segments)
+    num_heads, head_dim = q_TND.shape[1:]
+    num_kv_heads = k_cache_SKD.shape[1]
+    group = num_heads // num_kv_heads
+    out_TND = torch.zeros_like(q_TND)
+    for call in plan.calls(group, q_TND.dtype):
+        B = call.num_segments
+        q = q_TND.index_select(0, call.rows).view(B, -1, num_kv_heads, group, head_dim)
+        k, v = (
+            cache.index_select(0, call.slots).view(B, -1, num_kv_heads, head_dim).transpose(1, 2)
+            for cache in (k_cache_SKD, v_cache_SKD)
+        )
+        folded = q.permute(0, 2, 3, 1, 4).reshape(B, num_kv_heads, -1, head_dim)
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=call.bias, scale=scale)
+        out = out.reshape(B, num_kv_heads, group, -1, head_dim).permute(0, 3, 1, 2, 4)
+        out_TND.index_copy_(0, call.rows, out.reshape(-1, num_heads, head_dim))
+    return out_TND
