@@ -53,18 +53,21 @@ class NatsServer:
         """The server's process id while it was started by us."""
         return self._process.pid if self._process else None
 
-    def start(self, timeout_s: float = 10.0) -> None:
-        """Start and wait until clients can connect. Raises NatsServerError if it exits or does not answer in time."""
+    def command(self) -> list[str]:
+        """Write the configuration and return the command that runs the server, for callers that keep the process themselves."""
         self.state_dir.mkdir(parents=True, exist_ok=True)
         config = self.state_dir / "nats.conf"
         config.write_text(self._config())
+        return [find_binary(), "-c", str(config)]
+
+    def start(self, timeout_s: float = 10.0) -> None:
+        """Start and wait until clients can connect. Raises NatsServerError if it exits or does not answer in time."""
+        command = self.command()
         log = self.state_dir / "nats.log"
         with log.open("ab") as sink:
-            self._process = subprocess.Popen(
-                [find_binary(), "-c", str(config)], stdout=sink, stderr=sink, start_new_session=True
-            )
+            self._process = subprocess.Popen(command, stdout=sink, stderr=sink, start_new_session=True)
         deadline = time.monotonic() + timeout_s
-        while not self._answers():
+        while not self.answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
                 tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
@@ -93,16 +96,17 @@ class NatsServer:
             self._process.wait()
         self._process = None
 
+    def answers(self) -> bool:
+        """Whether a server greets clients on this port."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=0.5) as connection:
+                return connection.recv(5) == b"INFO "
+        except OSError:
+            return False
+
     def _config(self) -> str:
         sync = 'sync_interval: "always"' if self._sync_always else 'sync_interval: "2m"'
         return (
             f'host: "127.0.0.1"\nport: {self.port}\nmax_payload: {MAX_PAYLOAD_BYTES}\n'
             f"jetstream {{\n  store_dir: {json.dumps(str(self.state_dir / 'jetstream'))}\n  {sync}\n}}\n"
         )
-
-    def _answers(self) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=0.5) as connection:
-                return connection.recv(5) == b"INFO "
-        except OSError:
-            return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -66,9 +67,8 @@ async def serve(role: Role, config: ServiceConfig, actor: Actor) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     bus = await Bus.connect(config.nats_url, f"heddle-{role}-{config.instance_id}")
-    registration = await micro.add_service(
-        bus.client, name=f"heddle-{role}", version=version("heddle"), metadata={"instance_id": config.instance_id}
-    )
+    metadata = {"instance_id": config.instance_id, "host": socket.gethostname()}
+    registration = await micro.add_service(bus.client, name=f"heddle-{role}", version=version("heddle"), metadata=metadata)
     heart = _Heart(role, config, actor, bus)
     try:
         async with asyncio.TaskGroup() as tasks:

@@ -1,0 +1,95 @@
+"""Entry point of the command `heddle`: parses arguments, runs one command, turns its errors into one line and status 1."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+
+from common.bus import Bus, BusError
+from common.nats_server import NatsServerError
+from services.cli.adapters import AdapterError, export, list_adapters, show_adapters
+from services.cli.convert import convert
+from services.cli.health import HealthError, check
+from services.cli.layout import UpOptions
+from services.cli.models import ModelError
+from services.cli.nats_once import NatsUnreachableError, connect_once
+from services.cli.parser import ROLES, build_parser
+from services.cli.status import StatusError, fetch, show
+from services.cli.supervisor import StartupError
+from services.cli.up import UpError, up
+
+EXPECTED = (
+    UpError, StartupError, NatsServerError, NatsUnreachableError, ModelError, StatusError, AdapterError, HealthError, BusError
+)  # fmt: skip
+KEY_VARIABLES = ("HEDDLE_GATEWAY_API_KEY", "HEDDLE_API_KEY")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `heddle`; exits with 1 and a reason when the command cannot do its work, with 130 after an interrupt."""
+    options = build_parser().parse_args(arguments)
+    try:
+        COMMANDS[options.command](options)
+    except EXPECTED as error:
+        sys.exit(f"heddle: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _up(options: argparse.Namespace) -> None:
+    plurals = {f"{role}s" for role in ROLES}
+    given = {key: value for key, value in vars(options).items() if key not in {"command", *plurals}}
+    replicas = {role: getattr(options, f"{role}s") for role in ROLES}
+    key_variable = next((variable for variable in KEY_VARIABLES if os.environ.get(variable)), None)
+    up(UpOptions(**given, replicas=replicas, key_variable=key_variable))
+
+
+def _status(options: argparse.Namespace) -> None:
+    show(options.url, options.api_key, options.json)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    print(convert(options.model, options.out))
+
+
+def _adapters(options: argparse.Namespace) -> None:
+    nats_url = options.nats or fetch(options.url, options.api_key)[0].nats_url
+    asyncio.run(_with_bus(nats_url, options))
+
+
+async def _with_bus(nats_url: str, options: argparse.Namespace) -> None:
+    bus = Bus(await connect_once(nats_url))
+    try:
+        if options.action == "export":
+            record = await export(bus, options.name, options.dir)
+            print(f"{record.name}: a PEFT adapter for {record.base_model}, in {options.dir}")
+            return
+        show_adapters(await list_adapters(bus))
+    finally:
+        await bus.drain()
+
+
+def _health(options: argparse.Namespace) -> None:
+    host = "any" if options.anywhere else None
+    print(f"{options.role} {asyncio.run(check(options.role, options.nats, host))} is ready")
+
+
+def _version(_: argparse.Namespace) -> None:
+    print(f"heddle {version('heddle')}")
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "up": _up,
+    "status": _status,
+    "convert": _convert,
+    "adapters": _adapters,
+    "health": _health,
+    "version": _version,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""`heddle adapters`: lists the adapters of a running system and writes one as a Hugging Face PEFT folder. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from nats.js.errors import KeyNotFoundError, NoKeysError, ObjectNotFoundError
+from rich.console import Console
+from rich.table import Table
+
+from common import subjects
+from common.bus import Bus
+from common.codec import MalformedMessageError, decode
+from common.messages import AdapterRecord
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+class AdapterError(ValueError):
+    """The adapter does not exist, is damaged, or cannot be written there."""
+
+
+async def list_adapters(bus: Bus) -> list[AdapterRecord]:
+    """All servable adapters, oldest first."""
+    bucket = await bus.key_value(subjects.ADAPTERS_BUCKET)
+    try:
+        keys = await bucket.keys()
+    except NoKeysError:
+        return []
+    records = []
+    for key in keys:
+        with contextlib.suppress(KeyNotFoundError):  # deleted since the listing
+            records.append(_record((await bucket.get(key)).value or b"", key))
+    return sorted(records, key=lambda record: (record.created_at, record.name))
+
+
+def show_adapters(records: list[AdapterRecord]) -> None:
+    """Print a table."""
+    table = Table("adapter", "base model", "rank", "alpha", "created", "job", box=None, pad_edge=False, header_style="bold")
+    for record in records:
+        created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created_at))
+        lora = record.lora
+        table.add_row(record.name, record.base_model, str(lora.rank), f"{lora.alpha:g}", created, record.job_id)
+    Console().print(table if records else "no adapters yet")
+
+
+async def export(bus: Bus, name: str, folder: Path) -> AdapterRecord:
+    """Write adapter `name` into `folder`, which must be new or empty. Raises AdapterError."""
+    records = {record.name: record for record in await list_adapters(bus)}
+    if name not in records:
+        raise AdapterError(f"no adapter {name}; there are: {', '.join(records) or 'none'}")
+    write_folder(folder, records[name], await _weights(bus, records[name]))
+    return records[name]
+
+
+def write_folder(folder: Path, record: AdapterRecord, weights: bytes) -> None:
+    """The PEFT folder of one adapter. Raises AdapterError where there is something else already."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise AdapterError(f"{folder} is not empty")
+        (folder / WEIGHTS).write_bytes(weights)
+        (folder / CONFIG).write_text(json.dumps(peft_config(record), indent=2) + "\n")
+        (folder / "README.md").write_text(model_card(record))
+    except OSError as error:
+        raise AdapterError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def peft_config(record: AdapterRecord) -> dict[str, Any]:
+    """The adapter's shape in PEFT's words."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": record.base_model,
+        "r": record.lora.rank,
+        "lora_alpha": record.lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(record.lora.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def model_card(record: AdapterRecord) -> str:
+    """A short model card: what the adapter is and how to load it."""
+    lora = record.lora
+    header = f"---\nbase_model: {record.base_model}\nlibrary_name: peft\ntags:\n- lora\n- heddle\n---\n"
+    origin = f", by finetuning job `{record.job_id}`" if record.job_id else ""
+    return (
+        f"{header}\n# {record.name}\n\n"
+        f"A LoRA adapter for {record.base_model}, trained token by token while the model served requests (Heddle{origin}).\n\n"
+        f"Rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}.\n\n"
+        "```python\nfrom peft import PeftModel\n\n"
+        'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")\n```\n'
+    )
+
+
+def _record(data: bytes, key: str) -> AdapterRecord:
+    try:
+        return decode(data, AdapterRecord)
+    except MalformedMessageError as error:
+        raise AdapterError(f"the record of adapter {key} is damaged: {error}") from error
+
+
+async def _weights(bus: Bus, record: AdapterRecord) -> bytes:
+    store = await bus.object_store(subjects.ARTIFACTS_STORE)
+    try:
+        return (await store.get(record.artifact)).data or b""
+    except ObjectNotFoundError as error:
+        raise AdapterError(f"the weights of {record.name} ({record.artifact}) are not in the object store") from error

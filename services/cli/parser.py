@@ -1,0 +1,159 @@
+"""The command line of `heddle`: commands, options and their help. Imports nothing heavy, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import get_args
+
+from common.messages import Role
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_URL = "http://127.0.0.1:8000"
+ROLES: tuple[Role, ...] = get_args(Role)
+
+EXAMPLES = """\
+examples:
+  heddle up                                            everything on this machine, on port 8000
+  heddle up --port 8123 --state-dir /tmp/second        a second one beside it
+  heddle up --model HuggingFaceTB/SmolLM2-360M-Instruct --dtype bfloat16
+  heddle up --speculation none                         plain decoding, to compare with
+  heddle up --nats nats://10.0.0.5:4222 --executors 2  join a NATS server that is already there
+  heddle status                                        what runs, and how busy it is
+  heddle adapters export my-adapter ./my-adapter       a finetuned adapter as a PEFT folder
+"""
+
+
+def default_state_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """heddle/ in the user's folder for state."""
+    return Path(environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "heddle"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; its result has `command` and that command's options."""
+    parser = argparse.ArgumentParser(
+        prog="heddle",
+        description="Serves an LLM with a latency target per request, and finetunes LoRA adapters in the same iterations.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_up(commands.add_parser("up", help="start a NATS server and all five services; Ctrl-C stops them", **_STYLE))
+    _add_status(commands.add_parser("status", help="show the running services and their load", **_STYLE))
+    _add_convert(
+        commands.add_parser("convert", help="turn a model into the folder of safetensors that executors read", **_STYLE)
+    )
+    _add_adapters(commands.add_parser("adapters", help="list finetuned adapters, or export one for PEFT", **_STYLE))
+    _add_health(
+        commands.add_parser("health", help="exit with 0 if a service of this machine is ready (for containers)", **_STYLE)
+    )
+    commands.add_parser("version", help="print the version")
+    return parser
+
+
+class _Style(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not those that are None or said in the text."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+_STYLE: Mapping[str, type[argparse.HelpFormatter]] = {"formatter_class": _Style}
+
+
+def _add_up(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Start everything, wait until it is ready, keep it running. Settings without an option here are environment"
+        " variables, HEDDLE_<SERVICE>_<FIELD>; each service logs the ones it uses when it starts."
+    )
+    place = parser.add_argument_group("where")
+    place.add_argument("--host", default="127.0.0.1", help="address the gateway listens on; 0.0.0.0 for all")
+    place.add_argument("--port", type=_within(1, 65535), default=8000, help="port the gateway listens on")
+    place.add_argument("--state-dir", type=_path, default=default_state_dir(), help="NATS data and logs; one `heddle up` each")
+    place.add_argument("--nats", metavar="URL", help="use this NATS server or cluster (with JetStream) and start none")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default=DEFAULT_MODEL, help="a name, a folder, a .gguf file or a hub name (owner/name)")
+    model.add_argument("--served-model-name", metavar="NAME", help="what clients call it (default: its own name)")
+    model.add_argument(
+        "--dtype", choices=["auto", "bfloat16", "float32"], help="number format (default: what suits the device)"
+    )
+    model.add_argument("--kv-cache-tokens", type=_within(1), metavar="N", help="size of the KV cache (default: the executor's)")
+    model.add_argument("--threads", type=_within(1), metavar="N", help="CPU threads of one executor (default: all cores)")
+
+    speculation = parser.add_argument_group("speculation")
+    speculation.add_argument("--draft", choices=["ngram"], help="drafter (default: the planner's)")
+    speculation.add_argument(
+        "--speculation", choices=["heddle", "adaserve", "none"], default="heddle", help="how draft trees are chosen; none: off"
+    )
+
+    replicas = parser.add_argument_group("replicas")
+    for role in ROLES:
+        plural = f"{role}s"
+        replicas.add_argument(f"--{plural}", type=_within(1, 64), default=1, metavar="N", help=f"number of {plural}")
+
+    logs = parser.add_argument_group("logs")
+    logs.add_argument("--log-format", choices=["json", "console"], help="of the services' logs (default: json)")
+    logs.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="(default: info)")
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default=DEFAULT_URL, help="a gateway")
+    parser.add_argument("--json", action="store_true", help="everything, for programs")
+    _add_api_key(parser)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write a bfloat16 safetensors folder with tokenizer, once, into the cache (HEDDLE_CACHE_DIR, default ~/.cache/heddle),"
+        " and print its path. A folder that is ready to use is printed as it is."
+    )
+    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="a name, a folder, a .gguf file or a hub name")
+    parser.add_argument("--out", type=_path, metavar="DIR", help="write here instead of into the cache; new or empty")
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="the adapters that the system serves", **_STYLE)
+    export = actions.add_parser("export", help="write one adapter as a Hugging Face PEFT folder", **_STYLE)
+    export.add_argument("name", help="the adapter's name, as in `heddle adapters list`")
+    export.add_argument("dir", type=_path, metavar="DIR", help="new or empty folder")
+    for action in (listing, export):
+        action.add_argument("--nats", metavar="URL", help="the system's NATS server (default: asked from the gateway)")
+        action.add_argument("--url", default=DEFAULT_URL, help="a gateway, asked for the NATS URL")
+        _add_api_key(action)
+
+
+def _add_health(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("role", choices=ROLES, help="the service")
+    parser.add_argument(
+        "--nats", metavar="URL", default=os.environ.get("HEDDLE_NATS_URL", "nats://127.0.0.1:4222"), help="the server"
+    )
+    parser.add_argument("--anywhere", action="store_true", help="count instances on other hosts too")
+
+
+def _add_api_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--api-key", metavar="KEY", default=os.environ.get("HEDDLE_API_KEY"), help="the gateway's key (default: HEDDLE_API_KEY)"
+    )
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser().absolute()
+
+
+def _within(lowest: int, highest: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers of a range, with a readable complaint."""
+
+    def parse(text: str) -> int:
+        number = int(text) if text.lstrip("-").isdigit() else None
+        if number is None or number < lowest or (highest is not None and number > highest):
+            rule = f"at least {lowest}" if highest is None else f"{lowest} to {highest}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {rule}")
+        return number
+
+    return parse

@@ -1,0 +1,67 @@
+"""`heddle status`: asks a gateway what runs and shows it. Knows HTTP and the shape of the answer, nothing of the bus."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+
+class StatusError(RuntimeError):
+    """The gateway cannot be reached or does not answer as one."""
+
+
+class ServiceStatus(msgspec.Struct, frozen=True):
+    """One running service."""
+
+    name: str
+    id: str
+    state: str
+    url: str = ""
+    load: dict[str, Any] = {}
+
+
+class Status(msgspec.Struct, frozen=True):
+    """The body of GET /status."""
+
+    nats_url: str
+    model: str
+    services: list[ServiceStatus]
+
+
+def fetch(url: str, api_key: str | None = None, timeout_s: float = 5.0) -> tuple[Status, dict[str, Any]]:
+    """The gateway's status, validated and as it came. Raises StatusError."""
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        response = httpx.get(f"{url.rstrip('/')}/status", headers=headers, timeout=timeout_s).raise_for_status()
+        body = response.json()
+        return msgspec.convert(body, Status), body
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise StatusError(f"no Heddle gateway answers at {url}: {error or type(error).__name__}") from error
+
+
+def show(url: str, api_key: str | None, as_json: bool) -> None:
+    """Print the status, as a table or as JSON. Raises StatusError."""
+    status, body = fetch(url, api_key)
+    if as_json:
+        print(json.dumps(body, indent=2))
+        return
+    table = Table("service", "id", "state", "url", "load", box=None, pad_edge=False, header_style="bold")
+    for service in status.services:
+        table.add_row(service.name, service.id, service.state, service.url, summary(service.load))
+    console = Console()
+    console.print(f"[bold]model[/bold]  {status.model}\n[bold]NATS[/bold]   {status.nats_url}\n")
+    console.print(table)
+
+
+def summary(load: dict[str, Any]) -> str:
+    """The load's plain values in one line; lists and nested values are for --json."""
+    return "  ".join(f"{key}={_short(value)}" for key, value in load.items() if isinstance(value, int | float | str))
+
+
+def _short(value: float | str) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
