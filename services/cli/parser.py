@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from common.messages import Role
 
@@ -26,6 +26,10 @@ examples:
 """
 
 
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
 def default_state_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """heddle/ in the user's folder for state."""
     return Path(environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "heddle"
@@ -39,17 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_up(commands.add_parser("up", help="start a NATS server and all five services; Ctrl-C stops them", **_STYLE))
-    _add_status(commands.add_parser("status", help="show the running services and their load", **_STYLE))
-    _add_convert(
-        commands.add_parser("convert", help="turn a model into the folder of safetensors that executors read", **_STYLE)
-    )
-    _add_adapters(commands.add_parser("adapters", help="list finetuned adapters, or export one for PEFT", **_STYLE))
-    _add_health(
-        commands.add_parser("health", help="exit with 0 if a service of this machine is ready (for containers)", **_STYLE)
-    )
-    commands.add_parser("version", help="print the version")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    _add_up(_add(commands, "up", "start a NATS server and all five services; Ctrl-C stops them"))
+    _add_status(_add(commands, "status", "show the running services and their load"))
+    _add_convert(_add(commands, "convert", "turn a model into the folder of safetensors that executors read"))
+    _add_adapters(_add(commands, "adapters", "list finetuned adapters, or export one for PEFT"))
+    _add_health(_add(commands, "health", "exit with 0 if a service of this machine is ready, for containers"))
+    _add(commands, "version", "print the version")
     return parser
 
 
@@ -62,7 +62,8 @@ class _Style(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-_STYLE: Mapping[str, type[argparse.HelpFormatter]] = {"formatter_class": _Style}
+def _add(commands: Commands, name: str, summary: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", formatter_class=_Style)
 
 
 def _add_up(parser: argparse.ArgumentParser) -> None:
@@ -79,9 +80,7 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", default=DEFAULT_MODEL, help="a name, a folder, a .gguf file or a hub name (owner/name)")
     model.add_argument("--served-model-name", metavar="NAME", help="what clients call it (default: its own name)")
-    model.add_argument(
-        "--dtype", choices=["auto", "bfloat16", "float32"], help="number format (default: what suits the device)"
-    )
+    model.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], help="number format (default: auto)")
     model.add_argument("--kv-cache-tokens", type=_within(1), metavar="N", help="size of the KV cache (default: the executor's)")
     model.add_argument("--threads", type=_within(1), metavar="N", help="CPU threads of one executor (default: all cores)")
 
@@ -117,9 +116,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_adapters(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="the adapters that the system serves", **_STYLE)
-    export = actions.add_parser("export", help="write one adapter as a Hugging Face PEFT folder", **_STYLE)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
+    listing = _add(actions, "list", "list the adapters that the system serves")
+    export = _add(actions, "export", "write one adapter as a Hugging Face PEFT folder")
     export.add_argument("name", help="the adapter's name, as in `heddle adapters list`")
     export.add_argument("dir", type=_path, metavar="DIR", help="new or empty folder")
     for action in (listing, export):
@@ -129,10 +128,9 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_health(parser: argparse.ArgumentParser) -> None:
+    server = os.environ.get("HEDDLE_NATS_URL", "nats://127.0.0.1:4222")
     parser.add_argument("role", choices=ROLES, help="the service")
-    parser.add_argument(
-        "--nats", metavar="URL", default=os.environ.get("HEDDLE_NATS_URL", "nats://127.0.0.1:4222"), help="the server"
-    )
+    parser.add_argument("--nats", metavar="URL", default=server, help="the NATS server")
     parser.add_argument("--anywhere", action="store_true", help="count instances on other hosts too")
 
 
