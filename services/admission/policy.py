@@ -1,0 +1,166 @@
+"""Which executor takes a request, if any: predicted latencies against targets. Pure; `now` is an argument, the bus unknown."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+
+from common.latency import predict_ms
+from common.messages import Beat, ExecutorLoad, InferenceRequest, Rejected
+
+NO_EXECUTOR_RETRY_MS = 1000
+"""Executors report once a second, so that nobody learns of a new one earlier."""
+MIN_RETRY_MS = 100
+MAX_RETRY_MS = 60_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long a queue may become, and how prompts are cut; see AdmissionConfig."""
+
+    prefill_chunk: int
+    max_backlog_ms: float
+    max_waiting: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where the request goes; with `best_effort` a target (its own or one promised there) will probably be missed."""
+
+    executor_id: str
+    best_effort: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What would happen to the request on one executor, and to the requests that run there."""
+
+    executor_id: str
+    backlog_ms: float
+    ttft_ms: float
+    tpot_ms: float
+    excess: float
+    """By how much the targets of the request are missed, relative to them; 0 if they are met."""
+    num_broken: int
+    """Promised TPOTs that hold now and would not with this request."""
+    has_pages: bool
+    num_ahead: int
+    num_waiting: int
+
+    @property
+    def keeps_promises(self) -> bool:
+        """Whether every target is met."""
+        return self.excess == 0 and self.num_broken == 0 and self.has_pages
+
+    def cost(self) -> tuple[float, float, float, int, str]:
+        """Orders forecasts, best first: missed targets, then the wait, then the load."""
+        missed = self.excess + self.num_broken + (0 if self.has_pages else 1)
+        return missed, self.ttft_ms, self.tpot_ms, self.num_ahead, self.executor_id
+
+
+def admit(
+    request: InferenceRequest, executors: Sequence[Beat], now: float, limits: Limits, excluded: Collection[str] = ()
+) -> Placement | Rejected:
+    """Place the request on the executor that serves it best, as best effort if need be, or say why none takes it.
+
+    `executors` are the last beats of the living executors, whatever their state; `excluded` ones have refused the request.
+    """
+    if fault := find_fault(request):
+        return Rejected(reason="invalid", message=fault)
+    serving = [beat for beat in executors if serves(beat, request.model)]
+    ready = [beat for beat in serving if beat.state == "ready" and beat.instance_id not in excluded]
+    if not ready:
+        return _nobody(request, executors, bool(serving))
+    roomy = [beat for beat in ready if beat.executor is not None and has_room(request, beat.executor)]
+    if not roomy:
+        return _too_long(request, ready)
+    forecasts = [forecast(request, beat.instance_id, beat.executor, now, limits) for beat in roomy if beat.executor]
+    best = min(forecasts, key=Forecast.cost)
+    if best.keeps_promises:
+        return Placement(executor_id=best.executor_id, best_effort=False)
+    short = [each for each in forecasts if each.backlog_ms <= limits.max_backlog_ms and each.num_waiting < limits.max_waiting]
+    if not short:
+        return _overloaded(forecasts)
+    return Placement(executor_id=min(short, key=Forecast.cost).executor_id, best_effort=True)
+
+
+def find_fault(request: InferenceRequest) -> str | None:
+    """Why no executor could ever run the request, or None."""
+    if not request.prompt_tokens:
+        return "the prompt is empty"
+    if request.max_tokens < 1:
+        return f"max_tokens must be at least 1, got {request.max_tokens}"
+    for name, target in (("tpot_ms", request.slo.tpot_ms), ("ttft_ms", request.slo.ttft_ms)):
+        if target is not None and not (math.isfinite(target) and target > 0):
+            return f"slo.{name} must be a positive number, got {target}"
+    return None
+
+
+def serves(beat: Beat, model: str) -> bool:
+    """Whether this instance answers to that model name."""
+    return beat.executor is not None and (model == beat.executor.model or model in beat.executor.adapters)
+
+
+def has_room(request: InferenceRequest, load: ExecutorLoad) -> bool:
+    """Whether the prompt and one token fit into the model's window, and into the pages of an idle executor."""
+    num_tokens = len(request.prompt_tokens) + 1
+    return num_tokens <= load.max_model_len and num_tokens <= load.num_pages * load.page_size
+
+
+def forecast(request: InferenceRequest, executor_id: str, load: ExecutorLoad, now: float, limits: Limits) -> Forecast:
+    """Predicted TTFT (the prompts ahead and this one, in chunks) and TPOT (one more root per iteration) on one executor.
+
+    Speculation is left out: it helps, but a promise must hold for text that nobody can draft.
+    """
+    num_ahead = load.num_running + load.num_waiting
+    context = load.context_tokens + load.waiting_prefill_tokens
+    tpot_before_ms = predict_ms(load.latency, num_ahead, context)
+    tpot_ms = predict_ms(load.latency, num_ahead + 1, context + len(request.prompt_tokens))
+    waited_ms = 1000 * max(0.0, now - request.arrived_at) if request.arrived_at else 0.0
+    ttft_ms = waited_ms + prefill_ms(load, load.waiting_prefill_tokens + len(request.prompt_tokens), limits.prefill_chunk)
+    return Forecast(
+        executor_id=executor_id,
+        backlog_ms=prefill_ms(load, load.waiting_prefill_tokens, limits.prefill_chunk),
+        ttft_ms=ttft_ms,
+        tpot_ms=tpot_ms,
+        excess=_excess(ttft_ms, request.slo.ttft_ms) + _excess(tpot_ms, request.slo.tpot_ms),
+        num_broken=sum(tpot_before_ms <= promised < tpot_ms for promised in load.promised_tpot_ms),
+        has_pages=-(-(len(request.prompt_tokens) + 1) // load.page_size) <= load.free_pages,
+        num_ahead=num_ahead,
+        num_waiting=load.num_waiting,
+    )
+
+
+def prefill_ms(load: ExecutorLoad, num_tokens: int, chunk: int) -> float:
+    """How long this many prompt tokens take in chunks, each beside the roots of the running requests."""
+    num_full, rest = divmod(num_tokens, chunk)
+    full_ms = predict_ms(load.latency, chunk + load.num_running, load.context_tokens)
+    rest_ms = predict_ms(load.latency, rest + load.num_running, load.context_tokens) if rest else 0.0
+    return num_full * full_ms + rest_ms
+
+
+def _excess(predicted_ms: float, target_ms: float | None) -> float:
+    return 0.0 if target_ms is None else max(0.0, predicted_ms / target_ms - 1.0)
+
+
+def _nobody(request: InferenceRequest, executors: Sequence[Beat], is_served: bool) -> Rejected:
+    if not is_served and any(beat.state == "ready" for beat in executors):
+        return Rejected(reason="unknown_model", message=f"no executor serves the model {request.model!r}")
+    return Rejected(reason="no_executor", message="no executor is ready", retry_after_ms=NO_EXECUTOR_RETRY_MS)
+
+
+def _too_long(request: InferenceRequest, ready: Sequence[Beat]) -> Rejected:
+    loads = [beat.executor for beat in ready if beat.executor]
+    longest = max(min(load.max_model_len, load.num_pages * load.page_size) for load in loads) - 1
+    return Rejected(
+        reason="too_long", message=f"the prompt has {len(request.prompt_tokens)} tokens, the limit of this model is {longest}"
+    )
+
+
+def _overloaded(forecasts: Sequence[Forecast]) -> Rejected:
+    wait_ms = min(each.backlog_ms for each in forecasts)
+    retry_after_ms = math.ceil(min(MAX_RETRY_MS, max(MIN_RETRY_MS, wait_ms)))
+    return Rejected(
+        reason="overloaded", message=f"prompts ahead take about {wait_ms / 1000:.1f} s", retry_after_ms=retry_after_ms
+    )

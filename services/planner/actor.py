@@ -1,0 +1,107 @@
+"""A planner on the bus: is claimed by executors, answers each of their reports with trees. Decides nothing itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import structlog
+from nats.aio.subscription import Subscription
+
+from common import subjects
+from common.bus import Bus
+from common.fleet import MISSED_BEATS, Fleet
+from common.messages import Beat, DraftTrees, IterationReport, PlannerClaim, PlannerGranted
+from common.service import Vitals
+from services.planner.acceptance import Acceptance
+from services.planner.config import PlannerConfig
+from services.planner.ngram import NgramDrafter
+from services.planner.planner import MODES, Planner, Shape
+
+log = structlog.get_logger()
+
+SMOOTHING = 0.05
+"""Weight of the last report in the mean drafting time."""
+
+
+class PlannerActor:
+    """One of any number of planners; each follows the executors that claimed it."""
+
+    def __init__(self, config: PlannerConfig) -> None:
+        self._config = config
+        self._planner = make_planner(config)
+        self._fleet = Fleet()
+        self._draft_ms_total = 0.0
+        self._mean_draft_ms = 0.0
+        self._bus: Bus | None = None
+        self._claims: Subscription | None = None
+
+    async def start(self, bus: Bus, tasks: asyncio.TaskGroup) -> None:
+        """Listen for reports, then offer to draft."""
+        self._bus = bus
+        await bus.subscribe(subjects.ALL_BEATS, Beat, self._on_beat)
+        await bus.subscribe(subjects.planner_report(self._config.instance_id), IterationReport, self._on_report)
+        await bus.client.flush()
+        self._claims = await bus.subscribe(subjects.CLAIM, PlannerClaim, self._on_claim, queue="planner")
+        tasks.create_task(self._sweep())
+
+    async def drain(self) -> None:
+        """Leave the queue group; reports are answered until the bus closes."""
+        if self._claims is not None:
+            await self._claims.drain()  # type: ignore[no-untyped-call]
+
+    def vitals(self) -> Vitals:
+        """What was drafted, chosen and accepted so far."""
+        counts = self._planner.counters + self._planner.table.counters
+        return Vitals(
+            counters={name: float(count) for name, count in counts.items()} | {"draft_ms_total": self._draft_ms_total},
+            gauges={"sequences": float(len(self._planner.table)), "mean_draft_ms": self._mean_draft_ms},
+        )
+
+    async def _on_beat(self, beat: Beat) -> None:
+        if beat.role == "executor":
+            self._fleet.observe(beat, time.monotonic())
+
+    async def _on_claim(self, claim: PlannerClaim) -> PlannerGranted:
+        """The executor opens all its sequences in its next report; what is known of them may be out of date."""
+        self._planner.table.drop_executor(claim.executor_id)
+        log.info("planner.claimed", executor=claim.executor_id, model=claim.model)
+        return PlannerGranted(planner_id=self._config.instance_id)
+
+    async def _on_report(self, report: IterationReport) -> None:
+        """The executor waits for this answer."""
+        assert self._bus is not None
+        started_at = time.monotonic()
+        drafted = self._planner.answer(report, started_at)
+        draft_ms = 1000 * (time.monotonic() - started_at)
+        self._draft_ms_total += draft_ms
+        self._mean_draft_ms += SMOOTHING * (draft_ms - self._mean_draft_ms)
+        answer = DraftTrees(planner_id=self._config.instance_id, iteration=report.iteration, trees=drafted, draft_ms=draft_ms)
+        await self._bus.publish(subjects.executor_trees(report.executor_id), answer)
+
+    async def _sweep(self) -> None:
+        """Forget executors that died, and those that went to another planner."""
+        while True:
+            await asyncio.sleep(self._config.heartbeat_s)
+            now = time.monotonic()
+            table, alive = self._planner.table, {beat.instance_id for beat in self._fleet.alive("executor", now)}
+            gone = set(table.silent_since(now - MISSED_BEATS * self._config.heartbeat_s)) - alive
+            for executor_id in gone | set(table.silent_since(now - self._config.forget_after_s)):
+                log.info("planner.executor_forgotten", executor=executor_id, is_alive=executor_id in alive)
+                table.drop_executor(executor_id)
+
+
+def make_planner(config: PlannerConfig) -> Planner:
+    """The planner that this configuration describes."""
+    mode = MODES[config.mode]
+    acceptance = Acceptance(forgetting=config.forgetting, is_frozen=mode is not None and not mode.is_calibrated)
+    drafter = NgramDrafter(acceptance, max_match=config.max_match, num_matches=config.num_matches, min_prob=config.min_prob)
+    shape = Shape(
+        min_depth=config.min_depth,
+        max_depth=config.max_depth,
+        max_width=config.max_width,
+        draft_tokens=config.draft_tokens,
+        depth_offset=config.depth_offset,
+        width_offset=config.width_offset,
+    )
+    return Planner(drafter, mode, shape)

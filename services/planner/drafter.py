@@ -1,0 +1,50 @@
+"""What a drafter is: it follows sequences and guesses how they go on. Knows no budget, no SLO and no executor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+Key = tuple[str, str]
+"""(executor_id, request_id) of a sequence."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pool:
+    """Candidate nodes of one sequence in BFS order, the root excluded.
+
+    `parents` index into the pool, -1 is the root; `depths` count from 1; `probs` are the probabilities that the whole path to a
+    node is accepted: in (0, 1) and falling along every path.
+    """
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    parents: list[int] = dataclasses.field(default_factory=list)
+    depths: list[int] = dataclasses.field(default_factory=list)
+    probs: list[float] = dataclasses.field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class DraftOrder(NamedTuple):
+    """Draft for this sequence, at most `depth` tokens ahead."""
+
+    key: Key
+    depth: int
+
+
+class Drafter(Protocol):
+    """Follows any number of sequences. Unknown keys are a caller's error (KeyError)."""
+
+    def open(self, key: Key, tokens: Sequence[int]) -> None:
+        """Follow a sequence that holds these tokens; replaces what was known under this key."""
+
+    def extend(self, key: Key, tokens: Sequence[int]) -> None:
+        """The target model committed these tokens: they go on the sequence, and they judge the last draft for it."""
+
+    def close(self, key: Key) -> None:
+        """Forget the sequence."""
+
+    def draft(self, orders: Sequence[DraftOrder], width: int) -> list[Pool]:
+        """One pool per order: beams of `width` nodes per level are continued, and all their children are candidates."""

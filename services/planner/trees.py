@@ -1,0 +1,67 @@
+"""From candidates to draft trees: joins pools for the selection, cuts the chosen nodes out of them. Pure; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+
+from common.messages import DraftTree
+from services.planner.drafter import Pool
+from services.planner.selection import Candidates
+
+
+def join(pools: Sequence[Pool]) -> Candidates:
+    """The pools as flat arrays, in their order."""
+    return Candidates(
+        owner=np.repeat(np.arange(len(pools)), [len(pool) for pool in pools]),
+        depth=np.array(list(chain.from_iterable(pool.depths for pool in pools)), dtype=np.int64),
+        prob=np.array(list(chain.from_iterable(pool.probs for pool in pools)), dtype=np.float64),
+    )
+
+
+def split(chosen: Sequence[int], pools: Sequence[Pool]) -> list[list[int]]:
+    """The chosen indices of the joined pools (rising) as indices into each pool."""
+    picked: list[list[int]] = []
+    start = at = 0
+    for pool in pools:
+        end, own = start + len(pool), list[int]()
+        while at < len(chosen) and chosen[at] < end:
+            own.append(chosen[at] - start)
+            at += 1
+        picked.append(own)
+        start = end
+    return picked
+
+
+def cut(pool: Pool, nodes: Sequence[int], *, request_id: str, root: int, length: int, num_required: int) -> DraftTree:
+    """The tree of these nodes of the pool (rising, closed under ancestors) below the last committed token `root`."""
+    place = {-1: 0} | {node: i for i, node in enumerate(nodes, 1)}
+    return DraftTree(
+        request_id=request_id,
+        length=length,
+        tokens=(root, *(pool.tokens[node] for node in nodes)),
+        parents=(-1, *(place[pool.parents[node]] for node in nodes)),
+        probs=(1.0, *(pool.probs[node] for node in nodes)),
+        num_required=num_required,
+    )
+
+
+def find_fault(tree: DraftTree) -> str | None:
+    """What makes this no draft tree in BFS order, or None."""
+    size = len(tree.tokens)
+    if not size == len(tree.parents) == len(tree.probs) or size == 0:
+        return "tokens, parents and probs differ in length or are empty"
+    if tree.parents[0] != -1 or any(not 0 <= parent < i for i, parent in enumerate(tree.parents[1:], 1)):
+        return "the root's parent must be -1, every other parent an earlier node"
+    if any(later < earlier for earlier, later in zip(tree.parents, tree.parents[1:], strict=False)):
+        return "the nodes are not in BFS order"
+    edges = list(zip(tree.parents, tree.tokens, strict=True))
+    if len(set(edges)) != size:
+        return "two children of a node hold the same token"
+    if any(not 0 < tree.probs[i] < tree.probs[parent] for i, parent in enumerate(tree.parents) if i):
+        return "probabilities must be positive and fall along every path"
+    if not 0 <= tree.num_required < size:
+        return "num_required must not exceed the number of drafted nodes"
+    return None

@@ -1,0 +1,254 @@
+"""Selection: budget, closure and quotas as properties of random pools; optimality against brute force."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+from numpy.random import Generator
+
+from services.planner.control import draft_depth, draft_width, quota_limit, token_debt
+from services.planner.drafter import Pool
+from services.planner.selection import Demand, Floats, QuotaOrder, Selection, iteration_costs, select
+from services.planner.trees import cut, find_fault, join, split
+
+UNLIMITED = 10**6
+ORDERS: tuple[QuotaOrder, ...] = ("cheapest", "slowest")
+
+
+def random_pool(rng: Generator, size: int, branching: int = 3) -> Pool:
+    """A random tree in BFS order; siblings and cousins are often equally probable, to provoke ties."""
+    pool = Pool()
+    num_children: Counter[int] = Counter()
+    parent = -1
+    for node in range(size):
+        parent = int(rng.choice([p for p in range(parent, node) if num_children[p] < branching]))
+        num_children[parent] += 1
+        pool.tokens.append(node)
+        pool.parents.append(parent)
+        pool.depths.append(pool.depths[parent] + 1 if parent >= 0 else 1)
+        pool.probs.append((pool.probs[parent] if parent >= 0 else 1.0) * float(rng.choice([0.5, rng.uniform(0.05, 0.99)])))
+    return pool
+
+
+def choose(
+    pools: list[Pool],
+    debt: list[float],
+    budget: int,
+    *,
+    max_required: int = UNLIMITED,
+    order: QuotaOrder = "cheapest",
+    cost_ms: Floats | None = None,
+) -> Selection:
+    most = np.full(len(pools), 100.0)
+    demand = Demand(debt=np.array(debt, dtype=np.float64), most=most)
+    return select(join(pools), demand, budget, max_required=max_required, order=order, cost_ms=cost_ms)
+
+
+def expected(pools: list[Pool], chosen: list[int]) -> list[float]:
+    """Expected tokens per request, root included."""
+    picked = split(chosen, pools)
+    return [1 + sum(pool.probs[node] for node in nodes) for pool, nodes in zip(pools, picked, strict=True)]
+
+
+def is_closed(pool: Pool, nodes: list[int]) -> bool:
+    return all(pool.parents[node] in nodes or pool.parents[node] == -1 for node in nodes)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("seed", range(40))
+def test_any_selection_is_trees_within_the_budget(seed: int, order: QuotaOrder) -> None:
+    rng = np.random.default_rng(seed)
+    pools = [random_pool(rng, int(rng.integers(0, 12))) for _ in range(int(rng.integers(1, 9)))]
+    debt = [max(1.0, float(rng.uniform(-2, 8))) for _ in pools]
+    budget = int(rng.integers(0, 40))
+    costs = iteration_costs(((1, 10.0), (8, 11.0), (64, 30.0)), len(pools), budget) if seed % 2 else None
+    result = choose(pools, debt, budget, max_required=int(rng.integers(1, 9)), order=order, cost_ms=costs)
+    assert len(result.chosen) <= budget
+    assert len(set(result.chosen.tolist())) == len(result.chosen)
+    if costs is None:
+        assert len(result.chosen) == min(budget, sum(len(pool) for pool in pools))
+    for pool, nodes, num_required in zip(pools, split(result.chosen.tolist(), pools), result.num_required, strict=True):
+        assert is_closed(pool, nodes)
+        assert num_required <= len(nodes)
+        tree = cut(pool, nodes, request_id="r", root=7, length=3, num_required=int(num_required))
+        assert find_fault(tree) is None
+
+
+def closed_subsets(pool: Pool) -> list[tuple[int, float]]:
+    """(size, expected tokens) of every ancestor-closed subset."""
+    found = []
+    for size in range(len(pool) + 1):
+        for nodes in combinations(range(len(pool)), size):
+            if is_closed(pool, list(nodes)):
+                found.append((size, 1 + sum(pool.probs[node] for node in nodes)))
+    return found
+
+
+def best_by_brute_force(pools: list[Pool], debt: list[float], budget: int) -> float | None:
+    """The most expected tokens of all trees that pay every debt within the budget; None if there are none."""
+    best = None
+    for choice in product(*(closed_subsets(pool) for pool in pools)):
+        if sum(size for size, _ in choice) <= budget and all(
+            gain >= owed - 1e-12 for (_, gain), owed in zip(choice, debt, strict=True)
+        ):
+            best = max(best or 0.0, sum(gain for _, gain in choice))
+    return best
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_selection_is_algorithm_1_on_small_trees(order: QuotaOrder) -> None:
+    rng = np.random.default_rng(5)
+    outcomes = {True: 0, False: 0}
+    for _ in range(60):
+        pools = [random_pool(rng, int(rng.integers(1, 6)), branching=2) for _ in range(3)]
+        debt = [max(1.0, float(rng.uniform(0.5, 2.2))) for _ in pools]
+        budget = int(rng.integers(0, 10))
+        best = best_by_brute_force(pools, debt, budget)
+        result = choose(pools, debt, budget, order=order)
+        assert (result.num_unmet == 0) == (best is not None)
+        outcomes[best is not None] += 1
+        if best is not None:
+            gains = expected(pools, result.chosen.tolist())
+            assert sum(gains) == pytest.approx(best)
+            assert all(gain >= owed - 1e-8 for gain, owed in zip(gains, debt, strict=True))
+    assert min(outcomes.values()) > 5
+
+
+def test_cheapest_order_pays_as_many_debts_as_brute_force_can() -> None:
+    rng = np.random.default_rng(11)
+    slowest_lost = 0
+    for _ in range(60):
+        pools = [random_pool(rng, 6) for _ in range(4)]
+        debt = [float(rng.uniform(1.1, 2.5)) for _ in pools]
+        budget = int(rng.integers(1, 12))
+        costs = [
+            min((size for size, gain in closed_subsets(p) if gain >= owed), default=99)
+            for p, owed in zip(pools, debt, strict=True)
+        ]
+        most = max(count for count in range(5) for some in combinations(costs, count) if sum(some) <= budget)
+        assert 4 - choose(pools, debt, budget).num_unmet == most
+        slowest_lost += 4 - choose(pools, debt, budget, order="slowest").num_unmet < most
+    assert slowest_lost > 5
+
+
+def test_a_quota_never_shrinks_as_the_debt_grows() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        pools = [random_pool(rng, 12)]
+        quotas = [int(choose(pools, [debt], 12).num_required[0]) for debt in np.linspace(1, 8, 50)]
+        assert quotas == sorted(quotas)
+        assert quotas[0] == 0
+        assert quotas[-1] == 12
+
+
+CHAIN = Pool(tokens=[5, 6, 7], parents=[-1, 0, 1], depths=[1, 2, 3], probs=[0.8, 0.6, 0.4])
+STAR = Pool(tokens=[1, 2, 3], parents=[-1, -1, -1], depths=[1, 1, 1], probs=[0.5, 0.3, 0.1])
+
+
+def test_the_papers_worked_example() -> None:
+    """Figure 5, whose debts leave the root out: 0.6 and 0.8 there are 1.6 and 1.8 here; a budget of 8 holds 2 roots."""
+    first = Pool(tokens=[1, 3, 4, 5], parents=[-1, 0, 0, 1], depths=[1, 2, 2, 3], probs=[0.7, 0.42, 0.2, 0.294])
+    second = Pool(tokens=[1, 2, 3], parents=[-1, -1, 0], depths=[1, 1, 2], probs=[0.5, 0.4, 0.35])
+    result = choose([first, second], [1.6, 1.8], 6)
+    assert result.num_required.tolist() == [1, 2]
+    assert split(result.chosen.tolist(), [first, second]) == [[0, 1, 3], [0, 1, 2]]
+
+
+def test_the_root_counts_as_one_token() -> None:
+    assert choose([CHAIN], [1.0], 0).num_unmet == 0
+    assert choose([CHAIN], [1.0], 3).num_required.tolist() == [0]
+    assert choose([CHAIN], [1.8], 3).num_required.tolist() == [1]
+    assert choose([CHAIN], [1.81], 3).num_required.tolist() == [2]
+
+
+def test_no_requests_and_no_candidates_select_nothing() -> None:
+    for result in (choose([], [], 5), choose([Pool(), Pool()], [3.0, 1.0], 5)):
+        assert result.chosen.tolist() == []
+    assert choose([Pool(), Pool()], [3.0, 1.0], 5).num_unmet == 1
+
+
+def test_a_budget_below_the_number_of_requests_serves_some() -> None:
+    result = choose([CHAIN] * 4, [1.5] * 4, 2)
+    assert result.num_required.tolist() == [1, 1, 0, 0]
+    assert result.num_unmet == 2
+    assert choose([CHAIN] * 4, [1.5] * 4, -3).chosen.tolist() == []
+
+
+def test_a_quota_beyond_the_pool_takes_the_pool() -> None:
+    result = choose([STAR, CHAIN], [50.0, 1.0], 6)
+    assert result.num_required.tolist() == [3, 0]
+    assert result.num_unmet == 1
+
+
+def test_a_quota_that_the_budget_does_not_cover_is_granted_in_part() -> None:
+    assert choose([CHAIN, STAR], [2.4, 1.8], 3, order="slowest").num_required.tolist() == [2, 1]
+
+
+def test_one_request_cannot_take_the_budget_of_all_for_its_slo() -> None:
+    assert choose([CHAIN, STAR], [9.0, 1.5], 3, max_required=2, order="slowest").num_required.tolist() == [2, 1]
+
+
+def test_the_cap_on_a_debt_is_what_an_iteration_can_yield() -> None:
+    demand = Demand(debt=np.array([9.0]), most=np.array([1.5]))
+    result = select(join([CHAIN]), demand, 3, max_required=9, order="cheapest")
+    assert result.num_required.tolist() == [1]
+    assert result.num_unmet == 1
+
+
+def test_the_stop_rule_leaves_nodes_that_cost_more_than_they_bring() -> None:
+    flat, steep = ((1, 10.0), (64, 10.1)), ((1, 10.0), (64, 640.0))
+    assert len(choose([CHAIN], [1.0], 3, cost_ms=iteration_costs(flat, 1, 3)).chosen) == 3
+    assert len(choose([CHAIN], [1.0], 3, cost_ms=iteration_costs(steep, 1, 3)).chosen) == 0
+    assert len(choose([CHAIN], [2.4], 3, cost_ms=iteration_costs(steep, 1, 3)).chosen) == 2, "debts are paid at any price"
+
+
+def test_the_stop_rule_finds_the_best_count_of_all() -> None:
+    rng = np.random.default_rng(9)
+    for _ in range(30):
+        pools = [random_pool(rng, 8) for _ in range(3)]
+        points = ((1, 10.0), (8, float(rng.uniform(10, 12))), (16, float(rng.uniform(12, 30))), (64, 80.0))
+        costs = iteration_costs(points, 3, 24)
+        rates = []
+        for budget in range(25):
+            chosen = choose(pools, [1.0] * 3, budget).chosen.tolist()
+            rates.append(sum(expected(pools, chosen)) / costs[budget])
+        assert len(choose(pools, [1.0] * 3, 24, cost_ms=costs).chosen) == int(np.argmax(rates))
+
+
+def test_64_requests_with_64_candidates_each_are_selected_in_2_ms() -> None:
+    rng = np.random.default_rng(1)
+    pools = [random_pool(rng, 64) for _ in range(64)]
+    candidates = join(pools)
+    demand = Demand(debt=rng.uniform(1, 6, 64), most=np.full(64, 9.0))
+    costs = iteration_costs(((1, 30.0), (512, 150.0)), 64, 512)
+    times = []
+    for _ in range(15):
+        start = time.perf_counter()
+        select(candidates, demand, 512, max_required=9, order="cheapest", cost_ms=costs)
+        times.append(time.perf_counter() - start)
+    assert statistics.median(times) < 0.008, "2 ms on an idle core; the bound allows for a busy machine"
+
+
+@pytest.mark.parametrize(
+    ("num_requests", "depth", "width"), [(8, 8, 3), (32, 8, 3), (40, 8, 2), (64, 7, 1), (1, 8, 3), (900, 4, 1)]
+)
+def test_depth_and_width_follow_the_papers_settings(num_requests: int, depth: int, width: int) -> None:
+    """Llama-70B's settings of the artifact: B1 = 512 with roots, B2 = 96, depth 4..8, width up to 3, c1 = c2 = 0."""
+    assert draft_depth(512 - num_requests, num_requests, offset=0, least=4, most=8) == depth
+    assert draft_width(96, num_requests, offset=0, most=3) == width
+
+
+def test_debt_is_what_the_schedule_lacks() -> None:
+    assert token_debt(0.0, 100.0, 50.0, 0) == 2.0
+    assert token_debt(400.0, 100.0, 50.0, 8) == 2.0
+    assert token_debt(400.0, 100.0, 50.0, 20) == 1.0
+    assert token_debt(1e9, 100.0, None, 0) == 1.0
+
+
+def test_quota_limit_is_a_share_and_never_zero() -> None:
+    assert [quota_limit(100, 10), quota_limit(3, 10), quota_limit(0, 0)] == [12, 1, 1]
