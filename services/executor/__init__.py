@@ -1,0 +1,1 @@
+"""The executor: weights, KV pages, adapters and one device; runs the fused iteration."""

@@ -1,0 +1,215 @@
+"""The executor's actor: messages in, iterations, messages out. Owns the one thread that touches the device."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from common import subjects
+from common.bus import Bus
+from common.latency import predict_ms
+from common.messages import Admit, Admitted, Cancel, Rejected, TokenChunk
+from common.service import Vitals
+from services.executor.adapter_store import AdapterStore
+from services.executor.config import ExecutorConfig
+from services.executor.engine import Iteration
+from services.executor.load import executor_vitals
+from services.executor.lora import LoraAdapter
+from services.executor.planner_link import PlannerLink
+from services.executor.profile_store import ProfileStore
+from services.executor.startup import make_engine
+from services.executor.training_link import TrainingLink
+
+T = TypeVar("T")
+log = structlog.get_logger()
+
+
+class ExecutorActor:
+    """Serves one base model and its adapters on one device."""
+
+    def __init__(self, config: ExecutorConfig) -> None:
+        self._config = config
+        self._model = config.served_model_name or Path(config.model_dir).resolve().name
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._draining = False
+        self._vitals = Vitals(state="starting")
+        self._iteration_ms = 0.0
+        self._planner = PlannerLink(config.instance_id, self._model, config.tree_wait_ms / 1e3)
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    async def start(self, bus: Bus, tasks: asyncio.TaskGroup) -> None:
+        """Load the model, measure or recall its latency profile, load adapters, then accept work."""
+        self._bus = bus
+        self._engine = await make_engine(self._config, self._model, ProfileStore(bus), self._on_device)
+        self._training = TrainingLink(bus, self._config, self._model, self._engine.training, self._between_iterations)
+        self._adapters = AdapterStore(bus, self._engine.decoder, self._model, self._on_adapter)
+        tasks.create_task(self._adapters.follow())
+        await self._adapters.loaded.wait()
+        await bus.subscribe(subjects.executor_admit(self._config.instance_id), Admit, self._on_admit, concurrent=True)
+        await bus.subscribe(subjects.ALL_CANCELS, Cancel, self._on_cancel)
+        await self._training.start()
+        if self._config.speculation:
+            await self._planner.start(bus, tasks)
+        tasks.create_task(self._run())
+        self._refresh_vitals()
+
+    async def drain(self) -> None:
+        """Refuse new work, finish running requests within the grace, then end the rest with an error."""
+        self._draining = True
+        self._refresh_vitals()
+        await self._between_iterations(self._engine.training.close_all)
+        try:
+            async with asyncio.timeout(self._config.drain_grace_s):
+                while self._engine.sequences:
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            await self._send(await self._between_iterations(self._engine.release_all))
+
+    def vitals(self) -> Vitals:
+        """State and load as of the last iteration."""
+        return self._vitals
+
+    # --- messages --------------------------------------------------------------------------------------------------
+
+    async def _on_admit(self, message: Admit) -> Admitted | Rejected:
+        request = message.request
+        if self._draining:
+            return Rejected(reason="draining", message="this executor is shutting down", retry_after_ms=1000)
+        adapter = None if request.model == self._model else request.model
+        refusal = await self._between_iterations(lambda: self._engine.submit(request, adapter, message.first_token_due_at))
+        return refusal or Admitted(request_id=request.request_id, executor_id=self._config.instance_id)
+
+    async def _on_cancel(self, message: Cancel) -> None:
+        def cancel() -> None:
+            chunk = self._engine.cancel(message.request_id)
+            if chunk is not None:
+                self._bus.spawn(self._send([chunk]))
+
+        self._post(cancel)
+
+    def _on_adapter(self, name: str, adapter: LoraAdapter | None) -> None:
+        def change() -> None:
+            if adapter is None:
+                self._engine.adapters.pop(name, None)
+            else:
+                self._engine.adapters[name] = adapter
+
+        self._post(change)
+
+    # --- iterations ------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        """Iterate while there is work; between iterations apply what came in."""
+        while True:
+            self._apply_inbox()
+            if not self._engine.has_work:
+                self._refresh_vitals()
+                self._idle.set()
+                self._wake.clear()
+                if not self._inbox:
+                    await self._wake.wait()
+                continue
+            try:
+                await self._iterate()
+            except (RuntimeError, FloatingPointError, MemoryError) as error:
+                log.exception("iteration.failed", error=str(error))
+                self._engine.counters["failed_iterations"] += 1
+                await self._send(self._engine.release_all())
+
+    async def _iterate(self) -> None:
+        iteration = await self._on_device(self._engine.forward_pass)
+        await self._send(iteration.chunks)
+        await self._report(iteration)
+        self._apply_inbox()
+        await self._training.publish(await self._on_device(self._engine.backward_pass))
+        elapsed_ms = self._engine.end_iteration()
+        self._iteration_ms += 0.2 * (elapsed_ms - self._iteration_ms)
+        self._note(iteration, elapsed_ms)
+        trees = await self._planner.trees(iteration.number)
+        self._apply_inbox()
+        if trees is not None:
+            self._engine.set_trees(trees)
+        self._refresh_vitals()
+
+    async def _report(self, iteration: Iteration) -> None:
+        decoding = [sequence for sequence in self._engine.sequences.values() if sequence.is_decoding]
+        closed = tuple(chunk.request_id for chunk in iteration.chunks if chunk.finish_reason)
+        if not decoding and not closed:
+            return
+        opened = tuple(s.opened() for s in decoding) if self._planner.takes_reopening() else iteration.opened
+        profile = self._engine.profile
+        known = {sequence.request_id for sequence in opened}
+        await self._planner.report(
+            iteration.number,
+            opened=opened,
+            closed=closed,
+            progress=tuple(step for step in iteration.progress if step.request_id not in known),
+            token_budget=min(self._config.max_draft_tokens, self._config.max_batch_tokens - len(decoding)),
+            base_tokens=len(decoding),
+            iteration_ms=max(self._iteration_ms, predict_ms(profile, len(decoding))),
+            latency=profile,
+        )
+
+    def _note(self, iteration: Iteration, elapsed_ms: float) -> None:
+        if self._config.log_iterations:
+            log.info(
+                "iteration",
+                number=iteration.number,
+                decode=iteration.decode_tokens,
+                draft=iteration.draft_tokens,
+                prefill=iteration.prefill_tokens,
+                finetune=iteration.finetune_tokens,
+                backward=iteration.backward_tokens,
+                ms=round(elapsed_ms, 2),
+                planned_ms=round(iteration.planned_ms, 2),
+                limit_ms=round(iteration.limit_ms, 2),
+            )
+        self._engine.counters["iteration_ms"] += elapsed_ms  # type: ignore[assignment]
+
+    async def _send(self, chunks: tuple[TokenChunk, ...] | list[TokenChunk]) -> None:
+        for chunk in chunks:
+            await self._bus.publish(subjects.stream(chunk.request_id), chunk)
+
+    # --- the device thread -----------------------------------------------------------------------------------------
+
+    async def _on_device(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _post(self, change: Callable[[], None]) -> None:
+        """Apply a change to the engine before its next pass."""
+        self._inbox.append(change)
+        self._wake.set()
+
+    async def _between_iterations(self, change: Callable[[], T]) -> T:
+        """Apply a change to the engine while no pass runs, and return its result."""
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def apply() -> None:
+            if not done.cancelled():
+                done.set_result(change())
+
+        self._post(apply)
+        return await done
+
+    def _apply_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _refresh_vitals(self) -> None:
+        self._vitals = executor_vitals(
+            self._engine,
+            model=self._model,
+            draining=self._draining,
+            gauges={"iteration_ms": self._iteration_ms, "planner_turnaround_ms": self._planner.mean_turnaround_ms},
+        )

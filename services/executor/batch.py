@@ -1,0 +1,135 @@
+"""The frozen ragged batch of one iteration: decode roots, draft trees, prefill chunks and training windows side by side.
+
+Where the scheduler's ints meet the engine's tensors. Knows rows, slots and adapters, not requests or SLOs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from kernels.ops import AttentionSegment
+from services.executor.lora import LoraAdapter
+from services.executor.tape import ActivationTape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Consecutive rows of one sequence. `context_slots` hold its committed keys, `slots` are where its own rows go.
+
+    `parents` (draft trees) makes a row see its ancestors only; None is a causal run. `tape` and `tape_start` are set for
+    training windows. `wants_logits` selects all rows, the last one or none.
+    """
+
+    tokens: Seq[int]
+    positions: Seq[int]
+    context_slots: Seq[int]
+    slots: Seq[int]
+    adapter: LoraAdapter | None = None
+    parents: Seq[int] | None = None
+    wants_logits: str = "none"
+    tape: ActivationTape | None = None
+    tape_start: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingRows:
+    """Rows [start, end) of the batch are positions tape_start.. of a training sequence."""
+
+    start: int
+    end: int
+    tape: ActivationTape
+    tape_start: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterRows:
+    """Rows [start, end) of the batch share an adapter."""
+
+    start: int
+    end: int
+    adapter: LoraAdapter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """T rows; `starts[i]` is the first row of segment i; `logit_rows` are the rows whose logits are needed."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    attention: tuple[AttentionSegment, ...]
+    adapters: tuple[AdapterRows, ...]
+    training: tuple[TrainingRows, ...]
+    logit_rows: Tensor
+    starts: tuple[int, ...]
+
+    def apply_adapters(self, layer: int, module: str, y_TO: Tensor, x_TI: Tensor) -> None:
+        """Add each adapter's low-rank update to its rows of `y_TO`, in place."""
+        for rows in self.adapters:
+            rows.adapter.apply(layer, module, y_TO[rows.start : rows.end], x_TI[rows.start : rows.end])
+
+    def save(self, layer: int, **activations: Tensor) -> None:
+        """Copy the training rows of a layer's activations into their tapes."""
+        for rows in self.training:
+            for name, tensor in activations.items():
+                rows.tape.save(layer, name, rows.tape_start, tensor[rows.start : rows.end])
+
+
+def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:
+    """The batch of these segments, in their order; neighbours with the same adapter share its launches."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    starts: list[int] = []
+    logit_rows: list[int] = []
+    attention: list[AttentionSegment] = []
+    adapters: list[AdapterRows] = []
+    training: list[TrainingRows] = []
+    for segment in segments:
+        start = len(tokens)
+        tokens += segment.tokens
+        positions += segment.positions
+        slots += segment.slots
+        end = len(tokens)
+        starts.append(start)
+        attention.append(_attention(segment, start, end, device))
+        if segment.adapter is not None:
+            adapters = _joined(adapters, AdapterRows(start=start, end=end, adapter=segment.adapter))
+        if segment.tape is not None:
+            training.append(TrainingRows(start=start, end=end, tape=segment.tape, tape_start=segment.tape_start))
+        logit_rows += {"all": range(start, end), "last": range(end - 1, end), "none": ()}[segment.wants_logits]
+    return Batch(
+        tokens_T=torch.tensor(tokens, dtype=torch.int64, device=device),
+        positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
+        slots_T=torch.tensor(slots, dtype=torch.int64, device=device),
+        attention=tuple(attention),
+        adapters=tuple(adapters),
+        training=tuple(training),
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+        starts=tuple(starts),
+    )
+
+
+def ancestor_mask(parents: Seq[int]) -> Tensor:
+    """Bool [n, n]: row i may see node j iff j is i or an ancestor of i; parents precede their children."""
+    mask = torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            mask[node] |= mask[parent]
+    return mask
+
+
+def _attention(segment: Segment, start: int, end: int, device: torch.device) -> AttentionSegment:
+    keys = torch.tensor([*segment.context_slots, *segment.slots], dtype=torch.int64, device=device)
+    mask = None if segment.parents is None else ancestor_mask(segment.parents).to(device)
+    return AttentionSegment(start=start, end=end, slots_L=keys, mask_nn=mask)
+
+
+def _joined(rows: list[AdapterRows], new: AdapterRows) -> list[AdapterRows]:
+    if rows and rows[-1].adapter is new.adapter and rows[-1].end == new.start:
+        return [*rows[:-1], AdapterRows(start=rows[-1].start, end=new.end, adapter=new.adapter)]
+    return [*rows, new]

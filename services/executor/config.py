@@ -1,0 +1,54 @@
+"""Settings of an executor."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from common.config import ServiceConfig, require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExecutorConfig(ServiceConfig):
+    """One device, one base model."""
+
+    model_dir: str
+    """Hugging Face folder with safetensors weights."""
+    served_model_name: str | None = None
+    """The base model's name in requests; default: the folder's name."""
+    device: str = "cpu"
+    dtype: str = "auto"
+    """auto, bfloat16, float16 or float32."""
+    threads: int = 0
+    """Threads of one operation on a CPU; 0: all cores."""
+    page_size: int = 16
+    """Tokens per KV page."""
+    kv_cache_tokens: int = 32768
+    """Size of the KV pool; three quarters of it bound a single request."""
+    max_model_len: int = 8192
+    max_sequences: int = 256
+    max_batch_tokens: int = 1024
+    max_tree_nodes: int = 64
+    """Draft nodes that one request may send into an iteration."""
+    max_draft_tokens: int = 64
+    """Draft nodes of all requests in one iteration (AdaServe's budget B)."""
+    speculation: bool = True
+    tree_wait_ms: float = 8.0
+    """Longest that an iteration waits for its draft trees; a late tree costs only itself."""
+    finetune_weight: float = 0.25
+    min_finetune_share: float = 0.1
+    max_iteration_ms: float = 250.0
+    idle_iteration_ms: float = 120.0
+    max_jobs: int = 4
+    drain_grace_s: float = 20.0
+    log_iterations: bool = True
+    """One log line per iteration: its tokens by kind and its latency."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("page_size", "kv_cache_tokens", "max_model_len", "max_sequences", "max_batch_tokens", "max_jobs"):
+            require(getattr(self, field) > 0, field, "be positive")
+        require(
+            self.max_tree_nodes >= 0 and self.max_draft_tokens >= 0, "max_tree_nodes and max_draft_tokens", "not be negative"
+        )
+        require(self.tree_wait_ms >= 0, "tree_wait_ms", "not be negative")
+        require(0 <= self.min_finetune_share < 1, "min_finetune_share", "be in [0, 1)")

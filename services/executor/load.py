@@ -1,0 +1,48 @@
+"""What an executor tells the fleet about its load. Knows the engine's counts, not the bus."""
+
+from __future__ import annotations
+
+from common.messages import ExecutorLoad
+from common.service import Vitals
+from services.executor.engine import Engine
+
+
+def executor_vitals(engine: Engine, *, model: str, draining: bool, gauges: dict[str, float]) -> Vitals:
+    """The vitals of this moment; call it while no pass runs."""
+    load = executor_load(engine, model)
+    own = {
+        "num_running": load.num_running,
+        "num_waiting": load.num_waiting,
+        "free_pages": load.free_pages,
+        "pages_in_use": engine.pages.num_pages - engine.pages.num_free,
+        "pages_allocated": engine.pages.num_allocated,
+        "pages_freed": engine.pages.num_freed,
+        "jobs": engine.training.num_jobs,
+    }
+    return Vitals(
+        state="draining" if draining else "ready",
+        counters={name: float(count) for name, count in engine.counters.items()},
+        gauges=gauges | {name: float(value) for name, value in own.items()},
+        executor=load,
+    )
+
+
+def executor_load(engine: Engine, model: str) -> ExecutorLoad:
+    """What admission needs to choose an executor."""
+    sequences = list(engine.sequences.values())
+    decoding = [sequence for sequence in sequences if sequence.is_decoding]
+    waiting = [sequence for sequence in sequences if not sequence.is_decoding]
+    return ExecutorLoad(
+        model=model,
+        adapters=tuple(engine.adapters),
+        max_model_len=engine.max_model_len,
+        page_size=engine.pages.page_size,
+        num_pages=engine.pages.num_pages,
+        free_pages=engine.pages.num_free,
+        num_running=len(decoding),
+        num_waiting=len(waiting),
+        waiting_prefill_tokens=sum(sequence.num_uncomputed for sequence in waiting),
+        context_tokens=sum(sequence.num_computed for sequence in decoding),
+        promised_tpot_ms=tuple(s.request.slo.tpot_ms for s in sequences if s.request.slo.tpot_ms is not None),
+        latency=engine.profile,
+    )

@@ -1,0 +1,101 @@
+"""Safetensors folder to Decoder. Knows Hugging Face's tensor names; does not import transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from services.executor.model import Decoder, LayerWeights
+from services.executor.model_config import ModelConfig, UnsupportedModelError, read_model_config
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """`auto` is the checkpoint's type where the device computes in it natively, else float32.
+
+    Raises ValueError for an unknown name.
+    """
+    if name != "auto":
+        if name not in DTYPES:
+            raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {name}")
+        return DTYPES[name]
+    wanted = DTYPES.get(config.torch_dtype, torch.float32)
+    if device.type != "cpu":
+        return wanted
+    return torch.bfloat16 if wanted != torch.float32 and torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """The decoder in `folder`, its projections fused.
+
+    Raises UnsupportedModelError for a corrupt, partial or unsupported folder, naming file or tensor.
+    """
+    config = read_model_config(folder)
+    weights = _Weights(folder, dtype, device)
+    layers = [_load_layer(weights, f"model.layers.{i}.", config) for i in range(config.num_layers)]
+    embedding = weights.get("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    head = embedding if config.tie_word_embeddings else weights.get("lm_head.weight", config.vocab_size, config.hidden_size)
+    return Decoder(config, embedding, layers, weights.get("model.norm.weight", config.hidden_size), head)
+
+
+def _load_layer(weights: _Weights, prefix: str, config: ModelConfig) -> LayerWeights:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, k, v = config.qkv_sizes
+    attention = prefix + "self_attn."
+    biases = None
+    if weights.has(attention + "q_proj.bias"):
+        biases = [weights.get(f"{attention}{name}_proj.bias", size) for name, size in (("q", q), ("k", k), ("v", v))]
+    return LayerWeights(
+        input_norm_H=weights.get(prefix + "input_layernorm.weight", hidden),
+        qkv_OH=torch.cat(
+            [weights.get(f"{attention}{name}_proj.weight", size, hidden) for name, size in (("q", q), ("k", k), ("v", v))]
+        ),
+        qkv_bias_O=None if biases is None else torch.cat(biases),
+        o_HO=weights.get(attention + "o_proj.weight", hidden, q),
+        post_norm_H=weights.get(prefix + "post_attention_layernorm.weight", hidden),
+        gate_up_2FH=torch.cat([weights.get(f"{prefix}mlp.{name}_proj.weight", inner, hidden) for name in ("gate", "up")]),
+        down_HF=weights.get(prefix + "mlp.down_proj.weight", hidden, inner),
+    )
+
+
+class _Weights:
+    """Tensors by name from one or several safetensors files."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._folder = folder
+        self._files: dict[str, Any] = {}
+        for path in _weight_files(folder):
+            try:
+                file: Any = safe_open(path, framework="pt", device="cpu")
+            except (OSError, SafetensorError) as error:
+                raise UnsupportedModelError(f"{path} is not a readable safetensors file: {error}") from error
+            self._files.update(dict.fromkeys(file.keys(), file))
+
+    def has(self, name: str) -> bool:
+        return name in self._files
+
+    def get(self, name: str, *shape: int) -> Tensor:
+        if name not in self._files:
+            raise UnsupportedModelError(f"{self._folder}: tensor {name} is missing")
+        tensor: Tensor = self._files[name].get_tensor(name)
+        if tensor.shape != shape:
+            raise UnsupportedModelError(f"{self._folder}: tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        return tensor.to(self._device, self._dtype)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    raise UnsupportedModelError(f"{folder} has no model.safetensors; convert the model with `heddle convert`")

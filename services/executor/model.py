@@ -1,0 +1,121 @@
+"""The decoder: weights and one forward pass over a ragged batch. Knows tensors, not requests.
+
+Shapes: T rows of the batch, H hidden, N query heads, K kv heads, D head_dim, S cache slots, F intermediate, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import ops
+from services.executor.batch import Batch
+from services.executor.model_config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """Weights of one layer; q, k, v and gate, up are fused row-wise into one matrix each."""
+
+    input_norm_H: Tensor
+    qkv_OH: Tensor
+    qkv_bias_O: Tensor | None
+    o_HO: Tensor
+    post_norm_H: Tensor
+    gate_up_2FH: Tensor
+    down_HF: Tensor
+
+
+class KvCache:
+    """Keys and values of all pages: per layer [S, K, D]; slot = page * page_size + offset."""
+
+    def __init__(self, config: ModelConfig, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.num_layers, num_slots, config.num_kv_heads, config.head_dim)
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = list(self._keys)
+        self.v = list(self._values)
+
+    def move(self, src_slots: Tensor, dst_slots: Tensor) -> None:
+        """Copy whole rows of all layers: cache[dst] = cache[src]."""
+        ops.commit_kv(self.k, self.v, src_slots, dst_slots)
+
+
+class Decoder:
+    """A pre-norm decoder of the Llama family."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding_VH: Tensor,
+        layers: list[LayerWeights],
+        final_norm_H: Tensor,
+        lm_head_VH: Tensor,
+    ) -> None:
+        self.config = config
+        self.embedding_VH = embedding_VH
+        self.layers = layers
+        self.final_norm_H = final_norm_H
+        self.lm_head_VH = lm_head_VH
+        self.dtype = embedding_VH.dtype
+        self.device = embedding_VH.device
+        self.cos_PD, self.sin_PD = _rotary_tables(config, self.dtype, self.device)
+
+    def forward(self, batch: Batch, cache: KvCache) -> Tensor:
+        """Hidden states [T, H] of all rows after the last layer, before the final norm.
+
+        In place: writes keys and values of the rows into `cache`, and activations of training rows into their tapes.
+        """
+        x_TH = F.embedding(batch.tokens_T, self.embedding_VH)
+        cos_TD, sin_TD = self.cos_PD[batch.positions_T], self.sin_PD[batch.positions_T]
+        for layer in range(self.config.num_layers):
+            x_TH = self._layer(layer, x_TH, cos_TD, sin_TD, batch, cache)
+        return x_TH
+
+    def logits(self, hidden_RH: Tensor) -> Tensor:
+        """Logits [R, V] of hidden states that `forward` returned."""
+        normed = ops.rms_norm(hidden_RH, self.final_norm_H, self.config.rms_norm_eps)
+        return F.linear(normed, self.lm_head_VH)
+
+    def _layer(self, layer: int, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, batch: Batch, cache: KvCache) -> Tensor:
+        config, weights = self.config, self.layers[layer]
+        num_rows = x_TH.shape[0]
+        y_TH = ops.rms_norm(x_TH, weights.input_norm_H, config.rms_norm_eps)
+        qkv_TO = F.linear(y_TH, weights.qkv_OH, weights.qkv_bias_O)
+        batch.apply_adapters(layer, "qkv", qkv_TO, y_TH)
+        q_TO, k_TO, v_TO = torch.split(qkv_TO, list(config.qkv_sizes), dim=1)
+        q_TND = ops.rope_and_cache(
+            q_TO.view(num_rows, config.num_heads, config.head_dim),
+            k_TO.view(num_rows, config.num_kv_heads, config.head_dim),
+            v_TO.view(num_rows, config.num_kv_heads, config.head_dim),
+            cos_TD,
+            sin_TD,
+            cache.k[layer],
+            cache.v[layer],
+            batch.slots_T,
+        )
+        out_TND = ops.ragged_attention(q_TND, cache.k[layer], cache.v[layer], batch.attention, config.attention_scale)
+        out_TO = out_TND.reshape(num_rows, -1)
+        o_TH = F.linear(out_TO, weights.o_HO)
+        batch.apply_adapters(layer, "o", o_TH, out_TO)
+        m_TH = x_TH + o_TH
+        z_TH = ops.rms_norm(m_TH, weights.post_norm_H, config.rms_norm_eps)
+        gate_up_T2F = F.linear(z_TH, weights.gate_up_2FH)
+        batch.apply_adapters(layer, "gate_up", gate_up_T2F, z_TH)
+        h_TF = ops.silu_mul(gate_up_T2F)
+        down_TH = F.linear(h_TF, weights.down_HF)
+        batch.apply_adapters(layer, "down", down_TH, h_TF)
+        batch.save(layer, x=x_TH, q=q_TND, m=m_TH, gate_up=gate_up_T2F)
+        return m_TH + down_TH
+
+
+def _rotary_tables(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [max positions, D], halves repeated, computed in fp32."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    angles = torch.outer(torch.arange(config.max_position_embeddings).float(), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype).to(device), angles.sin().to(dtype).to(device)

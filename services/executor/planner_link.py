@@ -1,0 +1,138 @@
+"""The executor's side of speculation: who drafts for it, what it reports, how long it waits for trees. Knows the bus.
+
+An iteration never depends on a planner: without one, or when its trees are late, sequences decode their roots alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import structlog
+
+from common import subjects
+from common.bus import Bus, BusError
+from common.fleet import Fleet
+from common.messages import (
+    Beat,
+    DraftTrees,
+    IterationReport,
+    LatencyProfile,
+    OpenedSequence,
+    PlannerClaim,
+    PlannerGranted,
+    SequenceProgress,
+)
+
+log = structlog.get_logger()
+
+MISSES_UNTIL_IMPATIENT = 3
+"""After this many iterations without trees the link waits no more, until trees arrive again."""
+
+
+class PlannerLink:
+    """Claims a planner, reports iterations to it and collects its trees."""
+
+    def __init__(self, executor_id: str, model: str, max_wait_s: float) -> None:
+        self.planner_id: str | None = None
+        self.mean_turnaround_ms = 0.0
+        self._executor_id = executor_id
+        self._model = model
+        self._max_wait_s = max_wait_s
+        self._fleet = Fleet()
+        self._reopen = False
+        self._reported = 0
+        self._reported_at = 0.0
+        self._misses = 0
+        self._trees: DraftTrees | None = None
+        self._arrived = asyncio.Event()
+
+    async def start(self, bus: Bus, tasks: asyncio.TaskGroup) -> None:
+        """Listen for trees and planners' beats, and keep a planner claimed."""
+        self._bus = bus
+        await bus.subscribe(subjects.executor_trees(self._executor_id), DraftTrees, self._on_trees)
+        await bus.subscribe(subjects.beat("planner", "*"), Beat, self._on_beat)
+        tasks.create_task(self._keep_claimed())
+
+    def takes_reopening(self) -> bool:
+        """Whether the planner is new and must be told all decoding sequences; asked once per claim."""
+        reopen, self._reopen = self._reopen, False
+        return reopen
+
+    async def report(
+        self,
+        iteration: int,
+        *,
+        opened: tuple[OpenedSequence, ...],
+        closed: tuple[str, ...],
+        progress: tuple[SequenceProgress, ...],
+        token_budget: int,
+        base_tokens: int,
+        iteration_ms: float,
+        latency: LatencyProfile,
+    ) -> None:
+        """Tell the planner what an iteration did; it answers with the trees of the next."""
+        if self.planner_id is None:
+            return
+        report = IterationReport(
+            executor_id=self._executor_id,
+            iteration=iteration,
+            opened=opened,
+            closed=closed,
+            progress=progress,
+            token_budget=token_budget,
+            base_tokens=base_tokens,
+            t_spec_ms=iteration_ms + self.mean_turnaround_ms,
+            latency=latency,
+        )
+        self._reported, self._reported_at = iteration, time.perf_counter()
+        self._trees = None
+        self._arrived.clear()
+        await self._bus.publish(subjects.planner_report(self.planner_id), report)
+
+    async def trees(self, iteration: int) -> DraftTrees | None:
+        """The trees that answer the report of this iteration, waiting for them a little; None if they are late."""
+        if self.planner_id is None or self._reported != iteration:
+            return None
+        if self._trees is None and self._misses < MISSES_UNTIL_IMPATIENT:
+            left_s = self._reported_at + self._max_wait_s - time.perf_counter()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), max(left_s, 0.0))
+            except TimeoutError:
+                self._misses += 1
+        return self._trees
+
+    async def _on_trees(self, message: DraftTrees) -> None:
+        self._misses = 0
+        if message.iteration != self._reported or message.planner_id != self.planner_id:
+            return
+        turnaround_ms = (time.perf_counter() - self._reported_at) * 1e3
+        self.mean_turnaround_ms += 0.1 * (turnaround_ms - self.mean_turnaround_ms)
+        self._trees = message
+        self._arrived.set()
+
+    async def _on_beat(self, beat: Beat) -> None:
+        self._fleet.observe(beat, time.monotonic())
+
+    async def _keep_claimed(self) -> None:
+        while True:
+            now = time.monotonic()
+            ready = [beat.instance_id for beat in self._fleet.alive("planner", now) if beat.state == "ready"]
+            if self.planner_id is not None and self.planner_id not in ready:
+                log.warning("planner.lost", planner=self.planner_id)
+                self.planner_id = None
+            if self.planner_id is None and ready:
+                await self._claim()
+            await asyncio.sleep(0.25)
+
+    async def _claim(self) -> None:
+        claim = PlannerClaim(executor_id=self._executor_id, model=self._model)
+        try:
+            granted = await self._bus.request(subjects.CLAIM, claim, PlannerGranted, timeout_s=1.0)
+        except BusError as error:
+            log.warning("planner.claim_failed", error=str(error))
+            return
+        if not self._fleet.is_alive("planner", granted.planner_id, time.monotonic()):
+            return
+        self.planner_id, self._reopen, self._misses = granted.planner_id, True, 0
+        log.info("planner.claimed", planner=granted.planner_id)

@@ -1,0 +1,110 @@
+"""The token state of the requests inside an executor. Knows tokens, pages and times, not tensors or the bus."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from common.messages import DraftTree, FinishReason, InferenceRequest, OpenedSequence, Usage
+from services.executor.lora import LoraAdapter
+from services.executor.pages import PageTable
+from services.executor.scheduler import SequenceView
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """One running request. The KV of tokens[:num_computed] is valid; the rest is to be computed, the last token included.
+
+    A preempted sequence has num_computed 0 and an empty table, and is computed again with all tokens it has.
+    """
+
+    request: InferenceRequest
+    tokens: list[int]
+    table: PageTable
+    adapter: LoraAdapter | None
+    stop_ids: frozenset[int]
+    first_token_due_at: float | None
+    num_output: int
+    num_computed: int = 0
+    next_seq: int = 0
+    first_token_at: float | None = None
+    num_first: int = 0
+    tree: DraftTree | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    verify_steps: int = 0
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens without valid KV; at least one, as the last token's logits are always still needed."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the last token, a generated one, is left to compute."""
+        return self.num_uncomputed == 1 and self.first_token_at is not None
+
+    @property
+    def remaining_output(self) -> int:
+        """Output tokens that may still come."""
+        return self.request.max_tokens - self.num_output
+
+    def decode_ms(self, now: float) -> float:
+        """Time since the first token (AdaServe's l)."""
+        return 0.0 if self.first_token_at is None else max(0.0, (now - self.first_token_at) * 1e3)
+
+    def view(self, now: float) -> SequenceView:
+        """What the scheduler sees."""
+        tree = self.tree if self.is_decoding else None
+        return SequenceView(
+            request_id=self.request_id,
+            num_uncomputed=self.num_uncomputed,
+            is_decoding=self.is_decoding,
+            context_tokens=self.num_computed,
+            arrived_at=self.request.arrived_at,
+            num_decoded=self.num_output - self.num_first,
+            max_remaining=max(1, self.remaining_output),
+            decode_ms=self.decode_ms(now),
+            tpot_ms=self.request.slo.tpot_ms,
+            first_token_due_at=self.first_token_due_at,
+            tree_probs=() if tree is None else tree.probs[1:],
+            num_required=0 if tree is None else tree.num_required,
+        )
+
+    def commit(self, tokens: tuple[int, ...], now: float) -> FinishReason | None:
+        """Append drawn tokens up to the first that ends the request; returns why it ended, if it did."""
+        if self.first_token_at is None:
+            self.first_token_at, self.num_first = now, self.num_output + 1
+        for token in tokens:
+            self.tokens.append(token)
+            self.num_output += 1
+            if token in self.stop_ids:
+                return "stop"
+            if self.remaining_output <= 0:
+                return "length"
+        return None
+
+    def opened(self) -> OpenedSequence:
+        """How a planner gets to know this sequence."""
+        return OpenedSequence(
+            request_id=self.request_id,
+            tokens=tuple(self.tokens),
+            num_output=self.num_output,
+            max_output=self.request.max_tokens,
+            tpot_ms=self.request.slo.tpot_ms,
+        )
+
+    def usage(self, now: float) -> Usage:
+        """Counts for the final chunk."""
+        return Usage(
+            prompt_tokens=len(self.request.prompt_tokens) - self.request.num_generated,
+            completion_tokens=self.num_output,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
+            verify_steps=self.verify_steps,
+            decode_ms=self.decode_ms(now),
+        )

@@ -1,0 +1,187 @@
+"""The finetuning jobs inside an executor: which windows ride in the next pass, on whose pages. Knows no bus and no SLO."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import torch
+from torch import Tensor
+
+from common.messages import TrainingSlice
+from services.executor.batch import Segment
+from services.executor.finetune import FinetuneJob, StepResult, TrainingDivergedError
+from services.executor.model import Decoder, KvCache
+from services.executor.pages import PageAllocator, PageTable
+from services.executor.scheduler import JobView
+from services.executor.training_sequence import InvalidSliceError, TrainingSequence
+
+MAX_POOL_SHARE = 0.25
+"""Training sequences hold at most this share of the pages, so that inference is never starved of them."""
+MAX_QUEUED_SLICES = 64
+
+
+class TooManySlicesError(Exception):
+    """The job's queue is full: send on when a step is done."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingEvent:
+    """A finished optimizer step, or (`failure`) the end of a job that cannot go on."""
+
+    job_id: str
+    lease: int
+    step: StepResult | None = None
+    elapsed_ms: float = 0.0
+    failure: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Window:
+    """Rows of a job's sequence that ride in one forward pass."""
+
+    sequence: TrainingSequence
+    start: int
+    segment: Segment
+
+
+@dataclasses.dataclass(eq=False)
+class _Entry:
+    job: FinetuneJob
+    lease: int
+    table: PageTable
+    num_queued: int = 0
+    step_started_at: float = dataclasses.field(default_factory=time.perf_counter)
+
+
+class Training:
+    """Jobs by id. A job holds pages for the one sequence that it works on."""
+
+    def __init__(self, decoder: Decoder, cache: KvCache, pages: PageAllocator) -> None:
+        self.decoder = decoder
+        self.cache = cache
+        self._pages = pages
+        self._entries: dict[str, _Entry] = {}
+
+    @property
+    def num_jobs(self) -> int:
+        """Jobs that are open."""
+        return len(self._entries)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some job could use the next iteration."""
+        return bool(self.views())
+
+    def lease(self, job_id: str) -> int | None:
+        """The lease that a job was opened with; None for unknown jobs."""
+        entry = self._entries.get(job_id)
+        return None if entry is None else entry.lease
+
+    def job(self, job_id: str) -> FinetuneJob:
+        """An open job."""
+        return self._entries[job_id].job
+
+    def open(self, job: FinetuneJob, lease: int) -> None:
+        """Hold a job, in place of what was held of it under an older lease."""
+        self.close(job.job_id)
+        self._entries[job.job_id] = _Entry(job, lease, self._pages.table())
+
+    def close(self, job_id: str) -> None:
+        """Forget a job and free its pages; unknown jobs are fine."""
+        entry = self._entries.pop(job_id, None)
+        if entry is not None:
+            self._pages.release(entry.table)
+
+    def close_all(self) -> None:
+        """Forget all jobs."""
+        for job_id in list(self._entries):
+            self.close(job_id)
+
+    def accept(self, item: TrainingSlice) -> None:
+        """Queue a slice of an open job; one that came before is ignored.
+
+        Raises InvalidSliceError (also for a sequence that the page pool cannot hold) or TooManySlicesError.
+        """
+        entry = self._entries[item.job_id]
+        if self._pages.missing(self._pages.table(), len(item.tokens)) > MAX_POOL_SHARE * self._pages.num_pages:
+            raise InvalidSliceError(f"tokens: {len(item.tokens)} do not fit into the training share of the KV cache")
+        if entry.num_queued >= MAX_QUEUED_SLICES:
+            raise TooManySlicesError(f"{entry.num_queued} slices of job {item.job_id} are waiting")
+        entry.num_queued += entry.job.accept(item)
+
+    def views(self) -> list[JobView]:
+        """Jobs that can use the next iteration, for the scheduler."""
+        views = []
+        for job_id, entry in self._entries.items():
+            sequence = self._current(entry)
+            if sequence is not None:
+                left = sequence.num_rows - sequence.num_forwarded
+                views.append(JobView(job_id=job_id, forward_tokens=left, is_backward=sequence.is_forwarded))
+        return views
+
+    def windows(self, forward: dict[str, int]) -> list[Window]:
+        """The windows of a plan's training tokens."""
+        windows = []
+        for job_id, num_tokens in forward.items():
+            entry = self._entries[job_id]
+            sequence = self._current(entry)
+            assert sequence is not None
+            start = sequence.num_forwarded
+            end = min(start + num_tokens, sequence.num_rows)
+            segment = Segment(
+                tokens=sequence.tokens[start:end],
+                positions=range(start, end),
+                context_slots=entry.table.slots(0, start),
+                slots=entry.table.slots(start, end),
+                adapter=entry.job.adapter,
+                tape=sequence.tape,
+                tape_start=start,
+            )
+            windows.append(Window(sequence=sequence, start=start, segment=segment))
+        return windows
+
+    def head(self, window: Window, hidden_WH: Tensor) -> None:
+        """Loss and its gradient for a window that was forwarded."""
+        window.sequence.head(hidden_WH, window.start)
+
+    def backward(self, plan: dict[str, int]) -> list[TrainingEvent]:
+        """Go back through a plan's share of each job; steps that end are reported, jobs that diverge are closed."""
+        events = []
+        for job_id, num_tokens in plan.items():
+            entry = self._entries.get(job_id)
+            if entry is None or entry.job.current is None or not entry.job.current.is_forwarded:
+                continue
+            try:
+                result = entry.job.backward(num_tokens)
+            except TrainingDivergedError as error:
+                self.close(job_id)
+                events.append(TrainingEvent(job_id=job_id, lease=entry.lease, failure=str(error)))
+                continue
+            if result.finished is not None:
+                self._pages.release(entry.table)
+                entry.num_queued -= 1
+            if result.step is not None:
+                now = time.perf_counter()
+                elapsed_ms, entry.step_started_at = (now - entry.step_started_at) * 1e3, now
+                events.append(TrainingEvent(job_id=job_id, lease=entry.lease, step=result.step, elapsed_ms=elapsed_ms))
+        return events
+
+    def _current(self, entry: _Entry) -> TrainingSequence | None:
+        """The sequence in work, if pages for all of it could be had within training's share."""
+        sequence = entry.job.start_next()
+        if sequence is None or len(sequence.slots_T) == sequence.num_rows:
+            return sequence
+        if not self._try_reserve(entry, sequence.num_rows):
+            return None
+        slots = entry.table.slots(0, sequence.num_rows)
+        sequence.slots_T = torch.tensor(slots, dtype=torch.int64, device=self.decoder.device)
+        return sequence
+
+    def _try_reserve(self, entry: _Entry, num_tokens: int) -> bool:
+        missing = self._pages.missing(entry.table, num_tokens)
+        held = sum(len(other.table.pages) for other in self._entries.values())
+        if missing > self._pages.num_free or held + missing > MAX_POOL_SHARE * self._pages.num_pages:
+            return False
+        self._pages.reserve(entry.table, num_tokens)
+        return True

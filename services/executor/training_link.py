@@ -1,0 +1,154 @@
+"""The executor's side of finetuning on the bus: jobs, slices, checkpoints, finished steps. Knows no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import structlog
+from nats.js.errors import NotFoundError
+
+from common import subjects
+from common.bus import Bus
+from common.messages import (
+    CheckpointWritten,
+    CloseJob,
+    JobClosed,
+    JobFailed,
+    JobOpened,
+    OpenJob,
+    Rejected,
+    SliceAccepted,
+    StepDone,
+    TrainingSlice,
+    WriteCheckpoint,
+)
+from services.executor.config import ExecutorConfig
+from services.executor.finetune import OutOfOrderSliceError, new_job
+from services.executor.lora import InvalidAdapterError
+from services.executor.training import TooManySlicesError, Training, TrainingEvent
+from services.executor.training_sequence import InvalidSliceError
+
+log = structlog.get_logger()
+
+BetweenIterations = Callable[[Callable[[], Any]], Awaitable[Any]]
+"""Applies a change to the engine while no pass runs, and returns its result."""
+
+
+class TrainingLink:
+    """Handles the trainer's orders; the slices of a job arrive in order."""
+
+    def __init__(
+        self, bus: Bus, config: ExecutorConfig, model: str, training: Training, between_iterations: BetweenIterations
+    ) -> None:
+        self._bus = bus
+        self._config = config
+        self._model = model
+        self._training = training
+        self._between = between_iterations
+
+    async def start(self) -> None:
+        """Accept orders from now on."""
+        subject = subjects.executor_slices(self._config.instance_id)
+        orders: Any = OpenJob | TrainingSlice | WriteCheckpoint | CloseJob
+        await self._bus.subscribe(subject, orders, self._on_order, concurrent=True)
+
+    async def publish(self, events: Sequence[TrainingEvent]) -> None:
+        """Tell trainers of finished steps and failed jobs."""
+        for event in events:
+            await self._bus.publish(subjects.job_progress(event.job_id), _progress(event))
+
+    async def _on_order(self, order: OpenJob | TrainingSlice | WriteCheckpoint | CloseJob) -> Any:
+        held = self._training.lease(order.job_id)
+        if held is not None and order.lease < held:
+            return Rejected(reason="stale_lease", message=f"job {order.job_id} is held under lease {held}")
+        match order:
+            case OpenJob():
+                return await self._open(order)
+            case CloseJob():
+                await self._between(lambda: self._training.close(order.job_id))
+                return JobClosed(job_id=order.job_id)
+            case _ if held != order.lease:
+                return Rejected(reason="not_found", message=f"job {order.job_id} is not open here under lease {order.lease}")
+            case TrainingSlice():
+                return await self._between(lambda: self._accept(order))
+            case WriteCheckpoint():
+                return await self._write(order)
+
+    async def _open(self, order: OpenJob) -> JobOpened | Rejected:
+        if order.base_model != self._model:
+            return Rejected(reason="unknown_model", message=f"this executor serves {self._model}, not {order.base_model}")
+        if self._training.num_jobs >= self._config.max_jobs and self._training.lease(order.job_id) is None:
+            return Rejected(reason="overloaded", message=f"{self._config.max_jobs} jobs are open", retry_after_ms=5000)
+        checkpoint = None
+        try:
+            if order.checkpoint is not None:
+                store = await self._bus.object_store(subjects.ARTIFACTS_STORE)
+                checkpoint = (await store.get(optimizer_object(order.checkpoint))).data or b""
+            step = await self._between(lambda: self._make(order, checkpoint))
+        except NotFoundError:
+            return Rejected(reason="not_found", message=f"there is no checkpoint {order.checkpoint}")
+        except InvalidAdapterError as error:
+            return Rejected(reason="invalid", message=str(error))
+        log.info("job.opened", job=order.job_id, lease=order.lease, step=step)
+        return JobOpened(job_id=order.job_id, executor_id=self._config.instance_id, step=step)
+
+    def _make(self, order: OpenJob, checkpoint: bytes | None) -> int:
+        job = new_job(order.job_id, order.lora, order.seed, self._training.decoder, self._training.cache)
+        if checkpoint is not None:
+            job.restore(checkpoint)
+        self._training.open(job, order.lease)
+        return job.step
+
+    def _accept(self, item: TrainingSlice) -> SliceAccepted | Rejected:
+        if self._training.lease(item.job_id) != item.lease:
+            return Rejected(reason="not_found", message=f"job {item.job_id} is not open here any more")
+        try:
+            self._training.accept(item)
+        except OutOfOrderSliceError as error:
+            return Rejected(reason="invalid", message=str(error), retry_after_ms=1)
+        except InvalidSliceError as error:
+            return Rejected(reason="invalid", message=str(error))
+        except TooManySlicesError as error:
+            return Rejected(reason="overloaded", message=str(error), retry_after_ms=500)
+        return SliceAccepted(job_id=item.job_id, step=item.step, index=item.index)
+
+    async def _write(self, order: WriteCheckpoint) -> CheckpointWritten | Rejected:
+        """The adapter goes under the artifact's name as PEFT's file, everything needed to resume beside it."""
+
+        def snapshot() -> tuple[bytes, bytes, int] | None:
+            if self._training.lease(order.job_id) != order.lease:
+                return None
+            job = self._training.job(order.job_id)
+            return job.adapter.to_safetensors(), job.checkpoint(), job.step
+
+        taken = await self._between(snapshot)
+        if taken is None:
+            return Rejected(reason="not_found", message=f"job {order.job_id} is not open here any more")
+        adapter, state, step = taken
+        store = await self._bus.object_store(subjects.ARTIFACTS_STORE)
+        await store.put(optimizer_object(order.artifact), state)
+        await store.put(order.artifact, adapter)
+        return CheckpointWritten(job_id=order.job_id, artifact=order.artifact, step=step, num_bytes=len(adapter))
+
+
+def optimizer_object(artifact: str) -> str:
+    """Name of the object that holds what resuming from an artifact needs: adapter, moments, step."""
+    return f"{artifact}.optimizer"
+
+
+def _progress(event: TrainingEvent) -> StepDone | JobFailed:
+    if event.step is None:
+        return JobFailed(job_id=event.job_id, lease=event.lease, message=event.failure)
+    step = event.step
+    return StepDone(
+        job_id=event.job_id,
+        lease=event.lease,
+        step=step.step,
+        loss=step.loss,
+        grad_norm=step.grad_norm,
+        num_correct=step.num_correct,
+        num_tokens=step.num_tokens,
+        num_sequence_tokens=step.num_sequence_tokens,
+        elapsed_ms=event.elapsed_ms,
+    )
