@@ -27,7 +27,7 @@ class UpOptions:
     model: str = DEFAULT_MODEL
     served_model_name: str | None = None
     dtype: str | None = None
-    draft: str | None = None
+    draft: str = "ngram"
     speculation: str = "heddle"
     threads: int | None = None
     kv_cache_tokens: int | None = None
@@ -90,7 +90,7 @@ def environment(options: UpOptions, model: Model, nats_url: str) -> dict[str, st
         "HEDDLE_GATEWAY_PORT": options.port,
         "HEDDLE_GATEWAY_REUSE_PORT": "true" if options.replicas.get(GATEWAY_ROLE, 1) > 1 else None,
         "HEDDLE_PLANNER_MODE": options.speculation,
-        "HEDDLE_PLANNER_DRAFT": options.draft,
+        "HEDDLE_DRAFT": options.draft,
         "HEDDLE_EXECUTOR_SPECULATION": "false" if options.speculation == "none" else "true",
         "HEDDLE_EXECUTOR_DTYPE": options.dtype,
         "HEDDLE_EXECUTOR_THREADS": options.threads,

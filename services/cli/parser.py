@@ -85,7 +85,7 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--threads", type=_within(1), metavar="N", help="CPU threads of one executor (default: all cores)")
 
     speculation = parser.add_argument_group("speculation")
-    speculation.add_argument("--draft", choices=["ngram"], help="drafter (default: the planner's)")
+    speculation.add_argument("--draft", choices=["ngram"], default="ngram", help="who guesses the next tokens")
     speculation.add_argument(
         "--speculation", choices=["heddle", "adaserve", "none"], default="heddle", help="how draft trees are chosen; none: off"
     )
