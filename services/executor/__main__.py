@@ -7,9 +7,9 @@ import os
 # 30 ms with the default, 42 ms when passive, 26 ms with this. Must be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
-from common.service import main as run  # noqa: E402
-from services.executor.actor import ExecutorActor  # noqa: E402
-from services.executor.config import ExecutorConfig  # noqa: E402
+from common.service import main as run
+from services.executor.actor import ExecutorActor
+from services.executor.config import ExecutorConfig
 
 
 def main() -> None:
