@@ -1,6 +1,6 @@
 """How long an iteration takes: a piecewise linear function of its tokens, and its inverse. Pure; knows no clock.
 
-f(tokens, context, backward) = correction * (points(tokens) + context * ms_per_context_token + backward * backward_ms_per_token)
+f(tokens, context, backward) = correction * (points(tokens) + context * ms_per_context_token) + backward * backward_ms_per_token
 (FlexLLM's f(c, s), dossier 5.4). `points` come from a measurement of the real model on the real device.
 """
 
@@ -27,8 +27,8 @@ def predict_ms(profile: LatencyProfile, tokens: int, context_tokens: int = 0, ba
     if tokens <= 0 and backward_tokens <= 0:
         return 0.0
     forward = interpolate(profile.points, tokens) if tokens > 0 else 0.0
-    extra = context_tokens * profile.ms_per_context_token + backward_tokens * profile.backward_ms_per_token
-    return profile.correction * (forward + extra)
+    forward += context_tokens * profile.ms_per_context_token
+    return profile.correction * forward + backward_tokens * profile.backward_ms_per_token
 
 
 def max_tokens(profile: LatencyProfile, budget_ms: float, limit: int, context_tokens: int = 0) -> int:
@@ -57,9 +57,21 @@ def make_profile(measured: list[tuple[int, float]], backward_ms_per_token: float
 
 
 def corrected(profile: LatencyProfile, predicted_ms: float, measured_ms: float, weight: float = 0.05) -> LatencyProfile:
-    """The profile after one more observation: an EWMA of measured / predicted, one observation bounded to a factor of 4."""
+    """The profile after a forward pass: an EWMA of measured / predicted, one observation bounded to a factor of 4."""
     if predicted_ms <= 0 or measured_ms <= 0:
         return profile
-    ratio = min(4.0, max(0.25, measured_ms / predicted_ms))
-    correction = profile.correction * (1.0 + weight * (ratio - 1.0))
+    correction = profile.correction * _smoothed(measured_ms / predicted_ms, weight)
     return msgspec.structs.replace(profile, correction=min(10.0, max(0.1, correction)))
+
+
+def backward_corrected(profile: LatencyProfile, tokens: float, measured_ms: float, weight: float = 0.1) -> LatencyProfile:
+    """The profile after `tokens` whole-model token equivalents of backward work took `measured_ms`."""
+    if tokens <= 0 or measured_ms <= 0 or profile.backward_ms_per_token <= 0:
+        return profile
+    ratio = measured_ms / tokens / profile.backward_ms_per_token
+    per_token = profile.backward_ms_per_token * _smoothed(ratio, weight)
+    return msgspec.structs.replace(profile, backward_ms_per_token=per_token)
+
+
+def _smoothed(ratio: float, weight: float) -> float:
+    return 1.0 + weight * (min(4.0, max(0.25, ratio)) - 1.0)

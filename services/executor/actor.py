@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from services.executor.lora import LoraAdapter
 from services.executor.planner_link import PlannerLink
 from services.executor.profile_store import ProfileStore
 from services.executor.startup import make_engine
+from services.executor.training import BackwardWork
 from services.executor.training_link import TrainingLink
 
 T = TypeVar("T")
@@ -128,14 +130,16 @@ class ExecutorActor:
                 await self._send(self._engine.release_all())
 
     async def _iterate(self) -> None:
+        started_at = time.perf_counter()
         iteration = await self._on_device(self._engine.forward_pass)
         await self._send(iteration.chunks)
         await self._report(iteration)
         self._apply_inbox()
-        await self._training.publish(await self._on_device(self._engine.backward_pass))
-        elapsed_ms = self._engine.end_iteration()
+        work = await self._on_device(self._engine.backward_pass)
+        elapsed_ms = (time.perf_counter() - started_at) * 1e3
         self._iteration_ms += 0.2 * (elapsed_ms - self._iteration_ms)
-        self._note(iteration, elapsed_ms)
+        self._note(iteration, work, elapsed_ms)
+        await self._training.publish(work.events)
         trees = await self._planner.trees(iteration.number)
         self._apply_inbox()
         if trees is not None:
@@ -161,7 +165,7 @@ class ExecutorActor:
             latency=profile,
         )
 
-    def _note(self, iteration: Iteration, elapsed_ms: float) -> None:
+    def _note(self, iteration: Iteration, work: BackwardWork, elapsed_ms: float) -> None:
         if self._config.log_iterations:
             log.info(
                 "iteration",
@@ -170,7 +174,7 @@ class ExecutorActor:
                 draft=iteration.draft_tokens,
                 prefill=iteration.prefill_tokens,
                 finetune=iteration.finetune_tokens,
-                backward=iteration.backward_tokens,
+                backward=round(work.num_tokens, 1),
                 ms=round(elapsed_ms, 2),
                 planned_ms=round(iteration.planned_ms, 2),
                 limit_ms=round(iteration.limit_ms, 2),

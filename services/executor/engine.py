@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common.latency import corrected
+from common.latency import backward_corrected, corrected
 from common.messages import (
     DraftTrees,
     FinishReason,
@@ -25,23 +25,21 @@ from common.messages import (
     SequenceProgress,
     TokenChunk,
 )
+from services.executor.assembly import Assembly, Work
 from services.executor.batch import Segment, build_batch
 from services.executor.lora import LoraAdapter
 from services.executor.model import Decoder, KvCache
-from services.executor.pages import OutOfPagesError, PageAllocator
+from services.executor.pages import PageAllocator
 from services.executor.sampling import draw_tokens
 from services.executor.scheduler import IterationPlan, Limits, plan_iteration
 from services.executor.sequences import Sequence
-from services.executor.training import Training, TrainingEvent
-from services.executor.verify import InvalidTreeError, Verdict, accept, check_tree, depths, prune
+from services.executor.training import BackwardWork, Training
+from services.executor.verify import InvalidTreeError, Verdict, accept, check_tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Iteration:
-    """What one iteration did: tokens by kind, and what to tell requesters and planner.
-
-    `backward_tokens` are planned: whole-model equivalents that the same iteration goes back through.
-    """
+    """What one iteration did: tokens by kind, and what to tell requesters and planner."""
 
     number: int
     decode_tokens: int = 0
@@ -49,20 +47,10 @@ class Iteration:
     prefill_tokens: int = 0
     finetune_tokens: int = 0
     chunks: tuple[TokenChunk, ...] = ()
-    backward_tokens: int = 0
     opened: tuple[OpenedSequence, ...] = ()
     progress: tuple[SequenceProgress, ...] = ()
     planned_ms: float = 0.0
     limit_ms: float = 0.0
-
-
-@dataclasses.dataclass
-class _Work:
-    """One sequence's part of the pass."""
-
-    sequence: Sequence
-    segment: Segment
-    is_decode: bool
 
 
 class Engine:
@@ -86,6 +74,7 @@ class Engine:
         self.pages = PageAllocator(num_pages, page_size)
         self.cache = KvCache(decoder.config, num_pages * page_size, decoder.dtype, decoder.device)
         self.training = Training(decoder, self.cache, self.pages)
+        self._assembly = Assembly(self.pages)
         self.profile = profile
         self.limits = limits
         self.max_model_len = min(max_model_len, decoder.config.max_position_embeddings, num_pages * page_size * 3 // 4)
@@ -98,7 +87,6 @@ class Engine:
         self._executor_id = executor_id
         self._clock = clock
         self._plan: IterationPlan | None = None
-        self._started_at = 0.0
 
     # --- work in ---------------------------------------------------------------------------------------------------
 
@@ -150,10 +138,10 @@ class Engine:
     @torch.inference_mode()
     def forward_pass(self) -> Iteration:
         """Plan the iteration and run its one fused forward pass."""
-        self._started_at = self._clock()
-        views = [sequence.view(self._started_at) for sequence in self.sequences.values()]
-        plan = plan_iteration(self._started_at, views, self.training.views(), self.profile, self.limits)
-        works = self._inference_work(plan)
+        now = self._clock()
+        views = [sequence.view(now) for sequence in self.sequences.values()]
+        plan = plan_iteration(now, views, self.training.views(), self.profile, self.limits)
+        works = self._assembly.work(plan, self.sequences)
         windows = self.training.windows(plan.forward)
         segments = [work.segment for work in works] + [window.segment for window in windows]
         self.num_iterations += 1
@@ -165,19 +153,20 @@ class Engine:
         for window, start in zip(windows, batch.starts[len(works) :], strict=True):
             self.training.head(window, hidden_TH[start : start + len(window.segment.tokens)])
         drawn = self._draw(works, self.decoder.logits(hidden_TH[batch.logit_rows]) if len(batch.logit_rows) else None)
+        self.profile = corrected(self.profile, plan.forward_ms, (self._clock() - now) * 1e3)
         return self._finish_iteration(works, drawn, plan, sum(len(window.segment.tokens) for window in windows))
 
     @torch.inference_mode()
-    def backward_pass(self) -> list[TrainingEvent]:
+    def backward_pass(self) -> BackwardWork:
         """Run the backward work of the current iteration's plan, and optimizer steps that it completes."""
-        return self.training.backward(self._plan.backward) if self._plan is not None else []
-
-    def end_iteration(self) -> float:
-        """Close the books of an iteration: returns its latency in ms, and corrects the latency model by it."""
-        elapsed_ms = (self._clock() - self._started_at) * 1e3
-        if self._plan is not None and self._plan.predicted_ms > 0:
-            self.profile = corrected(self.profile, self._plan.predicted_ms, elapsed_ms)
-        return elapsed_ms
+        plan, self._plan = self._plan, None
+        if plan is None or not plan.backward:
+            return BackwardWork()
+        started_at = self._clock()
+        work = self.training.backward(plan.backward)
+        self.profile = backward_corrected(self.profile, work.num_tokens, (self._clock() - started_at) * 1e3)
+        self.counters["backward_tokens"] += round(work.num_tokens)
+        return work
 
     def release_all(self) -> list[TokenChunk]:
         """End every request with an error, for example when a pass failed."""
@@ -185,79 +174,7 @@ class Engine:
 
     # --- parts of an iteration -------------------------------------------------------------------------------------
 
-    def _inference_work(self, plan: IterationPlan) -> list[_Work]:
-        """Segments of all planned sequences, oldest first for pages, neighbours by adapter for launches."""
-        works: list[_Work] = []
-        for sequence in sorted(self.sequences.values(), key=_arrival):
-            if sequence.request_id in plan.decode and sequence.is_decoding:
-                segment = self._decode_segment(sequence, plan.decode[sequence.request_id])
-            elif sequence.request_id in plan.prefill:
-                segment = self._prefill_segment(sequence, plan.prefill[sequence.request_id])
-            else:
-                continue
-            if segment is not None:
-                works.append(_Work(sequence, segment, sequence.request_id in plan.decode))
-        works = [work for work in works if work.sequence.table.pages]
-        return sorted(works, key=lambda work: work.sequence.adapter.name if work.sequence.adapter else "")
-
-    def _decode_segment(self, sequence: Sequence, num_nodes: int) -> Segment | None:
-        tree = None if sequence.tree is None or num_nodes == 0 else prune(sequence.tree, num_nodes)
-        length = len(sequence.tokens)
-        if tree is not None and self.pages.missing(sequence.table, length + len(tree.tokens) - 1) > self.pages.num_free:
-            tree = None
-        sequence.tree = tree
-        tokens = [sequence.tokens[-1]] if tree is None else list(tree.tokens)
-        if not self._reserve(sequence, length + len(tokens) - 1):
-            return None
-        parents = None if tree is None else tree.parents
-        return Segment(
-            tokens=tokens,
-            positions=[length - 1 + depth for depth in depths(tree.parents)] if tree else [length - 1],
-            context_slots=sequence.table.slots(0, length - 1),
-            slots=sequence.table.slots(length - 1, length - 1 + len(tokens)),
-            adapter=sequence.adapter,
-            parents=parents,
-            wants_logits="all",
-        )
-
-    def _prefill_segment(self, sequence: Sequence, num_tokens: int) -> Segment | None:
-        start = sequence.num_computed
-        end = start + num_tokens
-        if not self._reserve(sequence, end):
-            return None
-        return Segment(
-            tokens=sequence.tokens[start:end],
-            positions=range(start, end),
-            context_slots=sequence.table.slots(0, start),
-            slots=sequence.table.slots(start, end),
-            adapter=sequence.adapter,
-            wants_logits="last" if end == len(sequence.tokens) else "none",
-        )
-
-    def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Pages for `num_tokens` tokens, taken from the youngest sequences if none are free; False if it must wait."""
-        while True:
-            try:
-                self.pages.reserve(sequence.table, num_tokens)
-            except OutOfPagesError:
-                victim = max(
-                    (s for s in self.sequences.values() if s.table.pages), key=lambda s: s.request.arrived_at, default=None
-                )
-                if victim is None or victim.request.arrived_at < sequence.request.arrived_at:
-                    return False
-                self._preempt(victim)
-                if victim is sequence:
-                    return False
-            else:
-                return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.pages.release(sequence.table)
-        sequence.num_computed = 0
-        sequence.tree = None
-        self.counters["preemptions"] += 1
-
-    def _draw(self, works: list[_Work], logits_RV: Tensor | None) -> list[list[int]]:
+    def _draw(self, works: list[Work], logits_RV: Tensor | None) -> list[list[int]]:
         """The target's tokens for every row that wanted logits, per work."""
         rows = [_logit_positions(work.segment) for work in works]
         samplings = [work.sequence.request.sampling for work, r in zip(works, rows, strict=True) for _ in r]
@@ -265,9 +182,7 @@ class Engine:
         tokens = iter(draw_tokens(logits_RV, samplings, positions) if logits_RV is not None else ())
         return [[next(tokens) for _ in r] for r in rows]
 
-    def _finish_iteration(
-        self, works: list[_Work], drawn: list[list[int]], plan: IterationPlan, num_training: int
-    ) -> Iteration:
+    def _finish_iteration(self, works: list[Work], drawn: list[list[int]], plan: IterationPlan, num_training: int) -> Iteration:
         now = self._clock()
         moves: tuple[list[int], list[int]] = ([], [])
         chunks: list[TokenChunk] = []
@@ -293,13 +208,13 @@ class Engine:
             self.counters[f"{kind}_tokens"] += counts[kind]
         self.counters["finetune_tokens"] += num_training
         self.counters["iterations"] += 1
+        self.counters["preemptions"] = self._assembly.num_preemptions
         return Iteration(
             number=self.num_iterations,
             decode_tokens=counts["decode"],
             draft_tokens=counts["draft"],
             prefill_tokens=counts["prefill"],
             finetune_tokens=num_training,
-            backward_tokens=sum(plan.backward.values()),
             chunks=tuple(chunks),
             opened=tuple(work.sequence.opened() for work in works if not work.is_decode and work.sequence.is_decoding),
             progress=tuple(progress),
@@ -307,7 +222,7 @@ class Engine:
             limit_ms=plan.limit_ms,
         )
 
-    def _verify(self, work: _Work, drawn: list[int], moves: tuple[list[int], list[int]]) -> Verdict:
+    def _verify(self, work: Work, drawn: list[int], moves: tuple[list[int], list[int]]) -> Verdict:
         """Accept a path of the tree and note which cache rows must move behind the root."""
         sequence, segment = work.sequence, work.segment
         verdict = accept(segment.tokens, segment.parents or (-1,), drawn)
@@ -325,7 +240,7 @@ class Engine:
             self.counters["drafts"] += 1
         return verdict
 
-    def _commit(self, work: _Work, verdict: Verdict, now: float) -> tuple[TokenChunk, SequenceProgress]:
+    def _commit(self, work: Work, verdict: Verdict, now: float) -> tuple[TokenChunk, SequenceProgress]:
         sequence = work.sequence
         before = len(sequence.tokens)
         reason = sequence.commit(verdict.tokens, now)
@@ -375,10 +290,6 @@ class Engine:
         if len(self.sequences) >= self.max_sequences:
             return Rejected(reason="overloaded", message=f"{self.max_sequences} requests are running", retry_after_ms=500)
         return None
-
-
-def _arrival(sequence: Sequence) -> float:
-    return sequence.request.arrived_at
 
 
 def _logit_positions(segment: Segment) -> list[int]:

@@ -76,6 +76,8 @@ class IterationPlan:
     forward: dict[str, int]
     backward: dict[str, int]
     limit_ms: float
+    forward_ms: float
+    """Predicted for the forward pass alone."""
     predicted_ms: float
 
     @property
@@ -105,9 +107,15 @@ def plan_iteration(
     share_ms = 0.0 if is_behind else limits.min_finetune_share * limit_ms
     spare_ms = max(limit_ms - inference_ms, share_ms)
     forward, backward = _finetuning(jobs, spare_ms, used, context, inference_ms, profile, limits)
-    total_ms = predict_ms(profile, used + sum(forward.values()), context, sum(backward.values()))
+    forward_ms = predict_ms(profile, used + sum(forward.values()), context)
     return IterationPlan(
-        decode=nodes, prefill=prefill, forward=forward, backward=backward, limit_ms=limit_ms, predicted_ms=total_ms
+        decode=nodes,
+        prefill=prefill,
+        forward=forward,
+        backward=backward,
+        limit_ms=limit_ms,
+        forward_ms=forward_ms,
+        predicted_ms=forward_ms + sum(backward.values()) * profile.backward_ms_per_token,
     )
 
 
@@ -186,7 +194,7 @@ def _finetuning(
     for i, job in enumerate(jobs):
         share_ms = spare_ms / (len(jobs) - i)
         if job.is_backward:
-            per_token = profile.correction * profile.backward_ms_per_token
+            per_token = profile.backward_ms_per_token
             backward[job.job_id] = int(share_ms / per_token) if per_token > 0 else limits.max_batch_tokens
             spare_ms -= backward[job.job_id] * per_token
             continue

@@ -37,6 +37,14 @@ class TrainingEvent:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BackwardWork:
+    """What a backward pass did, in whole-model token equivalents, and the steps that it ended."""
+
+    num_tokens: float = 0.0
+    events: tuple[TrainingEvent, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Window:
     """Rows of a job's sequence that ride in one forward pass."""
 
@@ -145,9 +153,10 @@ class Training:
         """Loss and its gradient for a window that was forwarded."""
         window.sequence.head(hidden_WH, window.start)
 
-    def backward(self, plan: dict[str, int]) -> list[TrainingEvent]:
+    def backward(self, plan: dict[str, int]) -> BackwardWork:
         """Go back through a plan's share of each job; steps that end are reported, jobs that diverge are closed."""
-        events = []
+        events: list[TrainingEvent] = []
+        token_layers = 0
         for job_id, num_tokens in plan.items():
             entry = self._entries.get(job_id)
             if entry is None or entry.job.current is None or not entry.job.current.is_forwarded:
@@ -158,6 +167,7 @@ class Training:
                 self.close(job_id)
                 events.append(TrainingEvent(job_id=job_id, lease=entry.lease, failure=str(error)))
                 continue
+            token_layers += result.num_token_layers
             if result.finished is not None:
                 self._pages.release(entry.table)
                 entry.num_queued -= 1
@@ -165,7 +175,7 @@ class Training:
                 now = time.perf_counter()
                 elapsed_ms, entry.step_started_at = (now - entry.step_started_at) * 1e3, now
                 events.append(TrainingEvent(job_id=job_id, lease=entry.lease, step=result.step, elapsed_ms=elapsed_ms))
-        return events
+        return BackwardWork(num_tokens=token_layers / self.decoder.config.num_layers, events=tuple(events))
 
     def _current(self, entry: _Entry) -> TrainingSequence | None:
         """The sequence in work, if pages for all of it could be had within training's share."""
