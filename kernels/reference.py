@@ -129,11 +129,11 @@ def window_attention_backward(
     mask_WL = torch.ones(num_rows, num_keys, dtype=torch.bool, device=q.device).tril(start)
     p_wide = _probabilities(q, k, mask_WL, scale)
     p = p_wide.to(q.dtype)
-    o = p @ v
+    o, dv = p @ v, p.mT @ do
     shared = (do.to(p_wide.dtype) * o).sum(-1, keepdim=True)
     ds = p_wide.mul_(scale).mul_((do @ v.mT).to(p_wide.dtype).sub_(shared)).to(q.dtype)
-    dk, dv = (ds.mT @ q).transpose(0, 1), (p.mT @ do).transpose(0, 1)
-    return unfold_heads(o, num_heads), unfold_heads(ds @ k, num_heads), dk, dv
+    dq, dk = ds @ k, ds.mT @ q
+    return unfold_heads(o, num_heads), unfold_heads(dq, num_heads), dk.transpose(0, 1), dv.transpose(0, 1)
 
 
 def silu_mul(gate_up_T2F: Tensor) -> Tensor:

@@ -1,0 +1,152 @@
+"""What several tests need: the one tolerance table, tiny models, training windows driven by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.messages import OptimizerStep, TrainingSlice
+from services.executor.batch import Segment, build_batch
+from services.executor.finetune import FinetuneJob, StepResult
+from services.executor.loader import load_decoder
+from services.executor.lora import LoraAdapter
+from services.executor.model import Decoder, KvCache
+from services.executor.training_sequence import TrainingSequence
+
+TOLERANCE = {
+    torch.float64: (1e-9, 1e-9),
+    torch.float32: (1e-5, 1e-5),
+    torch.float16: (2e-3, 2e-3),
+    torch.bfloat16: (1.6e-2, 1e-2),
+}
+"""dtype -> (rtol, atol) of a result against an oracle computed in a wider type."""
+
+CPU = torch.device("cpu")
+
+
+def assert_matches(actual: Tensor, expected: Tensor) -> None:
+    """`actual` is what its dtype allows of the oracle `expected`, and finite."""
+    rtol, atol = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual.to(expected.dtype), expected, rtol=rtol, atol=atol)
+
+
+def assert_same_direction_and_size(actual: Tensor, expected: Tensor, rel: float) -> None:
+    """The difference's norm is at most `rel` of the oracle's norm, and the oracle is not zero."""
+    norm = expected.norm()
+    assert norm > 0
+    assert (actual.to(expected.dtype) - expected).norm() <= rel * norm
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Normal numbers in fp64, by seed and shape; exact in `dtype` too, so that oracle and subject see the same."""
+    values = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return values.to(dtype).double()
+
+
+def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:
+    """A random transformers model of three layers with grouped attention, large enough weights, and norms that are not 1."""
+    import transformers
+
+    options: dict[str, Any] = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "vocab_size": 61,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": True,
+        "attn_implementation": "sdpa",
+    } | overrides
+    config = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[family](**options)
+    classes = {"llama": transformers.LlamaForCausalLM, "qwen2": transformers.Qwen2ForCausalLM}
+    torch.manual_seed(seed)
+    model = classes[family](config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    return model
+
+
+def as_decoder(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    """Our decoder with the model's weights, through a saved folder."""
+    model.save_pretrained(folder)
+    return load_decoder(folder, dtype, CPU)
+
+
+def randomize_adapter(adapter: LoraAdapter, seed: int = 0) -> None:
+    """Both matrices of every target away from zero, so that all gradients flow."""
+    flat = adapter.weights.flat
+    flat.copy_(0.3 * randn(*flat.shape, seed=seed))
+
+
+def new_cache(decoder: Decoder, num_slots: int = 128) -> KvCache:
+    """A cache in the decoder's type, full of values that must never be read."""
+    cache = KvCache(decoder.config, num_slots, decoder.dtype, decoder.device)
+    for tensor in (*cache.k, *cache.v):
+        tensor.fill_(float("nan"))
+    return cache
+
+
+def training_slice(
+    tokens: Sequence[int],
+    weights: Sequence[float] | None = None,
+    *,
+    step: int = 0,
+    index: int = 0,
+    optimizer: OptimizerStep | None = None,
+) -> TrainingSlice:
+    """A slice of job `job`; without weights, the mean over all predicted tokens."""
+    if weights is None:
+        weights = [0.0] + [1.0 / (len(tokens) - 1)] * (len(tokens) - 1)
+    return TrainingSlice(
+        job_id="job", lease=1, step=step, index=index, tokens=tuple(tokens), weights=tuple(weights), optimizer=optimizer
+    )
+
+
+def forward_sequence(
+    decoder: Decoder,
+    cache: KvCache,
+    sequence: TrainingSequence,
+    adapter: LoraAdapter,
+    windows: Sequence[int],
+    slots: Sequence[int],
+) -> None:
+    """All forward windows of a training sequence; the last one is cut to what is left."""
+    sequence.slots_T = torch.tensor(slots[: sequence.num_rows])
+    for rows in windows:
+        start = sequence.num_forwarded
+        end = min(start + rows, sequence.num_rows)
+        segment = Segment(
+            tokens=sequence.tokens[start:end],
+            positions=range(start, end),
+            context_slots=slots[:start],
+            slots=slots[start:end],
+            adapter=adapter,
+            tape=sequence.tape,
+            tape_start=start,
+        )
+        sequence.head(decoder.forward(build_batch([segment], CPU), cache), start)
+    assert sequence.is_forwarded
+
+
+def train_queued(
+    job: FinetuneJob, decoder: Decoder, cache: KvCache, *, forward: Sequence[int] = (1000,), backward: int = 1000
+) -> list[StepResult]:
+    """Train all queued slices, forward in these windows, backward in pieces of `backward` tokens; returns the steps."""
+    results = []
+    while (sequence := job.start_next()) is not None:
+        forward_sequence(decoder, cache, sequence, job.adapter, forward, range(cache.k[0].shape[0]))
+        while job.current is sequence:
+            result = job.backward(backward)
+            if result.step is not None:
+                results.append(result.step)
+    return results
