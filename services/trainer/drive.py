@@ -1,0 +1,163 @@
+"""The inner loop of a job: steps to an executor, progress back, a checkpoint at each epoch's end. Knows no job table."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import time
+from collections.abc import Awaitable, Callable
+from typing import Literal, Protocol, TypeVar
+
+from common.messages import OptimizerStep, StepDone, TrainingSlice
+from services.trainer import naming
+from services.trainer.config import TrainerConfig
+from services.trainer.dataset import Dataset
+from services.trainer.progress import Position, next_action
+from services.trainer.schedule import StepPlan, make_slices, optimizer_step, plan_steps
+from services.trainer.session import ExecutorLostError, ExecutorSession, JobRejectedError, OverloadedError
+from services.trainer.spec import JobSpec
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """All that a job trains on, step by step."""
+
+    job_id: str
+    spec: JobSpec
+    dataset: Dataset
+    plan: StepPlan
+
+    @classmethod
+    def of(cls, job_id: str, spec: JobSpec, dataset: Dataset) -> Course:
+        """The course of a job over a data set."""
+        return cls(job_id, spec, dataset, plan_steps(spec, len(dataset.sequences)))
+
+    def update(self, step: int) -> OptimizerStep:
+        """The optimizer's step."""
+        return optimizer_step(self.spec, step, self.plan.total_steps)
+
+    def slices(self, step: int, lease: int) -> list[TrainingSlice]:
+        """The sequences of a step."""
+        batch = [self.dataset.sequences[index] for index in self.plan.batch(step)]
+        return make_slices(self.job_id, lease, step, batch, self.update(step))
+
+
+class Owner(Protocol):
+    """Who drives: is told of progress, and says whether to go on."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the job should leave its executor after the steps in flight."""
+
+    def check(self) -> None:
+        """Raises when the job is not ours any more."""
+
+    async def step_done(self, done: StepDone) -> None:
+        """A step is done, perhaps not for the first time."""
+
+    async def checkpoint_written(self, artifact: str, step: int) -> None:
+        """A checkpoint holds the state before `step`."""
+
+    async def probe_written(self, artifact: str, step: int) -> None:
+        """So does this one, but only to resume from: it will be overwritten."""
+
+
+class Drive:
+    """One job on one executor, from the step at which it was opened."""
+
+    def __init__(self, session: ExecutorSession, course: Course, owner: Owner, config: TrainerConfig) -> None:
+        self._session, self._course, self._owner, self._config = session, course, owner, config
+        self._position = Position(0, 0, 0)
+        self._progressed_at = 0.0
+
+    async def run(self, step: int, checkpointed: int) -> Literal["finish", "stop"]:
+        """Train from `step` to the end, or until the owner wants to stop; either way a checkpoint holds the last step.
+
+        Raises ExecutorLostError, JobRejectedError, and what the owner's check raises.
+        """
+        self._position = Position(step, step, checkpointed)
+        self._progressed_at = time.monotonic()
+        while True:
+            await self._absorb()
+            match self._next():
+                case "send":
+                    await self._send_step(self._position.sent)
+                case "wait":
+                    await self._wait(self._config.heartbeat_s)
+                    await self._probe_after_stall()
+                case "checkpoint":
+                    await self._write_checkpoint()
+                case ending:
+                    return ending
+
+    def _next(self) -> Literal["send", "wait", "checkpoint", "finish", "stop"]:
+        self._owner.check()
+        if not self._session.is_alive():
+            raise ExecutorLostError(f"executor {self._session.executor_id} stopped beating")
+        plan = self._course.plan
+        return next_action(
+            self._position, plan.steps_per_epoch, plan.total_steps, self._config.max_steps_in_flight, self._owner.stopping
+        )
+
+    async def _absorb(self) -> None:
+        """Take in the progress that has arrived; a step told twice is simply told again."""
+        while self._session.inbox:
+            progress = self._session.inbox.popleft()
+            if not isinstance(progress, StepDone):
+                raise JobRejectedError(progress.message)
+            self._reached(progress.step + 1)
+            await self._owner.step_done(progress)
+
+    async def _send_step(self, step: int) -> None:
+        for item in self._course.slices(step, self._session.order.lease):
+            await self._patiently(functools.partial(self._session.send, item))
+        self._position = dataclasses.replace(self._position, sent=max(self._position.sent, step + 1))
+        self._progressed_at = time.monotonic()
+
+    async def _write_checkpoint(self) -> None:
+        step = self._position.done
+        artifact = naming.artifact_name(self._course.job_id, step)
+        written = await self._patiently(lambda: self._session.checkpoint(artifact))
+        if written.step != step:
+            raise ExecutorLostError(f"executor {self._session.executor_id} wrote step {written.step} instead of {step}")
+        await self._owner.checkpoint_written(artifact, step)
+        self._position = dataclasses.replace(self._position, checkpointed=step)
+
+    async def _patiently(self, order: Callable[[], Awaitable[T]]) -> T:
+        """The order's answer, asked again while the executor is overloaded."""
+        while True:
+            try:
+                return await order()
+            except OverloadedError as error:
+                await self._wait(max(error.retry_after_s, 0.01))
+                await self._absorb()
+                self._next()
+
+    async def _wait(self, timeout_s: float) -> None:
+        """Until something arrives, at most so long."""
+        if self._session.inbox:
+            return
+        self._session.wake.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._session.wake.wait()
+        except TimeoutError:
+            pass
+
+    async def _probe_after_stall(self) -> None:
+        """Progress messages may be lost: a living executor that is silent for long is asked for a checkpoint; it has a step."""
+        if self._session.inbox or time.monotonic() - self._progressed_at < self._config.stall_s:
+            return
+        artifact = naming.probe_name(self._course.job_id)
+        step = (await self._patiently(lambda: self._session.checkpoint(artifact))).step
+        await self._owner.probe_written(artifact, step)
+        self._reached(step)
+
+    def _reached(self, done: int) -> None:
+        """At least so many steps are done; whoever did them was sent them."""
+        done = max(self._position.done, done)
+        self._position = dataclasses.replace(self._position, done=done, sent=max(self._position.sent, done))
+        self._progressed_at = time.monotonic()

@@ -1,0 +1,37 @@
+"""What is said in a job's events. Pure; `now` is an argument; knows no storage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from common.messages import JobEvent, OptimizerStep, StepDone
+
+Level = Literal["info", "warn", "error"]
+
+
+def message(now: float, text: str, level: Level = "info", data: Mapping[str, Any] | None = None) -> JobEvent:
+    """Something that happened to the job. The log gives events their ids."""
+    return JobEvent(id="", created_at=int(now), level=level, message=text, data=dict(data or {}))
+
+
+def metrics(now: float, done: StepDone, update: OptimizerStep, total_steps: int) -> JobEvent:
+    """The numbers of one step; steps count from 1 for users."""
+    data = {
+        **step_metrics(done),
+        "total_steps": total_steps,
+        "learning_rate": update.learning_rate,
+        "grad_norm": done.grad_norm,
+        "tokens_per_second": 1000.0 * done.num_sequence_tokens / done.elapsed_ms if done.elapsed_ms > 0 else 0.0,
+    }
+    text = f"Step {done.step + 1}/{total_steps}: training loss={done.loss:.4f}"
+    return JobEvent(id="", created_at=int(now), level="info", message=text, type="metrics", data=data)
+
+
+def step_metrics(done: StepDone) -> dict[str, float]:
+    """A step's metrics in OpenAI's words."""
+    return {
+        "step": done.step + 1,
+        "train_loss": done.loss,
+        "train_mean_token_accuracy": done.num_correct / done.num_tokens if done.num_tokens else 0.0,
+    }

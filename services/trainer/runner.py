@@ -1,0 +1,118 @@
+"""One job in this trainer's hands: validated or trained, and every way in which that ends. Knows no other job."""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+
+from common.messages import JobError
+from services.trainer import events, jobs
+from services.trainer.dataset import Dataset, DatasetError
+from services.trainer.drive import Course
+from services.trainer.jobs import JobRecord, SupersededError
+from services.trainer.journal import Journal
+from services.trainer.lease import Lease
+from services.trainer.session import JobRejectedError
+from services.trainer.surroundings import Surroundings
+from services.trainer.training import Training
+
+log = structlog.get_logger()
+
+
+class JobRunner:
+    """Works on a claimed job until it is over, handed over, or taken from us."""
+
+    def __init__(self, around: Surroundings, record: JobRecord) -> None:
+        self.lease = Lease(around.table, around.config, record)
+        self.validates = record.job.status == "validating_files"
+        self._around = around
+        self._journal = Journal(around.events, record.job.id)
+        self._training: Training | None = None
+        self._handing_over = False
+
+    async def run(self) -> None:
+        """Validate a new job, train any other. Raises nats errors when the server does not answer."""
+        spec = self.lease.record.spec
+        try:
+            dataset = await self._around.load_dataset(spec)
+            if self.validates:
+                await self._queue(dataset)
+            else:
+                await self._train(Course.of(self.lease.job_id, spec, dataset))
+        except DatasetError as error:
+            await self._fail(JobError(code="invalid_training_file", message=str(error), param="training_file"))
+        except JobRejectedError as error:
+            await self._fail(JobError(code="training_failed", message=str(error)))
+
+    async def supervise(self) -> None:
+        """Run, unless the job is or becomes somebody else's."""
+        try:
+            await self.run()
+        except SupersededError as error:
+            log.info("job.superseded", job_id=self.lease.job_id, now=str(error))
+
+    async def renew(self) -> None:
+        """Prolong the lease and tell the progress; a lost lease is noticed by who works on the job."""
+        training = self._training
+        step = training.step if training else self.lease.record.job.step
+        finish = training.estimated_finish(time.time()) if training else None
+        try:
+            await self.lease.renew(step, finish)
+        except SupersededError as error:
+            log.info("job.lease_lost", job_id=self.lease.job_id, now=str(error))
+
+    def hand_over(self) -> None:
+        """Leave the executor with a checkpoint, so that another trainer can go on."""
+        self._handing_over = True
+        if self._training is not None:
+            self._training.handing_over = True
+        self.lease.wake.set()
+
+    async def release(self) -> None:
+        """Give the job back to the table."""
+        try:
+            await self.lease.change(lambda r: jobs.released(r, "validating_files" if self.validates else "queued"))
+        except SupersededError as error:
+            log.info("job.superseded", job_id=self.lease.job_id, now=str(error))
+
+    async def _queue(self, dataset: Dataset) -> None:
+        total = Course.of(self.lease.job_id, self.lease.record.spec, dataset).plan.total_steps
+        counts = {
+            "examples": len(dataset.sequences),
+            "tokens": dataset.num_tokens,
+            "trained_tokens": dataset.num_loss_tokens,
+            "longest": dataset.longest,
+        }
+        text = "Training file validated: {examples} examples, {tokens} tokens per epoch, {trained_tokens} of them trained"
+        data = {**counts, "total_steps": total}
+        await self._journal.write(events.message(time.time(), text.format(**counts), data=data))
+        await self.lease.change(lambda record: jobs.with_job(jobs.released(record, "queued"), total_steps=total))
+
+    async def _train(self, course: Course) -> None:
+        self._training = Training(self._around, self.lease, self._journal, course)
+        self._training.handing_over = self._handing_over
+        ending = await self._training.run()
+        if ending == "finish":
+            await self._succeed(self._training, course.dataset.num_tokens * course.spec.n_epochs)
+        elif self.lease.pause_wished:
+            await self._journal.write(events.message(time.time(), f"Job paused before step {self._training.step + 1}"))
+            await self.lease.change(lambda record: jobs.released(record, "paused"))
+        else:
+            await self.release()
+
+    async def _succeed(self, training: Training, trained_tokens: int) -> None:
+        model = await training.publish_adapter()
+        await self._journal.write(events.message(time.time(), f"New fine-tuned model created: {model}"))
+        try:
+            await self.lease.change(lambda record: jobs.succeeded(record, model, trained_tokens, time.time()))
+        except SupersededError as error:
+            if error.record.job.status == "cancelled":
+                await training.withdraw_adapter(model)
+            raise
+        self._around.counters["jobs_succeeded"] += 1
+
+    async def _fail(self, error: JobError) -> None:
+        await self._journal.write(events.message(time.time(), f"Job failed: {error.message}", "error"))
+        await self.lease.change(lambda record: jobs.failed(record, error, time.time()))
+        self._around.counters["jobs_failed"] += 1

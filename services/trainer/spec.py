@@ -1,0 +1,171 @@
+"""What a user may ask of a finetuning job, with ranges and defaults. Pure; knows no job and no file."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from common.messages import ErrorReply, LoraSpec
+
+Auto = Literal["auto"]
+Scheduler = Literal["constant", "linear", "cosine"]
+TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+ALL_LINEAR = LoraSpec().target_modules
+DEFAULT_EPOCHS = 3
+DEFAULT_BATCH_SIZE = 4
+DEFAULT_LEARNING_RATE = 2e-4
+"""Multiplied by learning_rate_multiplier, whose "auto" is 1."""
+
+
+class ApiError(Exception):
+    """A refusal in OpenAI's words: `status` is the HTTP status, `param` the field at fault."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.reply = ErrorReply(status=status, message=message, code=code, param=param)
+
+
+class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A job as it will run: every default filled in."""
+
+    model: str
+    training_file: str
+    suffix: str | None = None
+    seed: int
+    metadata: dict[str, str] | None = None
+    n_epochs: int = DEFAULT_EPOCHS
+    batch_size: int = DEFAULT_BATCH_SIZE
+    learning_rate_multiplier: float = 1.0
+    lora: LoraSpec = LoraSpec()
+    base_learning_rate: float = DEFAULT_LEARNING_RATE
+    scheduler: Scheduler = "linear"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate."""
+        return self.base_learning_rate * self.learning_rate_multiplier
+
+
+class _Hyperparameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    n_epochs: Annotated[int, Meta(ge=1, le=50)] | Auto = "auto"
+    batch_size: Annotated[int, Meta(ge=1, le=256)] | Auto = "auto"
+    learning_rate_multiplier: Annotated[float, Meta(gt=0, le=10_000)] | Auto = "auto"
+
+
+class _Supervised(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    hyperparameters: _Hyperparameters | None = None
+
+
+class _Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["supervised"] = "supervised"
+    supervised: _Supervised | None = None
+
+
+class _Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    rank: Annotated[int, Meta(ge=1, le=256)] = 16
+    alpha: Annotated[float, Meta(gt=0, le=100_000)] = 32.0
+    target_modules: Annotated[list[TargetModule], Meta(min_length=1)] | Literal["all-linear"] = "all-linear"
+    learning_rate: Annotated[float, Meta(gt=0, le=10)] = DEFAULT_LEARNING_RATE
+    scheduler: Scheduler = "linear"
+    warmup_steps: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    max_grad_norm: Annotated[float, Meta(ge=0, le=1_000_000)] = 1.0
+    weight_decay: Annotated[float, Meta(ge=0, le=1)] = 0.0
+
+
+class _CreateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An option that we do not know is an error in every part of the body, not a silent default."""
+
+    model: Annotated[str, Meta(min_length=1)]
+    training_file: Annotated[str, Meta(min_length=1)]
+    validation_file: str | None = None
+    suffix: Annotated[str, Meta(pattern=r"^[a-z0-9_.-]{1,64}\Z")] | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    metadata: (
+        Annotated[dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None
+    ) = None
+    integrations: Annotated[list[Any], Meta(max_length=0)] | None = None
+    method: _Method | None = None
+    hyperparameters: _Hyperparameters | None = None
+    lora: _Lora | None = None
+
+
+def parse_create(body: dict[str, Any], new_seed: int) -> JobSpec:
+    """The job that this JSON body asks for; `new_seed` is used when it names none. Raises ApiError 400."""
+    try:
+        asked = msgspec.convert(body, _CreateBody)
+    except msgspec.ValidationError as error:
+        raise _bad_parameter(str(error)) from error
+    if asked.validation_file is not None:
+        raise ApiError(400, "validation_file is not supported yet", "unsupported_parameter", "validation_file")
+    return _resolve(asked, _hyperparameters(asked), asked.lora or _Lora(), new_seed)
+
+
+def job_lora(spec: JobSpec) -> dict[str, Any]:
+    """The resolved `lora` block, as a job shows it."""
+    return {
+        "rank": spec.lora.rank,
+        "alpha": spec.lora.alpha,
+        "target_modules": list(spec.lora.target_modules),
+        "learning_rate": spec.base_learning_rate,
+        "scheduler": spec.scheduler,
+        "warmup_steps": spec.warmup_steps,
+        "max_grad_norm": spec.max_grad_norm,
+        "weight_decay": spec.weight_decay,
+    }
+
+
+def job_hyperparameters(spec: JobSpec) -> dict[str, Any]:
+    """The resolved hyperparameters, as a job shows them."""
+    return {
+        "n_epochs": spec.n_epochs,
+        "batch_size": spec.batch_size,
+        "learning_rate_multiplier": spec.learning_rate_multiplier,
+    }
+
+
+def _resolve(asked: _CreateBody, hyper: _Hyperparameters, lora: _Lora, new_seed: int) -> JobSpec:
+    chosen = ALL_LINEAR if lora.target_modules == "all-linear" else lora.target_modules
+    targets = tuple(name for name in ALL_LINEAR if name in chosen)
+    return JobSpec(
+        model=asked.model,
+        training_file=asked.training_file,
+        suffix=asked.suffix,
+        seed=new_seed if asked.seed is None else asked.seed,
+        metadata=asked.metadata,
+        n_epochs=DEFAULT_EPOCHS if hyper.n_epochs == "auto" else hyper.n_epochs,
+        batch_size=DEFAULT_BATCH_SIZE if hyper.batch_size == "auto" else hyper.batch_size,
+        learning_rate_multiplier=1.0 if hyper.learning_rate_multiplier == "auto" else hyper.learning_rate_multiplier,
+        lora=LoraSpec(rank=lora.rank, alpha=lora.alpha, target_modules=targets),
+        base_learning_rate=lora.learning_rate,
+        scheduler=lora.scheduler,
+        warmup_steps=lora.warmup_steps,
+        max_grad_norm=lora.max_grad_norm,
+        weight_decay=lora.weight_decay,
+    )
+
+
+def _hyperparameters(asked: _CreateBody) -> _Hyperparameters:
+    """From `method`, or from the deprecated top level; both at once is ambiguous."""
+    supervised = asked.method.supervised if asked.method else None
+    nested = supervised.hyperparameters if supervised else None
+    if nested is not None and asked.hyperparameters is not None:
+        raise ApiError(
+            400, "give hyperparameters either in method.supervised or at the top level", "invalid_value", "hyperparameters"
+        )
+    return nested or asked.hyperparameters or _Hyperparameters()
+
+
+def _bad_parameter(text: str) -> ApiError:
+    """msgspec's words ("Expected `int` <= 256 - at `$.lora.rank`") as an error that names the parameter."""
+    path = re.search(r" - at (?:`key` in )?`\$\.?([^`]*)`$", text)
+    field = re.search(r"(?:unknown|required) field `([^`]+)`", text)
+    param = ".".join(part for part in (path and path[1], field and field[1]) if part)
+    problem = text[: path.start()] if path else text
+    return ApiError(400, f"{param}: {problem}" if param else problem, "invalid_value", param or None)

@@ -1,0 +1,212 @@
+"""A job's training over all its executors: choose one, drive, and on a loss go on elsewhere. Knows no other job."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import structlog
+
+from common import subjects
+from common.codec import encode
+from common.messages import AdapterRecord, CloseJob, OpenJob, StepDone
+from services.trainer import events, jobs, naming
+from services.trainer.drive import Course, Drive
+from services.trainer.jobs import JobRecord, SupersededError
+from services.trainer.journal import Journal
+from services.trainer.lease import Lease
+from services.trainer.placement import choose_executor
+from services.trainer.session import ExecutorLostError, ExecutorSession, JobRejectedError, OverloadedError
+from services.trainer.surroundings import Surroundings
+
+log = structlog.get_logger()
+
+
+class Training:
+    """`step` is the number of steps done; with `handing_over` the job leaves its executor as for a pause."""
+
+    def __init__(self, around: Surroundings, lease: Lease, journal: Journal, course: Course) -> None:
+        self.step = lease.record.checkpoint_step
+        self.handing_over = False
+        self._around, self._config, self._lease, self._journal, self._course = around, around.config, lease, journal, course
+        self._last: StepDone | None = None
+        self._best_step = self.step
+        self._attempts = 0
+        self._opened: tuple[float, int] | None = None
+        self._set_aside_at: dict[str, float] = {}
+
+    @property
+    def stopping(self) -> bool:
+        """Whether to leave the executor after the steps in flight."""
+        return self.handing_over or self._lease.pause_wished
+
+    async def run(self) -> Literal["finish", "stop"]:
+        """Train until the final checkpoint exists, or until stopping. Raises JobRejectedError or SupersededError."""
+        while not self._is_trained():
+            executor_id = await self._choose()
+            if executor_id is None:
+                return "stop"
+            record = await self._lease.change(functools.partial(jobs.placed, executor_id=executor_id))
+            session = self._session(executor_id, record)
+            try:
+                return await self._on(session)
+            except ExecutorLostError as error:
+                await self._lost(session, str(error))
+            except OverloadedError:
+                self._set_aside(executor_id)
+            finally:
+                await session.end()
+        return "finish"
+
+    async def publish_adapter(self) -> str:
+        """Make the trained adapter known to all executors; returns its model name."""
+        spec = self._course.spec
+        adapter = AdapterRecord(
+            name=naming.model_name(spec.model, spec.suffix, self._lease.job_id),
+            base_model=spec.model,
+            artifact=self._final_artifact(),
+            lora=spec.lora,
+            created_at=time.time(),
+            job_id=self._lease.job_id,
+        )
+        bucket = await self._around.bus.key_value(subjects.ADAPTERS_BUCKET)
+        await bucket.put(subjects.adapter_key(adapter.name), encode(adapter))
+        return adapter.name
+
+    async def withdraw_adapter(self, name: str) -> None:
+        """The job was cancelled at the last moment: its adapter is not to be served."""
+        bucket = await self._around.bus.key_value(subjects.ADAPTERS_BUCKET)
+        await bucket.delete(subjects.adapter_key(name))
+
+    def estimated_finish(self, now: float) -> int | None:
+        """When the last step will be done at the pace since the executor was opened."""
+        if self._opened is None or self.step <= self._opened[1]:
+            return None
+        opened_at, first = self._opened
+        pace_s = (now - opened_at) / (self.step - first)
+        return int(now + pace_s * (self._course.plan.total_steps - self.step))
+
+    # --- what the drive asks -----------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises SupersededError when the job is not ours any more."""
+        self._lease.check()
+
+    async def step_done(self, done: StepDone) -> None:
+        """Tell a step's metrics."""
+        self.step, self._last = max(self.step, done.step + 1), done
+        if self.step > self._best_step:
+            self._best_step, self._attempts = self.step, 0
+        self._around.counters["steps"] += 1
+        self._around.counters["trained_tokens"] += done.num_sequence_tokens
+        update = self._course.update(done.step)
+        event = events.metrics(time.time(), done, update, self._course.plan.total_steps)
+        await self._journal.metrics(done.step, event)
+
+    async def checkpoint_written(self, artifact: str, step: int) -> None:
+        """Remember a checkpoint, and say so; most of them end an epoch."""
+        metrics = events.step_metrics(self._last) if self._last and self._last.step + 1 == step else {}
+        await self._lease.change(lambda record: jobs.checkpointed(record, artifact, step, metrics, time.time()))
+        epoch, rest = divmod(step, self._course.plan.steps_per_epoch)
+        if rest == 0:
+            await self._say(f"Epoch {epoch}/{self._course.plan.n_epochs} completed", data={"epoch": epoch, **metrics})
+        await self._say(f"Checkpoint created at step {step}", data={"artifact": artifact, "step": step})
+
+    async def probe_written(self, artifact: str, step: int) -> None:
+        """Remember where to resume; what was done beyond the last message left no metrics."""
+        if step > self.step:
+            await self._say(f"The metrics of steps {self.step + 1} to {step} were lost", "warn")
+        self.step = max(self.step, step)
+        await self._lease.change(lambda record: jobs.probed(record, artifact, step))
+
+    # --- executors ---------------------------------------------------------------------------------------------------
+
+    async def _on(self, session: ExecutorSession) -> Literal["finish", "stop"]:
+        """Train on this executor and leave it; it keeps nothing, unless another trainer has the job there now."""
+        try:
+            step = await session.open()
+            await self._begin(session, step)
+            listed = max((c.step_number for c in self._lease.record.checkpoints if c.step_number <= step), default=0)
+            ending = await Drive(session, self._course, self, self._config).run(step, listed)
+        except JobRejectedError:
+            await session.close()
+            raise
+        except SupersededError as error:
+            if not error.record.owner:
+                await session.close()
+            raise
+        await session.close()
+        return ending
+
+    async def _begin(self, session: ExecutorSession, step: int) -> None:
+        await self._lease.change(lambda record: jobs.with_job(record, status="running", step=step))
+        await self._journal.rewind(step)
+        self.step, self._opened = step, (time.time(), step)
+        verb = "started" if step == 0 else f"continues after step {step}"
+        await self._say(f"Training {verb} on executor {session.executor_id}", data={"executor_id": session.executor_id})
+
+    async def _choose(self) -> str | None:
+        """An executor for this job, as soon as there is one; None when stopping first."""
+        told = False
+        while True:
+            self.check()
+            if self.stopping:
+                return None
+            beats = [b for b in self._around.executors() if b.sent_at > self._set_aside_at.get(b.instance_id, 0.0)]
+            prefer = self._lease.record.executor_id if self._attempts == 0 else ""
+            chosen = choose_executor(beats, self._course.spec.model, self._course.dataset.longest, prefer)
+            if chosen is not None:
+                return chosen
+            if not told:
+                await self._say(f"Waiting for an executor that serves {self._course.spec.model}", "warn")
+                told = True
+            await self._wait(self._config.heartbeat_s)
+
+    async def _lost(self, session: ExecutorSession, reason: str) -> None:
+        """Count the loss; should the executor live after all, it may forget the job."""
+        self._attempts += 1
+        self._set_aside(session.executor_id)
+        await self._say(f"Lost executor {session.executor_id}: {reason}", "warn", {"executor_id": session.executor_id})
+        if self._attempts >= self._config.max_attempts:
+            raise JobRejectedError(f"no progress on executors in {self._attempts} attempts; the last: {reason}")
+        order = CloseJob(job_id=self._lease.job_id, lease=session.order.lease)
+        await self._around.bus.publish(subjects.executor_slices(session.executor_id), order)
+
+    def _set_aside(self, executor_id: str) -> None:
+        """Do not choose this executor again before its next beat."""
+        beats = {beat.instance_id: beat.sent_at for beat in self._around.executors()}
+        self._set_aside_at[executor_id] = beats.get(executor_id, 0.0)
+
+    def _session(self, executor_id: str, record: JobRecord) -> ExecutorSession:
+        order = OpenJob(
+            job_id=record.job.id,
+            lease=record.lease,
+            base_model=record.spec.model,
+            lora=record.spec.lora,
+            seed=record.spec.seed,
+            checkpoint=record.checkpoint,
+        )
+        around = self._around
+        return ExecutorSession(around.bus, around.fleet, self._config, executor_id, order, self._lease.wake, self.check)
+
+    def _final_artifact(self) -> str:
+        return naming.artifact_name(self._lease.job_id, self._course.plan.total_steps)
+
+    def _is_trained(self) -> bool:
+        return self._lease.record.checkpoint == self._final_artifact()
+
+    async def _say(self, text: str, level: events.Level = "info", data: Mapping[str, Any] | None = None) -> None:
+        log.info("job.event", job_id=self._lease.job_id, text=text)
+        await self._journal.write(events.message(time.time(), text, level, data))
+
+    async def _wait(self, timeout_s: float) -> None:
+        """Until something changes, at most so long."""
+        self._lease.wake.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._lease.wake.wait()
+        except TimeoutError:
+            pass
