@@ -57,16 +57,19 @@ class AttentionPlan:
 
 
 def _padded_call(segments: list[AttentionSegment], group: int, dtype: torch.dtype) -> _Call:
-    """Padding rows repeat a segment's last row, with the same result; padding keys are masked."""
+    """Padding rows repeat a segment's last row, with the same result; padding keys repeat its first key, masked.
+
+    Nothing of another sequence is read, as not even a mask stops a NaN.
+    """
     device = segments[0].slots_L.device
     num_rows = max(segment.end - segment.start for segment in segments)
     num_keys = max(segment.slots_L.numel() for segment in segments)
     rows = torch.stack([torch.arange(s.start, s.start + num_rows).clamp(max=s.end - 1) for s in segments])
-    slots = torch.zeros(len(segments), num_keys, dtype=torch.int64, device=device)
+    slots = torch.empty(len(segments), num_keys, dtype=torch.int64, device=device)
     mask = torch.zeros(len(segments), num_rows, num_keys, dtype=torch.bool, device=device)
     for i, segment in enumerate(segments):
         own_rows, own_keys = segment.end - segment.start, segment.slots_L.numel()
-        slots[i, :own_keys] = segment.slots_L
+        slots[i, :own_keys], slots[i, own_keys:] = segment.slots_L, segment.slots_L[0]
         mask[i, :own_rows, :own_keys] = segment_mask(segment)
         mask[i, own_rows:] = mask[i, own_rows - 1].clone()
     bias = None
