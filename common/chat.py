@@ -40,6 +40,8 @@ class ChatTokenizer:
         self._special = dict(special)
         self.eos_token_ids: tuple[int, ...] = tuple(eos)
         self.vocab_size = vocab_size
+        self.max_token_chars: int = max(map(len, tokenizer.get_vocab()), default=1)
+        """A text of n characters has at least n / max_token_chars tokens."""
 
     @classmethod
     def load(cls, model_dir: Path) -> ChatTokenizer:
@@ -63,8 +65,8 @@ class ChatTokenizer:
         return cls(tokenizer, _read_template(model_dir, settings), special, eos, vocab_size)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text; names of special tokens in it become those tokens."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of a text; names of special tokens in it become those tokens. Releases the GIL."""
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of these ids; bytes that are no whole character yet come out as U+FFFD."""

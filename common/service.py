@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import structlog
 import uvloop
@@ -57,7 +57,7 @@ def main(role: Role, config_type: type[C], make_actor: Callable[[C], Actor]) -> 
     except ConfigError as error:
         sys.exit(f"heddle {role}: {error}")
     configure_logging(role, config.instance_id, config.log_level, config.log_format)
-    log.info("service.starting", config=dataclasses.asdict(config) | {"nats_url": redacted(config.nats_url)})
+    log.info("service.starting", config=loggable(config))
     uvloop.run(serve(role, config, make_actor(config)))
 
 
@@ -87,6 +87,13 @@ async def serve(role: Role, config: ServiceConfig, actor: Actor) -> None:
         await registration.stop()
         await bus.drain()
     log.info("service.stopped")
+
+
+def loggable(config: ServiceConfig) -> dict[str, Any]:
+    """The settings without credentials: fields with the metadata `secret` only say whether they are set."""
+    secrets = {field.name for field in dataclasses.fields(config) if field.metadata.get("secret")}
+    hidden = {name: "(set)" for name in secrets if getattr(config, name)}
+    return dataclasses.asdict(config) | hidden | {"nats_url": redacted(config.nats_url)}
 
 
 def redacted(url: str) -> str:

@@ -1,0 +1,85 @@
+"""Heartbeats as metrics: executors' load under vLLM's names, every counter and gauge as heddle_<role>_<name>."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from common.fleet import Fleet
+from common.messages import Beat, ExecutorLoad
+
+SPECULATION = {
+    "drafts": "vllm:spec_decode_num_drafts",
+    "draft_tokens": "vllm:spec_decode_num_draft_tokens",
+    "accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
+}
+"""Executors' counters that vLLM has under other names."""
+ACCEPTED_AT = re.compile(r"accepted_tokens_at_(\d+)")
+"""Executors' counters of draft tokens accepted at one position of the path."""
+
+
+class FleetCollector(Collector):
+    """Reads the fleet at each scrape; instances that died disappear."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def collect(self) -> Iterable[Metric]:
+        """All families of all living instances."""
+        beats = self._fleet.alive(None, time.monotonic())
+        executors = [(beat, beat.executor) for beat in beats if beat.executor is not None]
+        yield from _load_families(executors)
+        yield from _speculation_families(executors)
+        yield from _own_families(beats)
+
+
+def _load_families(executors: list[tuple[Beat, ExecutorLoad]]) -> Iterator[Metric]:
+    labels = ("model_name", "engine")
+    running = GaugeMetricFamily("vllm:num_requests_running", "Requests that decode.", labels=labels)
+    waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Requests that wait for their first token.", labels=labels)
+    cache = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", labels=labels)
+    for beat, load in executors:
+        where = (load.model, beat.instance_id)
+        running.add_metric(where, load.num_running)
+        waiting.add_metric(where, load.num_waiting)
+        cache.add_metric(where, 1 - load.free_pages / load.num_pages if load.num_pages else 0.0)
+    yield from (running, waiting, cache)
+
+
+def _speculation_families(executors: list[tuple[Beat, ExecutorLoad]]) -> Iterator[Metric]:
+    labels = ("model_name", "engine")
+    families = {name: CounterMetricFamily(theirs, "As in vLLM.", labels=labels) for name, theirs in SPECULATION.items()}
+    per_position = CounterMetricFamily(
+        "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted draft tokens by depth.", labels=(*labels, "position")
+    )
+    for beat, load in executors:
+        for name, value in beat.counters.items():
+            if name in families:
+                families[name].add_metric((load.model, beat.instance_id), value)
+            elif match := ACCEPTED_AT.fullmatch(name):
+                per_position.add_metric((load.model, beat.instance_id, match[1]), value)
+    yield from (family for family in (*families.values(), per_position) if family.samples)
+
+
+def _own_families(beats: list[Beat]) -> Iterator[Metric]:
+    families: dict[str, Metric] = {}
+    for beat in beats:
+        for name, value in beat.counters.items():
+            key = _metric_name(beat.role, name.removesuffix("_total"))
+            counter = families.setdefault(key, CounterMetricFamily(key, f"Of {beat.role}s.", labels=("instance",)))
+            if isinstance(counter, CounterMetricFamily):
+                counter.add_metric((beat.instance_id,), value)
+        for name, value in beat.gauges.items():
+            key = _metric_name(beat.role, name)
+            gauge = families.setdefault(key, GaugeMetricFamily(key, f"Of {beat.role}s.", labels=("instance",)))
+            if isinstance(gauge, GaugeMetricFamily):
+                gauge.add_metric((beat.instance_id,), value)
+    yield from families.values()
+
+
+def _metric_name(role: str, name: str) -> str:
+    return re.sub(r"[^a-zA-Z0-9_]", "_", f"heddle_{role}_{name}")

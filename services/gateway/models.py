@@ -1,0 +1,124 @@
+"""The models a client may name: the base model and its adapters, and who serves them now. Knows loads, not requests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from nats.errors import Error as NatsError
+from nats.errors import TimeoutError as NatsTimeoutError
+
+from common import subjects
+from common.bus import Bus
+from common.codec import MalformedMessageError, decode
+from common.fleet import Fleet
+from common.messages import AdapterRecord, ExecutorLoad
+from services.gateway.errors import model_not_found, unavailable
+
+log = structlog.get_logger()
+
+RETRY_PAUSE_S = 1.0
+REFRESH_S = 30.0
+"""A quiet watch is renewed so often: an ordered consumer that the server lost would be quiet for ever."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that at least one ready executor runs; its longest context."""
+
+    name: str
+    max_model_len: int
+
+
+class Catalog:
+    """Base model, adapters by name, and the fleet that serves them. `now` is the fleet's clock."""
+
+    def __init__(self, base: str, root: str, fleet: Fleet) -> None:
+        self.base = base
+        self._root = root
+        self._fleet = fleet
+        self._adapters: dict[str, AdapterRecord] = {}
+        self._started_at = int(time.time())
+
+    def find(self, name: str, now: float) -> ServedModel:
+        """Raises ApiError: 404 for an unknown name, 503 when no ready executor serves it."""
+        loads = self._loads(now)
+        serving = [load for load in loads if name == self.base or name in load.adapters]
+        if serving:
+            return ServedModel(name, max(load.max_model_len for load in serving))
+        if name == self.base:
+            raise unavailable(f"No executor serves {name!r} at the moment.", "no_executor")
+        if name in self._adapters:
+            raise unavailable(f"No executor has loaded {name!r} yet.", "adapter_not_loaded")
+        raise model_not_found(name)
+
+    def is_served(self, now: float) -> bool:
+        """Whether the base model has a ready executor."""
+        return bool(self._loads(now))
+
+    def max_model_len(self, now: float) -> int | None:
+        """The longest context that a ready executor offers."""
+        return max((load.max_model_len for load in self._loads(now)), default=None)
+
+    def replace(self, adapters: dict[str, AdapterRecord]) -> None:
+        """The adapters known from now on, by name."""
+        self._adapters = adapters
+
+    def cards(self, now: float) -> list[dict[str, Any]]:
+        """The model objects of GET /v1/models: the base model first."""
+        base = _card(self.base, self._started_at, self._root, None) | {"max_model_len": self.max_model_len(now)}
+        records = sorted(self._adapters.values(), key=lambda record: record.created_at)
+        return [base] + [_card(r.name, int(r.created_at), r.artifact, self.base) for r in records]
+
+    def card(self, name: str, now: float) -> dict[str, Any]:
+        """One model object. Raises ApiError 404."""
+        for card in self.cards(now):
+            if card["id"] == name:
+                return card
+        raise model_not_found(name)
+
+    def _loads(self, now: float) -> list[ExecutorLoad]:
+        beats = self._fleet.alive("executor", now)
+        return [beat.executor for beat in beats if beat.state == "ready" and beat.executor and beat.executor.model == self.base]
+
+
+async def follow_adapters(bus: Bus, catalog: Catalog) -> None:
+    """For ever: keep the catalog equal to the bucket of adapters."""
+    while True:
+        try:
+            watcher: Any = await (await bus.key_value(subjects.ADAPTERS_BUCKET)).watchall()
+            try:
+                await _follow(watcher, catalog)
+            finally:
+                await watcher.stop()
+        except NatsTimeoutError:
+            continue
+        except NatsError as error:
+            log.warning("adapters.watch_failed", error=str(error) or type(error).__name__)
+            await asyncio.sleep(RETRY_PAUSE_S)
+
+
+async def _follow(watcher: Any, catalog: Catalog) -> None:
+    """Apply updates until it is quiet for REFRESH_S (TimeoutError); the first None ends the replay of what is stored."""
+    records: dict[str, AdapterRecord] = {}
+    is_replayed = False
+    while True:
+        entry = await watcher.updates(timeout=REFRESH_S)
+        if entry is None:
+            is_replayed = True
+        elif entry.operation is not None:
+            records.pop(entry.key, None)
+        else:
+            try:
+                records[entry.key] = decode(entry.value, AdapterRecord)
+            except MalformedMessageError as error:
+                log.warning("adapters.malformed", key=entry.key, error=str(error))
+        if is_replayed:
+            catalog.replace({record.name: record for record in records.values()})
+
+
+def _card(name: str, created: int, root: str, parent: str | None) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "heddle", "root": root, "parent": parent}

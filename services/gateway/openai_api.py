@@ -1,0 +1,184 @@
+"""The request bodies of OpenAI's API as types, and bytes to them. Knows shapes and ranges, not models or transports."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from services.gateway.errors import ApiError, bad_request
+
+T = TypeVar("T")
+Milliseconds = Annotated[float, Meta(gt=0, le=1e9)]
+Seed = Annotated[int, Meta(ge=-(2**63), lt=2**63)]
+
+MAX_MESSAGES = 4096
+MAX_PROMPTS = 64
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 64
+
+
+class StreamOptions(Struct, kw_only=True):
+    """`include_usage` asks for one more chunk, with the usage and no choices."""
+
+    include_usage: bool | None = None
+
+
+class SloFields(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Latency targets: mean time per output token after the first, and time to the first token."""
+
+    tpot_ms: Milliseconds | None = None
+    ttft_ms: Milliseconds | None = None
+
+
+class GenerateRequest(Struct, kw_only=True):
+    """What chat and text completions share. Fields not named here are ignored."""
+
+    model: str
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
+    seed: Seed | None = None
+    stop: str | Annotated[list[str], Meta(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    ignore_eos: bool | None = None
+    n: Annotated[int, Meta(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    slo: SloFields | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
+    """Lower runs earlier."""
+    user: str | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    logit_bias: dict[str, Any] | None = None
+    structured_outputs: Any = None
+    response_format: dict[str, Any] | None = None
+
+
+class ContentPart(Struct):
+    """One part of a message; only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Struct):
+    """One turn of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ContentPart] | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class ChatRequest(GenerateRequest, kw_only=True):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+
+
+class CompletionRequest(GenerateRequest, kw_only=True):
+    """Body of POST /v1/completions. `prompt` is text, token ids, or a list of either."""
+
+    prompt: str | Annotated[list[str | int | list[int]], Meta(min_length=1)]
+    logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class TokenizeRequest(Struct, kw_only=True):
+    """Body of POST /tokenize: a prompt, or messages that go through the chat template."""
+
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    model: str | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+
+
+class DetokenizeRequest(Struct, kw_only=True):
+    """Body of POST /detokenize."""
+
+    tokens: list[Annotated[int, Meta(ge=0)]]
+    model: str | None = None
+
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (None, 0.0),
+    "frequency_penalty": (None, 0.0),
+    "repetition_penalty": (None, 1.0),
+    "min_p": (None, 0.0),
+    "min_tokens": (None, 0),
+    "logit_bias": (None, {}),
+    "structured_outputs": (None,),
+    "response_format": (None, {"type": "text"}),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "functions": (None, []),
+    "echo": (None, False),
+    "suffix": (None, ""),
+}
+"""Parameters that Heddle does not implement yet, and the values that change nothing."""
+
+
+def check_supported(request: GenerateRequest) -> None:
+    """Raises ApiError 400 for a parameter whose value would change the result but is not implemented."""
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(request, name, None)
+        if not any(type(value) is type(allowed) and value == allowed for allowed in neutral):
+            raise _unsupported(name)
+    if isinstance(request, ChatRequest) and request.tools and request.tool_choice != "none":
+        raise _unsupported("tools")
+    if isinstance(request, CompletionRequest) and request.best_of not in (None, request.n or 1):
+        raise _unsupported("best_of")
+
+
+def decode_json(data: bytes, kind: type[T]) -> T:
+    """The body as a typed request. Raises ApiError 400 that names the field."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from error
+
+
+def convert(value: object, kind: type[T]) -> T:
+    """A decoded map as a typed request. Raises ApiError 400 that names the field."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from error
+
+
+def _unsupported(name: str) -> ApiError:
+    return bad_request(f"The parameter {name!r} is not supported with this value.", param=name, code="unsupported_parameter")
+
+
+def _invalid(error: msgspec.ValidationError) -> ApiError:
+    text = str(error)
+    message, _, path = text.partition(" - at `")
+    param = path.rstrip("`").removeprefix("$").removeprefix(".")
+    if missing := re.search(r"missing required field `(\w+)`", message):
+        param = f"{param}.{missing[1]}" if param else missing[1]
+    return bad_request(f"Invalid request: {text}", param=param or None, code="invalid_type")

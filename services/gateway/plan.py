@@ -1,0 +1,181 @@
+"""From a valid request and its prompt tokens to the executors' requests. Pure: clock, seed and ids are arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from common.messages import InferenceRequest, Sampling, Slo
+from services.gateway.errors import bad_request
+from services.gateway.models import ServedModel
+from services.gateway.openai_api import (
+    MAX_PROMPTS,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    ChatRequest,
+    CompletionRequest,
+    GenerateRequest,
+    check_supported,
+)
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default of /v1/completions."""
+_MASK_63 = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request may ask for."""
+
+    max_n: int
+    max_tokens_limit: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where and when a request came in; `seed` is used if it names none."""
+
+    request_id: str
+    arrived_at: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One client request: `requests` are its choices in order, `num_samples` of them for each prompt."""
+
+    kind: Literal["chat", "completion"]
+    origin: Origin
+    model: str
+    requests: tuple[InferenceRequest, ...]
+    num_samples: int
+    stops: tuple[str, ...]
+    hidden_tokens: frozenset[int]
+    is_stream: bool
+    has_usage_chunk: bool
+    slo: Slo
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once."""
+        return sum(len(request.prompt_tokens) for request in self.requests[:: self.num_samples])
+
+
+def check(request: GenerateRequest, limits: Limits) -> None:
+    """Raises ApiError 400 for what is wrong whatever the model: unsupported parameters and values over the limits."""
+    check_supported(request)
+    if (request.n or 1) > limits.max_n:
+        raise bad_request(f"n must be at most {limits.max_n}.", "n")
+    name, value = max_tokens_of(request)
+    if value is not None and value > limits.max_tokens_limit:
+        raise bad_request(f"{name} must be at most {limits.max_tokens_limit}.", name)
+    stops = stops_of(request)
+    if any(not 0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
+        raise bad_request(f"Each stop string must have 1 to {MAX_STOP_CHARS} characters, at most {MAX_STOPS} of them.", "stop")
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], limits: Limits) -> None:
+    """Raises ApiError 400 for an empty prompt, a token outside the vocabulary or too many prompts."""
+    if len(prompts) > MAX_PROMPTS:
+        raise bad_request(f"At most {MAX_PROMPTS} prompts are allowed in one request.", "prompt")
+    for prompt in prompts:
+        if not prompt:
+            raise bad_request("The prompt has no tokens.", "prompt")
+        if not 0 <= min(prompt) <= max(prompt) < limits.vocab_size:
+            raise bad_request(f"Token ids must be in 0..{limits.vocab_size - 1}.", "prompt")
+
+
+def make_plan(
+    request: GenerateRequest,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    model: ServedModel,
+    slo: Slo,
+    limits: Limits,
+    model_stops: tuple[int, ...],
+    origin: Origin,
+) -> Plan:
+    """Raises ApiError 400 when a prompt and its output do not fit the model's context."""
+    num_samples = request.n or 1
+    stop_token_ids = tuple(request.stop_token_ids or ())
+    seed = origin.seed if request.seed is None else request.seed & _MASK_63
+    requests = [
+        InferenceRequest(
+            request_id=origin.request_id if sample == number == 0 else f"{origin.request_id}-{number}-{sample}",
+            model=model.name,
+            prompt_tokens=prompt,
+            max_tokens=fit_max_tokens(request, len(prompt), model, limits),
+            sampling=sampling_of(request, derive_seed(seed, sample)),
+            slo=slo,
+            ignore_eos=bool(request.ignore_eos),
+            stop_token_ids=stop_token_ids if request.ignore_eos else tuple(dict.fromkeys(stop_token_ids + model_stops)),
+            priority=request.priority or 0,
+            arrived_at=origin.arrived_at,
+        )
+        for number, prompt in enumerate(prompts)
+        for sample in range(num_samples)
+    ]
+    return Plan(
+        kind="chat" if isinstance(request, ChatRequest) else "completion",
+        origin=origin,
+        model=model.name,
+        requests=tuple(requests),
+        num_samples=num_samples,
+        stops=stops_of(request),
+        hidden_tokens=frozenset(stop_token_ids),
+        is_stream=bool(request.stream),
+        has_usage_chunk=bool(request.stream_options and request.stream_options.include_usage),
+        slo=slo,
+    )
+
+
+def sampling_of(request: GenerateRequest, seed: int) -> Sampling:
+    """OpenAI's defaults: temperature 1, no truncation. A top_k of -1 or 0 is none."""
+    return Sampling(
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        top_k=max(request.top_k or 0, 0),
+        seed=seed,
+    )
+
+
+def derive_seed(seed: int, sample: int) -> int:
+    """The seed of one of several samples: the first keeps the request's own, the others get unrelated ones (splitmix64)."""
+    if sample == 0:
+        return seed
+    mixed = (seed + sample * 0x9E3779B97F4A7C15) & (2**64 - 1)
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (mixed ^ (mixed >> 31)) & _MASK_63
+
+
+def max_tokens_of(request: GenerateRequest) -> tuple[str, int | None]:
+    """The output limit and the name it came under; chat's newer name wins."""
+    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+        return "max_completion_tokens", request.max_completion_tokens
+    return "max_tokens", request.max_tokens
+
+
+def fit_max_tokens(request: GenerateRequest, prompt_len: int, model: ServedModel, limits: Limits) -> int:
+    """The output limit; by default the remaining context for chat and 16 tokens for completions."""
+    remaining = model.max_model_len - prompt_len
+    _, asked = max_tokens_of(request)
+    if remaining < (asked or 1):
+        param = "prompt" if isinstance(request, CompletionRequest) else "messages"
+        raise bad_request(
+            f"The model's context is {model.max_model_len} tokens, but the prompt has {prompt_len} tokens and the answer "
+            f"may have {asked or 'at least 1'}: shorten the prompt or lower max_tokens.",
+            param,
+            "context_length_exceeded",
+        )
+    if asked is not None:
+        return asked
+    default = DEFAULT_COMPLETION_TOKENS if isinstance(request, CompletionRequest) else limits.max_tokens_limit
+    return min(default, remaining)
+
+
+def stops_of(request: GenerateRequest) -> tuple[str, ...]:
+    """The stop strings as a tuple."""
+    return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
