@@ -43,6 +43,7 @@ class PlannerActor:
         await bus.subscribe(subjects.planner_report(self._config.instance_id), IterationReport, self._on_report)
         await bus.client.flush()
         self._claims = await bus.subscribe(subjects.CLAIM, PlannerClaim, self._on_claim, queue="planner")
+        await bus.client.flush()
         tasks.create_task(self._sweep())
 
     async def drain(self) -> None:
