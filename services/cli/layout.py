@@ -81,7 +81,6 @@ def environment(options: UpOptions, model: Model, nats_url: str) -> dict[str, st
     """The settings that the options mean; a service reads its own and ignores the others'."""
     settings = {
         "HEDDLE_NATS_URL": nats_url,
-        "HEDDLE_STATE_DIR": str(options.state_dir),
         "HEDDLE_MODEL_DIR": str(model.folder),
         "HEDDLE_SERVED_MODEL_NAME": model.name,
         "HEDDLE_LOG_FORMAT": options.log_format,
