@@ -160,13 +160,17 @@ class PlannerGranted(msgspec.Struct, frozen=True, kw_only=True, tag="granted.1")
 
 
 class OpenedSequence(msgspec.Struct, frozen=True, kw_only=True):
-    """A sequence that starts to decode, or that a new planner has not seen: all its tokens so far."""
+    """A sequence that starts to decode, or that a new planner has not seen: all its tokens so far.
+
+    `num_decoded` of its tokens were committed during its `decode_ms`; None: all output but the first, which prefill gives.
+    """
 
     request_id: str
     tokens: tuple[int, ...]
     num_output: int
     max_output: int
     tpot_ms: float | None = None
+    num_decoded: int | None = None
 
 
 class SequenceProgress(msgspec.Struct, frozen=True, kw_only=True):

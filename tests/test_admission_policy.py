@@ -82,6 +82,7 @@ def test_an_idle_executor_takes_what_it_serves(model: str) -> None:
         request(0),
         request(max_tokens=0),
         request(max_tokens=-5),
+        request(max_tokens=5, num_generated=5),
         request(tpot_ms=0.0),
         request(ttft_ms=-1.0),
         request(tpot_ms=math.nan),

@@ -17,8 +17,8 @@ class AdmissionConfig(ServiceConfig):
     """Best effort ends where the prompts ahead of a request take longer than this."""
     max_waiting: int = 64
     """Best effort also ends where this many requests wait for their prefill."""
-    admit_timeout_s: float = 2.0
-    """An executor that does not answer for this long counts as dead until its next heartbeat."""
+    admit_timeout_s: float = 4.0
+    """An executor that does not answer for this long counts as dead until its next heartbeat; it answers between iterations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

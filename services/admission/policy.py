@@ -91,6 +91,8 @@ def find_fault(request: InferenceRequest) -> str | None:
         return "the prompt is empty"
     if request.max_tokens < 1:
         return f"max_tokens must be at least 1, got {request.max_tokens}"
+    if request.num_generated >= request.max_tokens:
+        return f"all {request.max_tokens} tokens were generated already"
     for name, target in (("tpot_ms", request.slo.tpot_ms), ("ttft_ms", request.slo.ttft_ms)):
         if target is not None and not (math.isfinite(target) and target > 0):
             return f"slo.{name} must be a positive number, got {target}"

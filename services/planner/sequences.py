@@ -6,24 +6,25 @@ import dataclasses
 from collections import Counter
 
 from common.messages import IterationReport, OpenedSequence, SequenceProgress
-from services.planner.drafter import Drafter, Key
+from services.planner.drafter import Drafter
+
+MAX_SILENT_REPORTS = 16
+"""A sequence without news in so many reports is gone: decoding ones progress in each, cancelled ones just vanish."""
 
 
 @dataclasses.dataclass(slots=True)
 class Sequence:
-    """A decoding sequence: `length` committed tokens of which `root` is the last; `num_output` of them are output."""
+    """A sequence: `length` committed tokens, `root` the last; `num_decoded` of its `num_output` took `decode_ms`."""
 
     length: int
     root: int
     num_output: int
     max_output: int
     tpot_ms: float | None
+    num_decoded: int
     decode_ms: float = 0.0
-
-    @property
-    def num_decoded(self) -> int:
-        """Tokens of decode iterations: the first output token comes from the prefill, and TPOT starts after it."""
-        return max(0, self.num_output - 1)
+    num_silent: int = 0
+    """Reports since the last one with news of it."""
 
     @property
     def max_depth(self) -> int:
@@ -33,16 +34,15 @@ class Sequence:
 
 @dataclasses.dataclass(slots=True)
 class _Executor:
-    iteration: int
-    reported_at: float
+    reported_at: float = 0.0
     sequences: dict[str, Sequence] = dataclasses.field(default_factory=dict)
 
 
 class SequenceTable:
     """All sequences by executor and request, kept in step with a drafter.
 
-    Where a report was lost, the tokens of a sequence are not known any more: it is dropped, and its executor decodes it without
-    drafts until it opens it again.
+    Where progress does not add up, a report was lost and with it tokens: the sequence is dropped, and its executor decodes it
+    without drafts until it opens it again.
     """
 
     def __init__(self, drafter: Drafter) -> None:
@@ -54,22 +54,19 @@ class SequenceTable:
         return sum(len(executor.sequences) for executor in self._executors.values())
 
     def apply(self, report: IterationReport, now: float) -> dict[str, Sequence]:
-        """Take a report in; returns the executor's sequences that decode now."""
-        executor = self._executors.setdefault(report.executor_id, _Executor(report.iteration - 1, now))
-        has_gap = report.iteration != executor.iteration + 1
-        executor.iteration, executor.reported_at = report.iteration, now
-        if has_gap:
-            self.counters["report_gaps"] += 1
-            told = {each.request_id for each in report.opened} | {each.request_id for each in report.progress}
-            for request_id in executor.sequences.keys() - told - set(report.closed):
-                self._lose(report.executor_id, request_id)
+        """Take a report in; returns the sequences that decode in the executor's next iteration."""
+        executor = self._executors.setdefault(report.executor_id, _Executor())
+        executor.reported_at = now
+        for sequence in executor.sequences.values():
+            sequence.num_silent += 1
         for opened in report.opened:
             self._open(report.executor_id, opened)
         for progress in report.progress:
             self._advance(report.executor_id, progress)
-        for request_id in report.closed:
+        silent = [name for name, sequence in executor.sequences.items() if sequence.num_silent > MAX_SILENT_REPORTS]
+        for request_id in (*report.closed, *silent):
             self._close(report.executor_id, request_id)
-        return executor.sequences
+        return {name: sequence for name, sequence in executor.sequences.items() if sequence.num_silent == 0}
 
     def drop_executor(self, executor_id: str) -> None:
         """Forget an executor and its sequences."""
@@ -83,7 +80,7 @@ class SequenceTable:
 
     def _open(self, executor_id: str, opened: OpenedSequence) -> None:
         if not opened.tokens:
-            self._lose(executor_id, opened.request_id)
+            self._close(executor_id, opened.request_id)
             return
         self._executors[executor_id].sequences[opened.request_id] = Sequence(
             length=len(opened.tokens),
@@ -91,33 +88,31 @@ class SequenceTable:
             num_output=opened.num_output,
             max_output=opened.max_output,
             tpot_ms=opened.tpot_ms,
+            num_decoded=max(0, opened.num_output - 1) if opened.num_decoded is None else opened.num_decoded,
         )
         self._drafter.open((executor_id, opened.request_id), opened.tokens)
 
     def _advance(self, executor_id: str, progress: SequenceProgress) -> None:
-        """A sequence that was opened in the same report holds the progress already: its output count says so."""
+        """Append what was committed. A sequence that the same report opened holds it already: its output count says so."""
         self.counters["verified_nodes"] += progress.num_drafted
         self.counters["accepted_tokens"] += progress.accepted_len
         sequence = self._executors[executor_id].sequences.get(progress.request_id)
         if sequence is None:
             self.counters["unknown_sequences"] += 1
             return
-        num_missing = progress.num_output - sequence.num_output
-        if num_missing not in (0, len(progress.tokens)):
-            self._lose(executor_id, progress.request_id)
+        num_new = progress.num_output - sequence.num_output
+        if num_new not in (0, len(progress.tokens)):
+            self.counters["lost_sequences"] += 1
+            self._close(executor_id, progress.request_id)
             return
-        sequence.decode_ms = progress.decode_ms
-        if num_missing:
-            sequence.length += num_missing
+        sequence.decode_ms, sequence.num_silent = progress.decode_ms, 0
+        if num_new:
+            sequence.length += num_new
             sequence.root = progress.tokens[-1]
             sequence.num_output = progress.num_output
+            sequence.num_decoded += num_new
             self._drafter.extend((executor_id, progress.request_id), progress.tokens)
 
-    def _lose(self, executor_id: str, request_id: str) -> None:
-        self.counters["lost_sequences"] += 1
-        self._close(executor_id, request_id)
-
     def _close(self, executor_id: str, request_id: str) -> None:
-        key: Key = (executor_id, request_id)
         if self._executors[executor_id].sequences.pop(request_id, None) is not None:
-            self._drafter.close(key)
+            self._drafter.close((executor_id, request_id))
