@@ -127,7 +127,8 @@ class Engine:
                 self.counters["trees_orphaned"] += 1
                 continue
             try:
-                check_tree(tree, sequence.tokens, self.decoder.config.vocab_size, self.max_tree_nodes)
+                config = self.decoder.config
+                check_tree(tree, sequence.tokens, config.vocab_size, self.max_tree_nodes, config.max_position_embeddings)
             except InvalidTreeError as error:
                 self.counters["trees_late" if str(error).startswith("late") else "trees_invalid"] += 1
                 continue

@@ -35,8 +35,11 @@ def accept(tree_tokens: Seq[int], parents: Seq[int], drawn: Seq[int]) -> Verdict
     return Verdict(tuple(path), tuple(tokens))
 
 
-def check_tree(tree: DraftTree, committed: Seq[int], vocab_size: int, max_nodes: int) -> None:
-    """Raises InvalidTreeError unless the tree continues exactly these committed tokens and is well formed."""
+def check_tree(tree: DraftTree, committed: Seq[int], vocab_size: int, max_nodes: int, max_length: int) -> None:
+    """Raises InvalidTreeError unless the tree continues exactly these committed tokens, is well formed and ends in time.
+
+    The model has `max_length` positions.
+    """
     if tree.length != len(committed) or not tree.tokens or tree.tokens[0] != committed[-1]:
         raise InvalidTreeError("late: the sequence has moved on")
     if not len(tree.tokens) == len(tree.parents) == len(tree.probs):
@@ -47,6 +50,10 @@ def check_tree(tree: DraftTree, committed: Seq[int], vocab_size: int, max_nodes:
         raise InvalidTreeError("parents must precede their children")
     if any(not 0 <= token < vocab_size for token in tree.tokens):
         raise InvalidTreeError("unknown token")
+    if any(not 0.0 <= prob <= 1.0 for prob in tree.probs) or tree.num_required < 0:
+        raise InvalidTreeError("probs must be in [0, 1], num_required not negative")
+    if len(committed) + max(depths(tree.parents)) > max_length:
+        raise InvalidTreeError(f"deeper than the model's {max_length} positions")
 
 
 def depths(parents: Seq[int]) -> list[int]:
