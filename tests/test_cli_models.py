@@ -18,6 +18,7 @@ from tokenizers.models import WordLevel
 from services.cli.convert import convert
 from services.cli.models import ModelError, Source, cache_dir, cached_folder, check_folder, is_sound, locate, usable_folder
 from services.cli.parser import DEFAULT_MODEL
+from tests.helpers import tiny_model
 
 
 def write_safetensors(path: Path, num_bytes: int = 8) -> None:
@@ -93,9 +94,7 @@ def test_a_file_that_changes_gets_another_cache_folder(tmp_path: Path) -> None:
     assert cached_folder(locate(str(gguf)), tmp_path) != before
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncated", "longer", "no header", "header is no object", "empty", "bad config", "bad tokenizer"]
-)
+@pytest.mark.parametrize("damage", ["truncated", "longer", "no header", "no object", "empty", "bad config", "bad tokenizer"])
 def test_damage_is_noticed_and_named(folder: Path, damage: str) -> None:
     weights = folder / "model.safetensors"
     data = weights.read_bytes()
@@ -130,10 +129,7 @@ def test_every_shard_is_checked(folder: Path) -> None:
 def unconverted(tmp_path: Path) -> Path:
     """A tiny Llama in float32 with its weights in the old format, which has to be converted."""
     folder = tmp_path / "tiny"
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 64}
-    config = transformers.LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
+    model = tiny_model()
     model.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
@@ -149,7 +145,7 @@ def test_a_folder_is_converted_to_bfloat16_once(unconverted: Path, cache: Path) 
     with safe_open(converted / "model.safetensors", "pt") as weights:
         expected = torch.load(unconverted / "pytorch_model.bin")["model.norm.weight"].bfloat16()
         assert torch.equal(weights.get_tensor("model.norm.weight"), expected)
-    assert json.loads((converted / "tokenizer_config.json").read_text())["model_max_length"] == 64
+    assert json.loads((converted / "tokenizer_config.json").read_text())["model_max_length"] == 128
     written_at = (converted / "model.safetensors").stat().st_mtime_ns
     assert convert(str(unconverted)) == converted
     assert (converted / "model.safetensors").stat().st_mtime_ns == written_at

@@ -22,7 +22,13 @@ async def connect_once(url: str, name: str = "heddle-cli") -> Client:
 
     try:
         return await nats.connect(
-            url, name=name, allow_reconnect=False, max_reconnect_attempts=1, connect_timeout=3, error_cb=on_error
+            url,
+            name=name,
+            allow_reconnect=False,
+            max_reconnect_attempts=1,
+            reconnect_time_wait=0.1,
+            connect_timeout=3,
+            error_cb=on_error,
         )
     except (OSError, ValueError, nats.errors.Error) as error:
         reason = reasons[-1] if reasons else str(error) or type(error).__name__
