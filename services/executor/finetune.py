@@ -141,6 +141,8 @@ class FinetuneJob:
         tensors = read_tensors(data, what)
         if (step := tensors.pop("step", None)) is None or step.numel() != 1:
             raise InvalidAdapterError(f"{what} has no step")
+        if int(step) < 0:
+            raise InvalidAdapterError(f"{what}: step is {int(step)}")
         state = self._state()
         for prefix, weights in state.items():
             own = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}

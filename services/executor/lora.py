@@ -92,22 +92,18 @@ class LoraWeights:
             linear.a_RI.copy_(a_RI)
 
     def copy_from(self, source: dict[str, Tensor], what: str) -> None:
-        """Take every matrix from `source`, in place. Raises InvalidAdapterError unless names, shapes and values fit."""
-        for problem, names in (
-            ("lacks", self.tensors.keys() - source.keys()),
-            ("has unknown", source.keys() - self.tensors.keys()),
-        ):
+        """Take every matrix from `source`, in place. Raises InvalidAdapterError, and takes none, unless all fit."""
+        missing, unknown = self.tensors.keys() - source.keys(), source.keys() - self.tensors.keys()
+        for problem, names in (("lacks", missing), ("has unknown", unknown)):
             if names:
-                raise InvalidAdapterError(
-                    f"{what} {problem} {min(names)} and {len(names) - 1} more; check rank, targets, layers"
-                )
+                raise InvalidAdapterError(f"{what} {problem} {min(names)} and {len(names) - 1} more; check targets and layers")
         for name, tensor in source.items():
-            expected = self.tensors[name].shape
-            if tensor.shape != expected:
-                shapes = f"{tuple(tensor.shape)}, the base model and rank ask for {tuple(expected)}"
+            if tensor.shape != (expected := self.tensors[name].shape):
+                shapes = f"{tuple(tensor.shape)}, rank and base model ask for {tuple(expected)}"
                 raise InvalidAdapterError(f"{what}: {name} has shape {shapes}; was it made for another model?")
             if not tensor.isfinite().all():
                 raise InvalidAdapterError(f"{what}: {name} holds values that are not finite")
+        for name, tensor in source.items():
             self.tensors[name].copy_(tensor)
 
 
