@@ -45,6 +45,7 @@ class ExecutorActor:
         self._draining = False
         self._vitals = Vitals(state="starting")
         self._iteration_ms = 0.0
+        self._cancelled: list[str] = []
         self._planner = PlannerLink(config.instance_id, self._model, config.tree_wait_ms / 1e3)
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -96,6 +97,7 @@ class ExecutorActor:
         def cancel() -> None:
             chunk = self._engine.cancel(message.request_id)
             if chunk is not None:
+                self._cancelled.append(message.request_id)
                 self._bus.spawn(self._send([chunk]))
 
         self._post(cancel)
@@ -148,7 +150,8 @@ class ExecutorActor:
 
     async def _report(self, iteration: Iteration) -> None:
         decoding = [sequence for sequence in self._engine.sequences.values() if sequence.is_decoding]
-        closed = tuple(chunk.request_id for chunk in iteration.chunks if chunk.finish_reason)
+        closed = (*self._cancelled, *(chunk.request_id for chunk in iteration.chunks if chunk.finish_reason))
+        self._cancelled.clear()
         if not decoding and not closed:
             return
         opened = tuple(s.opened() for s in decoding) if self._planner.takes_reopening() else iteration.opened

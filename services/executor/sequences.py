@@ -94,6 +94,7 @@ class Sequence:
             request_id=self.request_id,
             tokens=tuple(self.tokens),
             num_output=self.num_output,
+            num_decoded=self.num_output - self.num_first,
             max_output=self.request.max_tokens,
             tpot_ms=self.request.slo.tpot_ms,
         )
