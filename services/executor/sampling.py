@@ -39,7 +39,8 @@ def draw_tokens(logits_RV: Tensor, samplings: Seq[Sampling], positions: Seq[int]
 
 def target_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
     """The distribution [V] (float64) that `sampling` draws from: temperature, then top_k, then top_p, as vLLM orders them."""
-    probs_V = torch.softmax(logits_V.double() / sampling.temperature, dim=-1)
+    wide_V = logits_V.double()
+    probs_V = torch.softmax((wide_V - wide_V.max()) / sampling.temperature, dim=-1)
     num_kept = sampling.top_k if 0 < sampling.top_k < probs_V.numel() else probs_V.numel()
     if num_kept == probs_V.numel() and sampling.top_p >= 1.0:
         return probs_V
