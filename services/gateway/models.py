@@ -43,8 +43,9 @@ class Catalog:
         self._adapters: dict[str, AdapterRecord] = {}
         self._started_at = int(time.time())
 
-    def find(self, name: str, now: float) -> ServedModel:
-        """Raises ApiError: 404 for an unknown name, 503 when no ready executor serves it."""
+    def find(self, name: str | None, now: float) -> ServedModel:
+        """The base model for None. Raises ApiError: 404 for an unknown name, 503 when no ready executor serves it."""
+        name = name or self.base
         loads = self._loads(now)
         serving = [load for load in loads if name == self.base or name in load.adapters]
         if serving:

@@ -12,7 +12,7 @@ from services.gateway.errors import ApiError, bad_request
 
 T = TypeVar("T")
 Milliseconds = Annotated[float, Meta(gt=0, le=1e9)]
-Seed = Annotated[int, Meta(ge=-(2**63), lt=2**63)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 64
@@ -37,7 +37,8 @@ class SloFields(Struct, kw_only=True, forbid_unknown_fields=True):
 class GenerateRequest(Struct, kw_only=True):
     """What chat and text completions share. Fields not named here are ignored."""
 
-    model: str
+    model: str | None = None
+    """The base model if it is not named."""
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None

@@ -1,0 +1,328 @@
+"""Refusals: every wrong request gets an OpenAI error object with the right status, and nothing reaches an executor."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import openai
+import pytest
+
+from common.messages import Rejected, RejectReason, Slo
+from services.gateway.errors import ApiError
+from services.gateway.models import ServedModel
+from services.gateway.openai_api import ChatRequest, CompletionRequest, convert, decode_json
+from services.gateway.plan import Limits, check, check_prompts, derive_seed, fit_max_tokens
+from services.gateway.slo import attained, resolve_slo
+from tests.fakes import MODEL, write_tiny_model
+from tests.gateway_stage import Connect, Stage, staged
+
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+TEXT = {"model": MODEL, "prompt": "hello"}
+LIMITS = Limits(max_n=4, max_tokens_limit=100, vocab_size=50)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error object; all four keys must be there."""
+    assert response.headers["x-request-id"]
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
+
+
+async def post(stage: Stage, path: str, body: dict[str, Any]) -> httpx.Response:
+    return await stage.http.post(path, json=body)
+
+
+BAD_CHATS: list[tuple[dict[str, Any], str]] = [
+    ({"messages": 3}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0].type"),
+    ({"messages": [{"content": "x"}]}, "messages[0].role"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": 2.5}, "temperature"),
+    ({"temperature": -1}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"seed": 2**64}, "seed"),
+    ({"seed": "x"}, "seed"),
+    ({"n": 0}, "n"),
+    ({"n": 9}, "n"),
+    ({"n": 2**40}, "n"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"max_tokens": 40_000}, "max_tokens"),
+    ({"max_completion_tokens": 40_000}, "max_completion_tokens"),
+    ({"stop": 5}, "stop"),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"stop": "x" * 257}, "stop"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"slo": {"tpot_ms": 0}}, "slo.tpot_ms"),
+    ({"slo": {"tpot": 5}}, "slo"),
+    ({"priority": 2**40}, "priority"),
+    ({"presence_penalty": 0.5}, "presence_penalty"),
+    ({"frequency_penalty": -0.5}, "frequency_penalty"),
+    ({"repetition_penalty": 1.1}, "repetition_penalty"),
+    ({"min_p": 0.1}, "min_p"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"logprobs": True}, "logprobs"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tools"),
+    ({"functions": [{}]}, "functions"),
+]
+BAD_TEXTS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": None}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": ["a", 1]}, "prompt"),
+    ({"prompt": [1, 10**6]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": ["a"] * 65}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"logprobs": 0}, "logprobs"),
+    ({"echo": True}, "echo"),
+    ({"best_of": 2}, "best_of"),
+    ({"suffix": "x"}, "suffix"),
+]
+
+
+async def test_wrong_fields_are_named(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir) as stage:
+        for path, base, cases in (("/v1/chat/completions", CHAT, BAD_CHATS), ("/v1/completions", TEXT, BAD_TEXTS)):
+            for wrong, param in cases:
+                response = await post(stage, path, base | wrong)
+                assert response.status_code == 400, (wrong, response.text)
+                error = error_of(response)
+                assert (error["param"], error["type"]) == (param, "invalid_request_error"), (wrong, error)
+        assert stage.executor.requests == []
+
+
+async def test_fields_that_change_nothing_are_accepted(connect: Connect, model_dir: Path) -> None:
+    neutral = {
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "logit_bias": {},
+        "stop": None,
+        "n": None,
+        "user": "me",
+        "service_tier": "auto",
+        "parallel_tool_calls": True,
+        "some_future_field": {"a": [1]},
+    }
+    chat = {"logprobs": False, "tools": [{"type": "function"}], "tool_choice": "none", "response_format": {"type": "text"}}
+    text = {"echo": False, "best_of": 1, "suffix": "", "logprobs": None}
+    async with staged(connect, model_dir) as stage:
+        assert (await post(stage, "/v1/chat/completions", CHAT | neutral | chat)).status_code == 200
+        assert (await post(stage, "/v1/completions", TEXT | neutral | text)).status_code == 200
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b'{"messages": NaN}', b"[" * 100_000])
+async def test_bodies_that_are_no_request(connect: Connect, model_dir: Path, body: bytes) -> None:
+    async with staged(connect, model_dir) as stage:
+        response = await stage.http.post("/v1/chat/completions", content=body)
+        assert response.status_code == 400
+        error_of(response)
+
+
+async def test_unknown_models_routes_and_methods(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir) as stage:
+        with pytest.raises(openai.NotFoundError) as unknown:
+            await stage.openai.chat.completions.create(model="gpt-9", messages=[{"role": "user", "content": "x"}])
+        assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
+        assert unknown.value.request_id
+        missing = await stage.http.get("/v1/nothing")
+        assert (missing.status_code, error_of(missing)["code"]) == (404, "not_found")
+        method = await stage.http.get("/v1/chat/completions")
+        assert (method.status_code, error_of(method)["code"]) == (405, "method_not_allowed")
+        assert "POST" in method.headers["allow"]
+
+
+@pytest.mark.parametrize("wanted", [{"max_tokens": 600}, {"messages": [{"role": "user", "content": "one two " * 500}]}])
+async def test_what_does_not_fit_the_context(connect: Connect, model_dir: Path, wanted: dict[str, Any]) -> None:
+    async with staged(connect, model_dir) as stage:
+        response = await post(stage, "/v1/chat/completions", CHAT | wanted)
+        assert response.status_code == 400
+        assert error_of(response)["code"] == "context_length_exceeded"
+        assert stage.executor.requests == []
+
+
+async def test_a_body_that_is_too_large(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir, max_body_bytes=1000) as stage:
+        response = await post(stage, "/v1/chat/completions", CHAT | {"user": "x" * 2000})
+        assert (response.status_code, error_of(response)["code"]) == (413, "request_too_large")
+
+        async def pieces() -> Any:
+            for _ in range(20):
+                yield b"x" * 100
+
+        chunked = await stage.http.post("/v1/chat/completions", content=pieces())
+        assert (chunked.status_code, error_of(chunked)["code"]) == (413, "request_too_large")
+
+
+@pytest.mark.parametrize(
+    ("reason", "retry_after_ms", "status", "code"),
+    [
+        ("overloaded", 1500, 429, "overloaded"),
+        ("no_executor", 250, 503, "no_executor"),
+        ("draining", 250, 503, "draining"),
+        ("unknown_model", 0, 404, "model_not_found"),
+        ("too_long", 0, 400, "context_length_exceeded"),
+        ("invalid", 0, 400, "invalid_request"),
+        ("duplicate", 0, 500, "internal"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_admissions_refusals(
+    connect: Connect, model_dir: Path, reason: RejectReason, retry_after_ms: int, status: int, code: str, stream: bool
+) -> None:
+    async with staged(connect, model_dir) as stage:
+        stage.admission.rejection = Rejected(reason=reason, message="because", retry_after_ms=retry_after_ms)
+        response = await post(stage, "/v1/chat/completions", CHAT | {"stream": stream})
+        assert response.status_code == status
+        assert (error_of(response)["code"], error_of(response)["message"]) == (code, "because")
+        if retry_after_ms:
+            assert response.headers["retry-after-ms"] == str(retry_after_ms)
+            assert response.headers["retry-after"] == str(math.ceil(retry_after_ms / 1000))
+        else:
+            assert "retry-after" not in response.headers
+
+
+async def test_the_client_retries_an_overload_by_itself(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir) as stage:
+        stage.admission.rejection = Rejected(reason="overloaded", message="later", retry_after_ms=50)
+        with pytest.raises(openai.RateLimitError):
+            await stage.openai.completions.create(model=MODEL, prompt="one")
+        assert stage.gateway.actor.vitals().counters["rejected_overloaded"] == 1
+        with pytest.raises(openai.RateLimitError):
+            await stage.openai.with_options(max_retries=2).completions.create(model=MODEL, prompt="one")
+        assert stage.gateway.actor.vitals().counters["rejected_overloaded"] == 4
+
+
+async def test_an_error_of_the_executor(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir, fake={"fail_at": 2}) as stage:
+        response = await post(stage, "/v1/chat/completions", CHAT)
+        assert (response.status_code, error_of(response)["code"]) == (500, "executor_error")
+        stream = await stage.openai.completions.create(model=MODEL, prompt="one", stream=True)
+        text = ""
+        with pytest.raises(openai.APIError, match="The executor failed"):  # noqa: PT012 - the error comes within the loop
+            async for chunk in stream:
+                text += chunk.choices[0].text
+        assert text == stage.tokenizer.decode(stage.executor.reply[:2])
+
+
+async def test_an_api_key(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir, api_key="s3cret") as stage:
+        assert (await stage.openai.models.list()).data[0].id == MODEL
+        for given in (b"Bearer wrong", b"Bearer s3cret2", b"Bearer", b"", b"s3cret", b"Bearer s3cre\xe9"):
+            headers = {b"authorization": given}
+            for path in ("/v1/models", "/metrics", "/status", "/v1/chat/completions", "/docs", "/openapi.json"):
+                response = await stage.http.get(path, headers=headers)
+                assert (response.status_code, error_of(response)["type"]) == (401, "authentication_error"), path
+            for path in ("/health", "/live", "/ping", "/version"):
+                assert (await stage.http.get(path, headers=headers)).status_code == 200
+        with pytest.raises(openai.AuthenticationError):
+            await stage.openai.with_options(api_key="wrong").models.list()
+
+
+async def test_a_template_that_refuses_and_a_model_without_one(connect: Connect, model_dir: Path, tmp_path: Path) -> None:
+    picky = write_tiny_model(tmp_path / "picky")
+    (picky / "chat_template.jinja").write_text("{{ raise_exception('no ' + messages[0].role) }}")
+    async with staged(connect, picky) as stage:
+        response = await post(stage, "/v1/chat/completions", CHAT)
+        assert response.status_code == 400
+        assert "no user" in error_of(response)["message"]
+    plain = write_tiny_model(tmp_path / "plain")
+    (plain / "tokenizer_config.json").unlink()
+    async with staged(connect, plain) as stage:
+        assert (await post(stage, "/v1/chat/completions", CHAT)).status_code == 400
+        assert (await post(stage, "/v1/completions", TEXT)).status_code == 200
+
+
+async def test_bad_slo_headers(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir) as stage:
+        for value in ("fast", "0", "-5", "nan", "inf", ""):
+            response = await stage.http.post("/v1/chat/completions", json=CHAT, headers={"x-slo-tpot-ms": value})
+            assert (response.status_code, error_of(response)["param"]) == (400, "x-slo-tpot-ms"), value
+
+
+def test_a_request_without_prompt_is_named() -> None:
+    with pytest.raises(ApiError) as wrong:
+        decode_json(b'{"model": "m"}', CompletionRequest)
+    assert (wrong.value.status, wrong.value.param) == (400, "prompt")
+    with pytest.raises(ApiError) as wrong:
+        convert({"model": 3, "messages": [{"role": "user", "content": "x"}]}, ChatRequest)
+    assert wrong.value.param == "model"
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (ChatRequest(messages=[]), 40),
+        (ChatRequest(messages=[], max_tokens=5), 5),
+        (ChatRequest(messages=[], max_tokens=5, max_completion_tokens=6), 6),
+        (ChatRequest(messages=[], max_tokens=40), 40),
+        (ChatRequest(messages=[], max_tokens=41), None),
+        (CompletionRequest(prompt="x"), 16),
+        (CompletionRequest(prompt="x", max_tokens=17), 17),
+    ],
+)
+def test_max_tokens(request_: ChatRequest | CompletionRequest, expected: int | None) -> None:
+    model = ServedModel("m", 100)
+    if expected is None:
+        with pytest.raises(ApiError):
+            fit_max_tokens(request_, 60, model, LIMITS)
+    else:
+        assert fit_max_tokens(request_, 60, model, LIMITS) == expected
+
+
+def test_the_default_of_chat_respects_the_gateways_limit() -> None:
+    assert fit_max_tokens(ChatRequest(messages=[]), 10, ServedModel("m", 10_000), LIMITS) == 100
+    assert fit_max_tokens(CompletionRequest(prompt="x"), 95, ServedModel("m", 100), LIMITS) == 5
+
+
+def test_limits_are_checked_before_any_work() -> None:
+    check(ChatRequest(messages=[], n=4, max_tokens=100), LIMITS)
+    with pytest.raises(ApiError):
+        check(ChatRequest(messages=[], n=5), LIMITS)
+    check_prompts([[0, 49]], LIMITS)
+    with pytest.raises(ApiError):
+        check_prompts([[0, 50]], LIMITS)
+
+
+def test_seeds_of_samples_are_unrelated_and_repeatable() -> None:
+    seeds = [derive_seed(seed, sample) for seed in (0, 1, 2**63 - 1) for sample in range(8)]
+    assert len({*seeds}) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seeds[:8] == [derive_seed(0, sample) for sample in range(8)]
+    assert derive_seed(5, 0) == 5
+
+
+def test_slo_verdicts() -> None:
+    assert attained(Slo(), 1.0, 1.0) is None
+    assert attained(Slo(tpot_ms=10), 999.0, 10.0) is True
+    assert attained(Slo(tpot_ms=10), 999.0, 10.1) is False
+    assert attained(Slo(tpot_ms=10, ttft_ms=5), 6.0, 1.0) is False
+    assert attained(Slo(tpot_ms=10), 1.0, None) is True
+    assert resolve_slo(None, {}, Slo(tpot_ms=1, ttft_ms=2)) == Slo(tpot_ms=1, ttft_ms=2)
+
+
+def test_errors_encode_as_openai_wants() -> None:
+    body = msgspec.json.decode(msgspec.json.encode(ApiError(418, "tea").body))
+    assert body == {"error": {"message": "tea", "type": "invalid_request_error", "param": None, "code": None}}
+    assert ApiError(503, "x", retry_after_ms=1001).headers == {"retry-after-ms": "1001", "retry-after": "2"}
