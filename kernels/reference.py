@@ -190,8 +190,8 @@ def linear_cross_entropy(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, w
         num_correct += int((logits.argmax(-1, keepdim=True) == labels).sum())
         log_probs = logits.log_softmax(-1)
         loss -= (weights * log_probs.gather(1, labels)).sum()
-        dlogits = log_probs.exp_().scatter_add_(1, labels, -torch.ones_like(weights)).mul_(weights)
-        dhidden_TH[rows] = dlogits.to(head_VH.dtype) @ head_VH
+        dlogits = log_probs.exp_().scatter_add_(1, labels, -torch.ones_like(weights))
+        dhidden_TH[rows] = (weights * (dlogits.to(head_VH.dtype) @ head_VH)).to(hidden_TH.dtype)
     return loss, num_correct, dhidden_TH
 
 

@@ -120,5 +120,6 @@ class BackwardPass:
         return ops.rms_norm_backward(dy_WH, x_WH, weights.input_norm_H, eps)
 
     def _linear_backward(self, layer: int, module: str, dx_WI: Tensor, dy_WO: Tensor, x_WI: Tensor) -> None:
+        dy_WO = dy_WO.to(self._grads.flat.dtype)
         self._adapter.backward(layer, module, dx_WI, dy_WO)
         self._adapter.weight_backward(self._grads, layer, module, dy_WO, x_WI)
