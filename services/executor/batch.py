@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionSegment
+from kernels.ops import AttentionPlan, AttentionSegment
 from services.executor.lora import LoraAdapter
 from services.executor.tape import ActivationTape
 
@@ -61,7 +61,7 @@ class Batch:
     tokens_T: Tensor
     positions_T: Tensor
     slots_T: Tensor
-    attention: tuple[AttentionSegment, ...]
+    attention: AttentionPlan
     adapters: tuple[AdapterRows, ...]
     training: tuple[TrainingRows, ...]
     logit_rows: Tensor
@@ -106,7 +106,7 @@ def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:
         tokens_T=torch.tensor(tokens, dtype=torch.int64, device=device),
         positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
         slots_T=torch.tensor(slots, dtype=torch.int64, device=device),
-        attention=tuple(attention),
+        attention=AttentionPlan(attention),
         adapters=tuple(adapters),
         training=tuple(training),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
