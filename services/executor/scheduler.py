@@ -96,7 +96,7 @@ def plan_iteration(
     base_ms = predict_ms(profile, max(1, len(decoding)), context)
     limit_ms, is_behind = iteration_limit_ms(decoding, base_ms, bool(waiting), limits)
     capacity = min(limits.max_batch_tokens, max_tokens(profile, limit_ms, limits.max_batch_tokens, context))
-    required = {view.request_id: min(view.num_required, len(view.tree_probs)) for view in decoding}
+    required = _required_nodes(decoding, limits.max_batch_tokens - len(decoding))
     used = len(decoding) + sum(required.values())
     reserve = 0 if is_behind or not jobs else int(limits.min_finetune_share * capacity)
     prefill = _prefill_chunks(waiting, max(capacity - used - reserve, 0), used, limits)
@@ -126,7 +126,7 @@ def iteration_limit_ms(decoding: Seq[SequenceView], base_ms: float, has_prefill:
         return max(min([*slacks, limits.max_iteration_ms]), base_ms), min(slacks) < base_ms
     if decoding or has_prefill:
         return max(limits.max_iteration_ms, base_ms), False
-    return limits.idle_iteration_ms, False
+    return max(limits.idle_iteration_ms, base_ms), False
 
 
 def slack_ms(view: SequenceView, base_ms: float, limits: Limits) -> float | None:
@@ -149,6 +149,15 @@ def slack_ms(view: SequenceView, base_ms: float, limits: Limits) -> float | None
 def _prefill_order(view: SequenceView) -> tuple[float, float]:
     due = float("inf") if view.first_token_due_at is None else view.first_token_due_at
     return due, view.arrived_at
+
+
+def _required_nodes(decoding: Seq[SequenceView], room: int) -> dict[str, int]:
+    """Draft nodes that requests need for their SLO, as far as there is room: the planner keeps to it, late trees may not."""
+    counts: dict[str, int] = {}
+    for view in decoding:
+        counts[view.request_id] = max(0, min(view.num_required, len(view.tree_probs), room))
+        room -= counts[view.request_id]
+    return counts
 
 
 def _prefill_chunks(waiting: Seq[SequenceView], capacity: int, used: int, limits: Limits) -> dict[str, int]:
@@ -191,6 +200,10 @@ def _finetuning(
     """Forward windows and backward work that fit into `spare_ms` beside `used` tokens; jobs share it evenly."""
     forward: dict[str, int] = {}
     backward: dict[str, int] = {}
+    if used == 0 and not all(job.is_backward for job in jobs):
+        # Opening a pass costs far more than a row of it, so all jobs pay that together before they share the rest.
+        inference_ms = predict_ms(profile, 1, context)
+        spare_ms = max(spare_ms - inference_ms, 0.0)
     for i, job in enumerate(jobs):
         share_ms = spare_ms / (len(jobs) - i)
         if job.is_backward:

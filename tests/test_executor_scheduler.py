@@ -1,0 +1,307 @@
+"""The plan of an iteration, on plain values: order of claims, latency limit, floors and fairness."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from typing import Any
+
+import pytest
+
+from common.latency import make_profile, max_tokens, predict_ms
+from common.messages import LatencyProfile
+from services.executor.scheduler import (
+    IterationPlan,
+    JobView,
+    Limits,
+    SequenceView,
+    iteration_limit_ms,
+    plan_iteration,
+    slack_ms,
+)
+
+LINEAR = LatencyProfile(points=((1, 10.1), (1001, 110.1)), backward_ms_per_token=0.2)
+"""10 ms, and 0.1 ms per token."""
+JOB = JobView(job_id="job", forward_tokens=100_000, is_backward=False)
+BACKWARD = dataclasses.replace(JOB, job_id="back", is_backward=True)
+
+
+def decoding(request_id: str = "d", **fields: Any) -> SequenceView:
+    values: dict[str, Any] = {"num_uncomputed": 1, "is_decoding": True, "context_tokens": 50, "arrived_at": 0.0}
+    return SequenceView(request_id=request_id, **(values | {"num_decoded": 10, "max_remaining": 20} | fields))
+
+
+def waiting(request_id: str, num_tokens: int, **fields: Any) -> SequenceView:
+    values: dict[str, Any] = {"is_decoding": False, "context_tokens": 0, "arrived_at": 0.0}
+    return SequenceView(request_id=request_id, num_uncomputed=num_tokens, **(values | fields))
+
+
+def plan(*views: SequenceView | JobView, profile: LatencyProfile = LINEAR, **limits: Any) -> IterationPlan:
+    sequences = [view for view in views if isinstance(view, SequenceView)]
+    jobs = [view for view in views if isinstance(view, JobView)]
+    return plan_iteration(0.0, sequences, jobs, profile, Limits(**limits))
+
+
+# --- random cases -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    sequences: list[SequenceView]
+    jobs: list[JobView]
+    profile: LatencyProfile
+    limits: Limits
+
+    @property
+    def plan(self) -> IterationPlan:
+        return plan_iteration(0.0, self.sequences, self.jobs, self.profile, self.limits)
+
+    @property
+    def context(self) -> int:
+        return sum(view.context_tokens for view in self.sequences if view.is_decoding)
+
+
+def random_case(seed: int) -> Case:
+    rng = random.Random(seed)
+    sequences = [random_sequence(f"r{i}", rng) for i in range(rng.choice([0, 1, 3, 12]))]
+    jobs = [
+        JobView(job_id=f"j{i}", forward_tokens=rng.randint(1, 800), is_backward=rng.random() < 0.5)
+        for i in range(rng.choice([0, 1, 1, 3]))
+    ]
+    measured = list(itertools.accumulate((rng.uniform(0.1, 30) for _ in range(4)), initial=rng.uniform(1, 40)))
+    profile = make_profile(list(zip((1, 16, 64, 256, 1024), measured, strict=True)), rng.uniform(0.01, 1))
+    limits = Limits(
+        max_batch_tokens=rng.choice([16, 64, 512]),
+        min_prefill_tokens=rng.choice([1, 32]),
+        max_iteration_ms=rng.uniform(20, 250),
+        idle_iteration_ms=rng.uniform(20, 150),
+    )
+    return Case(sequences, jobs, profile, limits)
+
+
+def random_sequence(request_id: str, rng: random.Random) -> SequenceView:
+    due = rng.choice([None, rng.uniform(0, 10)])
+    if rng.random() < 0.4:
+        return waiting(request_id, rng.randint(1, 300), arrived_at=rng.uniform(0, 10), first_token_due_at=due)
+    probs = tuple(sorted((rng.random() for _ in range(rng.randint(0, 8))), reverse=True))
+    num_decoded, tpot_ms = rng.randint(0, 30), rng.choice([None, rng.uniform(5, 200)])
+    return decoding(
+        request_id,
+        context_tokens=rng.randint(1, 500),
+        num_decoded=num_decoded,
+        decode_ms=num_decoded * rng.uniform(5, 100),
+        max_remaining=rng.randint(1, 100),
+        tpot_ms=tpot_ms,
+        tree_probs=probs,
+        num_required=rng.randint(0, 10),
+    )
+
+
+CASES = [random_case(seed) for seed in range(400)]
+
+
+def nodes_of(case: Case) -> list[SequenceView]:
+    return [view for view in case.sequences if view.is_decoding]
+
+
+def test_every_root_is_in_the_plan_and_nothing_is_planned_that_nobody_has() -> None:
+    for case in CASES:
+        result = case.plan
+        views = {view.request_id: view for view in case.sequences}
+        jobs = {job.job_id: job for job in case.jobs}
+        assert set(result.decode) == {view.request_id for view in nodes_of(case)}
+        assert all(0 <= num <= len(views[name].tree_probs) for name, num in result.decode.items())
+        assert all(not views[name].is_decoding for name in result.prefill)
+        assert all(0 < num <= views[name].num_uncomputed for name, num in result.prefill.items())
+        assert all(0 < num <= jobs[name].forward_tokens and not jobs[name].is_backward for name, num in result.forward.items())
+        assert all(num > 0 and jobs[name].is_backward for name, num in result.backward.items())
+
+
+def test_a_pass_never_has_more_than_max_batch_tokens() -> None:
+    for case in CASES:
+        assert case.plan.num_tokens <= max(case.limits.max_batch_tokens, len(nodes_of(case)))
+    greedy = [decoding(str(i), tree_probs=(0.9,) * 60, num_required=60) for i in range(100)]
+    assert plan(*greedy, max_batch_tokens=256).num_tokens == 256
+
+
+def test_required_nodes_come_before_prefill_and_prefill_before_extra_nodes() -> None:
+    for case in CASES:
+        result, room = case.plan, case.limits.max_batch_tokens - len(nodes_of(case))
+        required = {view.request_id: min(view.num_required, len(view.tree_probs)) for view in nodes_of(case)}
+        if sum(required.values()) <= room:
+            assert all(result.decode[name] >= num for name, num in required.items())
+        extra = sum(result.decode.values()) - sum(required.values())
+        demand = sum(view.num_uncomputed for view in case.sequences if not view.is_decoding)
+        if extra > 0:
+            assert sum(result.prefill.values()) >= min(demand, case.limits.min_prefill_tokens)
+    tree = decoding(tree_probs=(0.9,) * 20, num_required=5)
+    full = plan(tree, waiting("w", 100), max_batch_tokens=16)
+    assert (full.decode, full.prefill) == ({"d": 5}, {"w": 10})
+
+
+def test_prefill_is_ordered_by_the_deadline_of_the_first_token() -> None:
+    views = [
+        waiting("late", 40, first_token_due_at=9.0, arrived_at=0.0),
+        waiting("none, old", 40, arrived_at=1.0),
+        waiting("none, young", 40, arrived_at=5.0),
+        waiting("soon", 40, first_token_due_at=2.0, arrived_at=8.0),
+    ]
+    order = ["soon", "late", "none, old", "none, young"]
+    for order_given in itertools.permutations(views):
+        assert list(plan(*order_given).prefill) == order
+        assert plan(*order_given, max_batch_tokens=100).prefill == {"soon": 40, "late": 40, "none, old": 20}
+
+
+def test_prefill_goes_on_when_decoding_leaves_no_time() -> None:
+    tight = [decoding(str(i), tpot_ms=12.5, num_decoded=10, decode_ms=115.0) for i in range(4)]
+    result = plan(*tight, waiting("w", 500), min_prefill_tokens=32)
+    assert result.limit_ms == pytest.approx(10.4)
+    assert result.prefill == {"w": 32}
+    for case in CASES:
+        demand = sum(view.num_uncomputed for view in case.sequences if not view.is_decoding)
+        required = sum(min(view.num_required, len(view.tree_probs)) for view in nodes_of(case))
+        room = max(0, case.limits.max_batch_tokens - len(nodes_of(case)) - required)
+        assert sum(case.plan.prefill.values()) >= min(demand, case.limits.min_prefill_tokens, room)
+
+
+def test_prefill_beyond_its_floor_and_training_beyond_its_share_fit_into_the_limit() -> None:
+    """Draft nodes are the planner's: it chose them for speed, so they are not bounded by the limit again."""
+    seen_prefill = seen_training = 0
+    for case in CASES:
+        result, profile = case.plan, case.profile
+        required = sum(min(view.num_required, len(view.tree_probs)) for view in nodes_of(case))
+        num_prefill = sum(result.prefill.values())
+        if num_prefill > case.limits.min_prefill_tokens:
+            tokens = len(nodes_of(case)) + required + num_prefill
+            assert predict_ms(profile, tokens, case.context) <= result.limit_ms + 1e-9
+            seen_prefill += 1
+        inference_ms = predict_ms(profile, result.num_tokens - sum(result.forward.values()), case.context)
+        assert result.forward_ms == pytest.approx(predict_ms(profile, result.num_tokens, case.context))
+        assert result.predicted_ms >= result.forward_ms >= inference_ms
+        training_ms = result.predicted_ms - inference_ms
+        if training_ms > case.limits.min_finetune_share * result.limit_ms + 1e-9:
+            assert result.predicted_ms <= result.limit_ms + 1e-9
+            seen_training += 1
+    assert seen_prefill > 20
+    assert seen_training > 50
+
+
+def test_extra_nodes_are_the_most_probable_ones() -> None:
+    one = decoding("a", tree_probs=(0.9, 0.8, 0.3, 0.1), num_required=1)
+    two = decoding("b", tree_probs=(0.95, 0.7, 0.2))
+    assert plan(one, two).decode == {"a": 4, "b": 3}
+    assert plan(one, two, max_batch_tokens=6).decode == {"a": 2, "b": 2}
+    assert plan(one, two, JOB, finetune_weight=0.25).decode == {"a": 3, "b": 2}, "a training token is worth more than the rest"
+    assert plan(one, two, JOB, finetune_weight=0.99).decode == {"a": 1, "b": 0}
+
+
+# --- the latency limit ------------------------------------------------------------------------------------------------
+
+
+def test_slack_is_what_the_target_leaves() -> None:
+    limits = Limits(safety=1.0)
+    on_time = decoding(tpot_ms=30.0, num_decoded=10, decode_ms=310.0)
+    assert slack_ms(on_time, 10.0, limits) == pytest.approx(30 * 11 - 310)
+    early = dataclasses.replace(on_time, decode_ms=100.0)
+    assert slack_ms(early, 10.0, limits) == pytest.approx(30.0), "slack saved up is not spent in one stall"
+    drafted = dataclasses.replace(on_time, tree_probs=(0.9, 0.5))
+    assert slack_ms(drafted, 10.0, limits) == pytest.approx(30 * (10 + 2.4) - 310)
+    assert slack_ms(dataclasses.replace(on_time, tpot_ms=None), 10.0, limits) is None
+    hopeless = dataclasses.replace(on_time, decode_ms=30.0 * 30 - 10.0 * 20 + 1.0)
+    assert slack_ms(hopeless, 10.0, limits) is None
+    assert slack_ms(dataclasses.replace(hopeless, decode_ms=hopeless.decode_ms - 2.0), 10.0, limits) is not None
+
+
+def test_the_limit_is_the_least_slack_within_bounds() -> None:
+    limits = Limits(safety=1.0, max_iteration_ms=100.0, idle_iteration_ms=40.0)
+    fast, slow = decoding(tpot_ms=30.0, decode_ms=300.0), decoding(tpot_ms=500.0, decode_ms=300.0)
+    free = decoding()
+    assert iteration_limit_ms([fast, slow, free], 10.0, False, limits) == (30.0, False)
+    assert iteration_limit_ms([slow, free], 10.0, False, limits) == (100.0, False)
+    assert iteration_limit_ms([free], 10.0, False, limits) == (100.0, False)
+    assert iteration_limit_ms([free], 150.0, False, limits) == (150.0, False)
+    assert iteration_limit_ms([], 10.0, True, limits) == (100.0, False)
+    assert iteration_limit_ms([], 10.0, False, limits) == (40.0, False)
+    behind = decoding(tpot_ms=30.0, decode_ms=325.0)
+    assert iteration_limit_ms([behind, slow], 10.0, False, limits) == (10.0, True)
+
+
+def test_a_request_that_can_still_catch_up_stops_training() -> None:
+    behind = decoding(tpot_ms=20.0, num_decoded=10, decode_ms=215.0, max_remaining=50)
+    result = plan(behind, JOB, BACKWARD)
+    assert result.limit_ms == pytest.approx(10.1)
+    assert (result.forward, result.backward) == ({}, {})
+
+
+def test_a_hopeless_request_throttles_nobody() -> None:
+    hopeless = decoding("h", tpot_ms=20.0, num_decoded=10, decode_ms=2000.0, max_remaining=5)
+    assert plan(hopeless, JOB) == plan(dataclasses.replace(hopeless, tpot_ms=None, decode_ms=0.0), JOB)
+    assert sum(plan(hopeless, JOB).forward.values()) > 500
+
+
+@pytest.mark.parametrize("job", [JOB, BACKWARD])
+def test_training_keeps_its_share_while_everybody_is_on_time(job: JobView) -> None:
+    crowd = [decoding(str(i), tpot_ms=60.0, num_decoded=10, decode_ms=0.0) for i in range(5)]
+    prompts = [waiting(str(i), 300) for i in range(10, 20)]
+    result = plan(*crowd, *prompts, job)
+    assert result.limit_ms == pytest.approx(54.0)
+    training_ms = result.predicted_ms - predict_ms(LINEAR, result.num_tokens - sum(result.forward.values()), 250)
+    assert training_ms >= 0.1 * 54.0 - 0.2
+    assert sum(result.prefill.values()) > 300, "and does not take all of the prefill's"
+
+
+@pytest.mark.parametrize("job", [JOB, BACKWARD])
+@pytest.mark.parametrize("idle_ms", [20.0, 35.0, 70.0])
+def test_training_alone_fills_an_idle_iteration(job: JobView, idle_ms: float) -> None:
+    result = plan(job, idle_iteration_ms=idle_ms)
+    assert idle_ms - 0.5 <= result.predicted_ms <= idle_ms
+
+
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_idle_jobs_all_advance(is_backward: bool) -> None:
+    """The first row's 40 ms are paid once, not by the first job alone: its share of 120 ms is less."""
+    profile = LatencyProfile(points=((1, 40.0), (1001, 240.0)), backward_ms_per_token=0.4)
+    jobs = [JobView(job_id=str(i), forward_tokens=5000, is_backward=is_backward) for i in range(4)]
+    result = plan(*jobs, profile=profile, idle_iteration_ms=120.0)
+    work = result.backward if is_backward else result.forward
+    assert set(work) == {"0", "1", "2", "3"}
+    assert max(work.values()) <= 2 * min(work.values())
+    assert result.predicted_ms <= 120.0
+
+
+def test_training_advances_on_a_device_where_one_token_takes_longer_than_an_idle_iteration_may() -> None:
+    slow = LatencyProfile(points=((1, 500.0), (11, 600.0)), backward_ms_per_token=20.0)
+    assert plan(JOB, profile=slow, idle_iteration_ms=120.0).num_tokens > 0
+    assert plan(BACKWARD, profile=slow, idle_iteration_ms=120.0).backward["back"] > 0
+
+
+def test_nothing_to_do_is_an_empty_plan() -> None:
+    result = plan()
+    assert (result.num_tokens, result.backward, result.predicted_ms) == (0, {}, 0.0)
+
+
+@pytest.mark.parametrize("job", [JOB, BACKWARD])
+def test_a_looser_target_never_means_less_training(job: JobView) -> None:
+    """While every target can be met: a hopeless one binds nobody, so loosening it until it can be met costs training."""
+    rng, num_rises = random.Random(5), 0
+    for _ in range(200):
+        others = [view for i in range(5) if (view := random_sequence(str(i), rng)).tpot_ms is None and view.is_decoding]
+        targets = sorted(rng.uniform(20, 200) for _ in range(5))
+        decode_ms = rng.uniform(5, 20) * 10
+        done = []
+        for tpot_ms in targets:
+            view = decoding(tpot_ms=tpot_ms, num_decoded=10, decode_ms=decode_ms, max_remaining=50)
+            result = plan(view, *others, job)
+            done.append(sum(result.forward.values()) + sum(result.backward.values()))
+        assert done == sorted(done)
+        num_rises += done[0] < done[-1]
+    assert num_rises > 100
+
+
+def test_max_tokens_inverts_the_profile() -> None:
+    for case in CASES[:50]:
+        for budget_ms in (0.0, 5.0, 30.0, 90.0):
+            tokens = max_tokens(case.profile, budget_ms, 2000, 10)
+            assert tokens == 0 or predict_ms(case.profile, tokens, 10) <= budget_ms
+            assert tokens == 2000 or predict_ms(case.profile, tokens + 1, 10) > budget_ms
