@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -18,10 +19,12 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from common.messages import LoraSpec, TrainingSlice
 from services.executor import backward
 from services.executor.backward import BackwardPass
+from services.executor.loader import load_decoder
 from services.executor.lora import TARGETS, LoraAdapter, LoraWeights
 from services.executor.model import Decoder
 from services.executor.training_sequence import TrainingSequence
 from tests.helpers import (
+    CPU,
     PEFT_WARNING,
     as_decoder,
     assert_close_in_norm,
@@ -188,6 +191,25 @@ def test_a_bf16_model_trains_an_fp32_adapter_as_exactly_as_peft_does(tmp_path: P
 def mean_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     errors = [float((actual[name].float() - wanted).norm() / wanted.norm()) for name, wanted in expected.items()]
     return sum(errors) / len(errors)
+
+
+@pytest.mark.real_model
+def test_a_windowed_step_of_the_real_model_has_pefts_gradient(real_model_dir: Path) -> None:
+    decoder = load_decoder(real_model_dir, torch.float32, CPU)
+    adapter = random_adapter(decoder, LoraSpec(rank=8, alpha=16.0))
+    adapter.weights.flat.mul_(0.1)
+    items = [training_slice(random_tokens(decoder, 120), [0.0] * 40 + [1 / 80] * 80)]
+    model = transformers.AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32)
+    expected_loss, expected = peft_gradients(model, adapter, items)
+    grads = LoraWeights(adapter.spec, decoder.config)
+    cache, sequence = new_cache(decoder), TrainingSequence(items[0], decoder)
+    forward_sequence(decoder, cache, sequence, adapter, [50, 39], range(120))
+    task = BackwardPass(decoder, cache, adapter, grads, sequence)
+    while not task.is_done:
+        task.advance(1000)
+    assert sequence.loss == pytest.approx(expected_loss, rel=1e-5)
+    mine, theirs = (torch.cat([tensors[name].flatten() for name in expected]) for tensors in (grads.tensors, expected))
+    assert_close_in_norm(mine, theirs, FP32)
 
 
 def test_nothing_runs_below_the_lowest_adapted_layer_and_the_tape_is_freed(tmp_path: Path) -> None:
