@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +68,13 @@ def test_json_is_passed_on_whole(capsys: pytest.CaptureFixture[str]) -> None:
     with gateway(200, json.dumps(BODY | {"more": [1]})) as url:
         main(["status", "--json", "--url", url])
     assert json.loads(capsys.readouterr().out) == BODY | {"more": [1]}
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    with gateway(200, json.dumps(BODY | {"more": ["x" * 100] * 10_000})) as url:
+        command = f"{sys.executable} -m services.cli status --json --url {url} | head -1"
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30, check=False)
+    assert (result.stdout, result.stderr) == ("{\n", "")
 
 
 def test_a_gateway_with_a_key_is_asked_with_it() -> None:

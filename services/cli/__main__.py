@@ -33,10 +33,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     try:
         COMMANDS[options.command](options)
+        sys.stdout.flush()
     except EXPECTED as error:
         sys.exit(f"heddle: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has seen enough; the interpreter would complain again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def _up(options: argparse.Namespace) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from nats.js.errors import KeyNotFoundError, NoKeysError, ObjectNotFoundError
-from rich.console import Console
 from rich.table import Table
 
 from common import subjects
 from common.bus import Bus
 from common.codec import MalformedMessageError, decode
 from common.messages import AdapterRecord
+from services.cli.status import wide_console
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -46,7 +46,7 @@ def show_adapters(records: list[AdapterRecord]) -> None:
         created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created_at))
         lora = record.lora
         table.add_row(record.name, record.base_model, str(lora.rank), f"{lora.alpha:g}", created, record.job_id)
-    Console().print(table if records else "no adapters yet")
+    wide_console().print(table if records else "no adapters yet")
 
 
 async def export(bus: Bus, name: str, folder: Path) -> AdapterRecord:

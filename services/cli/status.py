@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import httpx
@@ -53,9 +54,14 @@ def show(url: str, api_key: str | None, as_json: bool) -> None:
     table = Table("service", "id", "state", "url", "load", box=None, pad_edge=False, header_style="bold")
     for service in status.services:
         table.add_row(service.name, service.id, service.state, service.url, summary(service.load))
-    console = Console()
+    console = wide_console()
     console.print(f"[bold]model[/bold]  {status.model}\n[bold]NATS[/bold]   {status.nats_url}\n")
     console.print(table)
+
+
+def wide_console() -> Console:
+    """As wide as the terminal; where there is none, wide enough for one line per row."""
+    return Console() if sys.stdout.isatty() else Console(width=1000)
 
 
 def summary(load: dict[str, Any]) -> str:
