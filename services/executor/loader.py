@@ -94,8 +94,11 @@ class _Weights:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [folder / name for name in names]
+        try:
+            names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UnsupportedModelError(f"{index} is not a readable index of weights: {error!r}") from error
+        return [folder / name for name in sorted(names)]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     raise UnsupportedModelError(f"{folder} has no model.safetensors; convert the model with `heddle convert`")

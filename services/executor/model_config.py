@@ -50,32 +50,51 @@ def read_model_config(folder: Path) -> ModelConfig:
 
     Raises UnsupportedModelError for a missing, unreadable or unsupported config.json, naming the field.
     """
-    path = folder / "config.json"
+    raw = _read_object(folder / "config.json")
+    _check_supported(raw)
+    num_heads, hidden_size = _count(raw, "num_attention_heads"), _count(raw, "hidden_size")
+    num_kv_heads = _count(raw, "num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise UnsupportedModelError(f"num_key_value_heads: {num_kv_heads} does not divide {num_heads} heads")
+    return ModelConfig(
+        hidden_size=hidden_size,
+        num_layers=_count(raw, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=_count(raw, "head_dim", hidden_size // num_heads),
+        intermediate_size=_count(raw, "intermediate_size"),
+        vocab_size=_count(raw, "vocab_size"),
+        rms_norm_eps=_positive(raw, "rms_norm_eps", 1e-6),
+        rope_theta=_positive(_rope(raw), "rope_theta", _positive(raw, "rope_theta", 10000.0)),
+        max_position_embeddings=_count(raw, "max_position_embeddings"),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        eos_token_ids=_eos_token_ids(folder, raw),
+        torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        raw: dict[str, Any] = json.loads(path.read_text())
+        raw = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"{path} is not a readable model configuration: {error}") from error
-    _check_supported(raw)
-    try:
-        num_heads = int(raw["num_attention_heads"])
-        hidden_size = int(raw["hidden_size"])
-        return ModelConfig(
-            hidden_size=hidden_size,
-            num_layers=int(raw["num_hidden_layers"]),
-            num_heads=num_heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
-            head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
-            intermediate_size=int(raw["intermediate_size"]),
-            vocab_size=int(raw["vocab_size"]),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(_rope(raw).get("rope_theta") or raw.get("rope_theta") or 10000.0),
-            max_position_embeddings=int(raw["max_position_embeddings"]),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            eos_token_ids=_eos_token_ids(folder, raw),
-            torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
-        )
-    except KeyError as error:
-        raise UnsupportedModelError(f"{path} lacks the field {error}") from error
+    if not isinstance(raw, dict):
+        raise UnsupportedModelError(f"{path} is not a readable model configuration: no JSON object")
+    return raw
+
+
+def _count(raw: dict[str, Any], field: str, default: int | None = None) -> int:
+    value = default if raw.get(field) is None else raw[field]
+    if type(value) is not int or value < 1:
+        raise UnsupportedModelError(f"{field}: a positive whole number is needed, not {value!r}")
+    return value
+
+
+def _positive(raw: dict[str, Any], field: str, default: float) -> float:
+    value = default if raw.get(field) is None else raw[field]
+    if not isinstance(value, int | float) or not value > 0:
+        raise UnsupportedModelError(f"{field}: a positive number is needed, not {value!r}")
+    return float(value)
 
 
 def _check_supported(raw: dict[str, Any]) -> None:
@@ -94,14 +113,19 @@ def _check_supported(raw: dict[str, Any]) -> None:
 
 
 def _rope(raw: dict[str, Any]) -> dict[str, Any]:
-    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UnsupportedModelError(f"rope_parameters: {rope!r} is no JSON object")
+    return rope
 
 
 def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
     ids: list[int] = []
     generation = folder / "generation_config.json"
-    sources = [raw, json.loads(generation.read_text())] if generation.exists() else [raw]
+    sources = [raw, _read_object(generation)] if generation.exists() else [raw]
     for source in sources:
         value = source.get("eos_token_id")
         ids += value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int for token in ids):
+        raise UnsupportedModelError(f"eos_token_id: {ids} are no token ids")
     return tuple(dict.fromkeys(ids))
