@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 
 from common.bus import Bus
 from common.nats_server import NatsServer
+from services.cli.parser import DEFAULT_MODEL
 
 
 @pytest.fixture
@@ -38,3 +42,13 @@ async def connect(nats_server: NatsServer) -> AsyncIterator[Callable[[], Awaitab
 async def bus(connect: Callable[[], Awaitable[Bus]]) -> Bus:
     """A bus on the test's own server."""
     return await connect()
+
+
+@pytest.fixture(scope="session")
+def real_model_dir() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder: HEDDLE_TEST_MODEL_DIR, else converted once into the user's cache."""
+    if named := os.environ.get("HEDDLE_TEST_MODEL_DIR"):
+        return Path(named)
+    command = [sys.executable, "-m", "services.cli", "convert"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return Path(printed.splitlines()[-1])
