@@ -12,7 +12,6 @@ import pytest
 
 from common.bus import Bus
 from common.nats_server import NatsServer
-from services.cli.parser import DEFAULT_MODEL
 
 
 @pytest.fixture
