@@ -70,7 +70,7 @@ def write_tiny_model(folder: Path) -> Path:
 class FakeExecutor:
     """Says the same `reply` to everyone, one chunk after the other, and keeps what it was asked.
 
-    It is silent from chunk `stall_at` on, leaves chunk `skip` out, and ends with an error at chunk `fail_at`.
+    It is silent from chunk `stall_at` on, leaves chunk `skip` out of `num_skips` answers, and fails at chunk `fail_at`.
     """
 
     bus: Bus
@@ -82,6 +82,7 @@ class FakeExecutor:
     chunk_size: int = 1
     stall_at: int | None = None
     skip: int | None = None
+    num_skips: int = 1000
     fail_at: int | None = None
     state: ServiceState = "ready"
     counters: dict[str, float] = field(default_factory=dict)
@@ -92,6 +93,7 @@ class FakeExecutor:
     stalled: asyncio.Event = field(default_factory=asyncio.Event)
     resume: asyncio.Event = field(default_factory=asyncio.Event)
     is_dead: bool = False
+    _asked: asyncio.Condition = field(default_factory=asyncio.Condition)
     _subscriptions: list[Subscription] = field(default_factory=list)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -115,9 +117,16 @@ class FakeExecutor:
 
     async def admit(self, request: InferenceRequest) -> Admitted:
         """Take a request and begin to answer it."""
-        self.requests.append(request)
+        async with self._asked:
+            self.requests.append(request)
+            self._asked.notify_all()
         self._tasks.append(asyncio.create_task(self._generate(request)))
         return Admitted(request_id=request.request_id, executor_id=self.executor_id)
+
+    async def was_asked(self, num_requests: int) -> None:
+        """Wait for so many requests in all."""
+        async with self._asked:
+            await self._asked.wait_for(lambda: len(self.requests) >= num_requests)
 
     async def beat(self) -> None:
         """One heartbeat."""
@@ -165,7 +174,9 @@ class FakeExecutor:
             reason: FinishReason | None = finish if seq == len(groups) - 1 else None
             reason = "error" if seq == self.fail_at else reason
             usage = self._usage(request, len(tokens)) if reason else None
-            if seq != self.skip:
+            if seq == self.skip and self.num_skips > 0:
+                self.num_skips -= 1
+            else:
                 chunk = TokenChunk(
                     request_id=request.request_id, seq=seq, tokens=tuple(group), finish_reason=reason, usage=usage
                 )

@@ -79,16 +79,26 @@ class Stage:
     async def second_executor(self) -> FakeExecutor:
         """One more executor that says the same, known to the gateway."""
         executor = FakeExecutor(self.bus, self.executor.reply, executor_id="executor-2", period_s=self.executor.period_s)
+        executor.chunk_size = self.executor.chunk_size
         self.admission.executors.append(await executor.start())
-        await self.sees(2)
+        await self.sees(sum(not each.is_dead for each in self.admission.executors))
         return executor
+
+    async def settled(self) -> None:
+        """Wait until the gateway has no live stream."""
+        await self.gateway.actor._watch.wait_idle()
 
     async def sees(self, num_executors: int) -> None:
         """Wait until the gateway knows so many living executors."""
+        await self.until(
+            "/status", lambda status: sum(service["name"] == "executor" for service in status["services"]) == num_executors
+        )
+
+    async def until(self, path: str, holds: Callable[[Any], bool]) -> None:
+        """Ask the gateway again and again until what it answers is as expected."""
         async with asyncio.timeout(5):
             while True:
-                services = (await self.http.get("/status")).json()["services"]
-                if sum(service["name"] == "executor" for service in services) == num_executors:
+                if holds((await self.http.get(path)).json()):
                     return
                 await asyncio.sleep(BEAT_S / 5)
 

@@ -68,13 +68,17 @@ class Core:
             deadline=now + self.request_timeout_s,
             on_tokens=self.metrics.observe_tokens,
         )
-        try:
-            await answer.open()
-        except BaseException:
-            answer.close()
-            raise
         self.counters["requests"] += 1
         self.answers.add(answer)
+        try:
+            await answer.open()
+        except ApiError:
+            self.answers.discard(answer)
+            answer.close()
+            raise
+        except BaseException:
+            self.end(answer)
+            raise
         return answer
 
     def end(self, answer: Answer) -> None:

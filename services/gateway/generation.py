@@ -39,9 +39,6 @@ class Lost:
     """The executor is gone; nothing more will come from it."""
 
 
-Item = TokenChunk | Lost | ApiError
-
-
 class Generations:
     """Opens token streams. `counters` says how many moved to another executor."""
 
@@ -81,7 +78,7 @@ class TokenStream:
         self.generated: list[int] = []
         self._owner = generations
         self._bus = generations.admission.bus
-        self._inbox: asyncio.Queue[Item] = asyncio.Queue()
+        self._inbox: asyncio.Queue[TokenChunk | Lost] = asyncio.Queue()
         self._attempt_id = request.request_id
         self._subscription: Subscription | None = None
         self._next_seq = 0
@@ -98,10 +95,7 @@ class TokenStream:
     async def receive(self) -> Tokens:
         """The next tokens. After those with a finish reason there are none. Raises ApiError when the request failed."""
         while True:
-            item = await self._inbox.get()
-            if isinstance(item, ApiError):
-                self.close()
-                raise item
+            item = await self._next_item()
             if isinstance(item, Lost):
                 tokens = await self._migrate("its executor is lost")
             elif item.seq != self._next_seq:
@@ -126,7 +120,14 @@ class TokenStream:
     def fail(self, error: ApiError) -> None:
         """Have the receiver raise this error, and stop the executor."""
         self._failure = error
-        self._inbox.put_nowait(error)
+        self._inbox.put_nowait(Lost())
+
+    async def _next_item(self) -> TokenChunk | Lost:
+        item = Lost() if self._failure else await self._inbox.get()
+        if self._failure is not None:
+            self.close()
+            raise self._failure
+        return item
 
     def _accept(self, chunk: TokenChunk) -> Tokens:
         self._next_seq += 1
@@ -190,7 +191,7 @@ class TokenStream:
 
     async def _listen(self, attempt_id: str) -> None:
         self._stop_listening()
-        inbox: asyncio.Queue[Item] = asyncio.Queue()
+        inbox: asyncio.Queue[TokenChunk | Lost] = asyncio.Queue()
 
         async def on_chunk(chunk: TokenChunk) -> None:
             inbox.put_nowait(chunk)
