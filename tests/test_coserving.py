@@ -139,8 +139,10 @@ def test_a_bad_dataset_is_refused_with_line_numbers(stack: Stack, tmp_path: Path
     path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\nnot json\n')
     with path.open("rb") as file:
         uploaded = client.files.create(file=file, purpose="fine-tune")
-    with pytest.raises(openai.BadRequestError, match="line 2"):
-        client.fine_tuning.jobs.create(model="smollm2", training_file=uploaded.id)
+    job = client.fine_tuning.jobs.create(model="smollm2", training_file=uploaded.id)
+    failed = eventually(lambda: _ended(client, job.id))
+    assert failed.status == "failed"
+    assert "line 2" in failed.error.message
     client.close()
 
 
