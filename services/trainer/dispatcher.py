@@ -11,6 +11,7 @@ import structlog
 
 from common.bus import BusError
 from services.trainer import jobs
+from services.trainer.cancellation import raise_if_cancelled
 from services.trainer.jobs import JobRecord, SupersededError
 from services.trainer.runner import JobRunner
 from services.trainer.spec import ApiError
@@ -62,6 +63,7 @@ class Dispatcher:
     async def _follow(self) -> None:
         """Keep our picture of the table; a new watch now and then, because a server may lose one without a word."""
         while True:
+            raise_if_cancelled()
             try:
                 async with asyncio.timeout(self._config.resync_s), contextlib.aclosing(self._around.table.watch()) as records:
                     async for record in records:
@@ -84,6 +86,7 @@ class Dispatcher:
     async def _claim_all(self) -> None:
         """Claim when the table changes, a job of ours ends, or time may have ended somebody's lease."""
         while not self._draining:
+            raise_if_cancelled()
             self._changed.clear()
             free_slots = self._config.max_concurrent_jobs - self.num_running
             records, now = self._open.values(), time.time()
@@ -126,6 +129,7 @@ class Dispatcher:
 
     async def _renew_all(self) -> None:
         while True:
+            raise_if_cancelled()
             await asyncio.sleep(self._config.renew_s)
             for runner, _ in list(self._running.values()):
                 try:

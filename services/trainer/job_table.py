@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 
 import structlog
-from nats.js.errors import InvalidKeyError, KeyNotFoundError, KeyWrongLastSequenceError, NoKeysError
+from nats.js.errors import InvalidKeyError, KeyNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
 
 from common import subjects
 from common.bus import Bus
 from common.codec import MalformedMessageError, decode, encode
+from services.trainer.cancellation import raise_if_cancelled
 from services.trainer.jobs import JobRecord
 from services.trainer.spec import ApiError
 
@@ -20,13 +21,14 @@ log = structlog.get_logger()
 class JobTable:
     """All jobs, by id. Methods raise nats errors when the server does not answer."""
 
-    def __init__(self, bucket: KeyValue) -> None:
+    def __init__(self, bus: Bus, bucket: KeyValue) -> None:
+        self._bus = bus
         self._bucket = bucket
 
     @classmethod
     async def open(cls, bus: Bus) -> JobTable:
         """The table on this bus."""
-        return cls(await bus.key_value(subjects.JOBS_BUCKET))
+        return cls(bus, await bus.key_value(subjects.JOBS_BUCKET))
 
     async def create(self, record: JobRecord) -> None:
         """Add a job whose id is new."""
@@ -52,17 +54,14 @@ class JobTable:
 
     async def page(self, after: str, limit: int) -> tuple[list[JobRecord], bool]:
         """Up to `limit` jobs created before job `after` (empty: the newest), newest first, and whether there are more."""
-        try:
-            keys = await self._bucket.keys()
-        except NoKeysError:
-            return [], False
-        older = sorted((key for key in keys if not after or key < after), reverse=True)
+        older = sorted((key for key in await self._ids() if not after or key < after), reverse=True)
         return [await self.get(key) for key in older[:limit]], len(older) > limit
 
     async def watch(self) -> AsyncGenerator[JobRecord, None]:
         """Every job's record, then every change."""
         watcher = await self._bucket.watchall(ignore_deletes=True)
         try:
+            raise_if_cancelled()
             async for entry in watcher:
                 if entry is None or not entry.value:
                     continue
@@ -72,6 +71,12 @@ class JobTable:
                     log.warning("jobs.malformed_record", job_id=entry.key, error=str(error))
         finally:
             await watcher.stop()  # type: ignore[no-untyped-call]
+
+    async def _ids(self) -> list[str]:
+        """All ids in one look; the client's own listing of keys can miss a key that changes meanwhile."""
+        prefix = f"$KV.{subjects.JOBS_BUCKET}."
+        info = await self._bus.js.stream_info(f"KV_{subjects.JOBS_BUCKET}", subjects_filter=f"{prefix}>")
+        return [subject.removeprefix(prefix) for subject in info.state.subjects or {}]
 
     async def _entry(self, job_id: str) -> tuple[JobRecord, int]:
         try:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from services.trainer import jobs
+from services.trainer.cancellation import raise_if_cancelled
 from services.trainer.config import TrainerConfig
 from services.trainer.job_table import JobTable
 from services.trainer.jobs import JobRecord, SupersededError
@@ -29,7 +30,8 @@ class Lease:
         return self.record.job.id
 
     def check(self) -> None:
-        """Raises SupersededError when the job is not ours any more."""
+        """Raises SupersededError when the job is not ours any more, CancelledError when we are to end."""
+        raise_if_cancelled()
         if self._superseded is not None:
             raise SupersededError(self._superseded)
 
