@@ -22,6 +22,8 @@ from services.executor.scheduler import Limits
 from services.executor.training import TrainingEvent
 from tests.helpers import as_decoder, tiny_model
 
+torch.set_num_threads(1)  # a tiny operation takes microseconds, to share it among threads up to milliseconds
+
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -44,6 +46,22 @@ def tiny_pair(family: str = "llama", **overrides: Any) -> tuple[Any, Decoder]:
     model = tiny_model(family, **(SHAPE | overrides))
     with tempfile.TemporaryDirectory() as folder:
         return model, as_decoder(model, Path(folder))
+
+
+PROMPTS = {f"r{i}": tuple(random.Random(i).choices(range(97), k=n)) for i, n in enumerate((1, 2, 5, 8, 19, 33))}
+NUM_TOKENS = 18
+
+
+@functools.cache
+def truth() -> dict[str, list[int]]:
+    """What transformers generates for each of PROMPTS; do not change it."""
+    model, _ = tiny_pair()
+    return {name: greedy(model, prompt, NUM_TOKENS) for name, prompt in PROMPTS.items()}
+
+
+def all_requests(**fields: Any) -> list[InferenceRequest]:
+    """A request for each of PROMPTS."""
+    return [tiny_request(name, prompt, NUM_TOKENS, **fields) for name, prompt in PROMPTS.items()]
 
 
 def ending_at(decoder: Decoder, *eos_token_ids: int) -> Decoder:
@@ -172,6 +190,12 @@ def serve(
     driver = Driver(engine, draft)
     driver.run()
     return driver
+
+
+def chain_tree(sequence: sequences.Sequence, tokens: Sequence[int], depth: int) -> DraftTree:
+    """The sequence's next `depth` output tokens as a chain, padded with zeros; `tokens` are all its output."""
+    nodes = [sequence.tokens[-1], *[*tokens[sequence.num_output :], *[0] * depth][:depth]]
+    return make_tree(sequence.request_id, len(sequence.tokens), nodes, range(-1, depth))
 
 
 def set_trees(engine: Engine, *trees: DraftTree | None) -> None:

@@ -30,6 +30,7 @@ from services.executor.batch import Segment, build_batch
 from services.executor.lora import LoraAdapter
 from services.executor.model import Decoder, KvCache
 from services.executor.pages import PageAllocator
+from services.executor.requests import find_fault
 from services.executor.sampling import draw_tokens
 from services.executor.scheduler import IterationPlan, Limits, plan_iteration
 from services.executor.sequences import Sequence
@@ -217,11 +218,15 @@ class Engine:
             prefill_tokens=counts["prefill"],
             finetune_tokens=num_training,
             chunks=tuple(chunks),
-            opened=tuple(work.sequence.opened() for work in works if not work.is_decode and work.sequence.is_decoding),
+            opened=tuple(work.sequence.opened() for work in works if self._starts_to_decode(work)),
             progress=tuple(progress),
             planned_ms=plan.predicted_ms,
             limit_ms=plan.limit_ms,
         )
+
+    def _starts_to_decode(self, work: Work) -> bool:
+        is_running = work.sequence.request_id in self.sequences
+        return is_running and not work.is_decode and work.sequence.is_decoding
 
     def _verify(self, work: Work, drawn: list[int], moves: tuple[list[int], list[int]]) -> Verdict:
         """Accept a path of the tree and note which cache rows must move behind the root."""
@@ -235,8 +240,6 @@ class Engine:
         sequence.tree = None
         sequence.verify_steps += 1
         sequence.drafted_tokens += len(segment.tokens) - 1
-        sequence.accepted_tokens += len(verdict.path)
-        self.counters["accepted_tokens"] += len(verdict.path)
         if len(segment.tokens) > 1:
             self.counters["drafts"] += 1
         return verdict
@@ -246,12 +249,15 @@ class Engine:
         before = len(sequence.tokens)
         reason = sequence.commit(verdict.tokens, now)
         tokens = tuple(sequence.tokens[before:])
+        accepted_len = min(len(verdict.path), len(tokens))
+        sequence.accepted_tokens += accepted_len
+        self.counters["accepted_tokens"] += accepted_len
         self.counters["generated_tokens"] += len(tokens)
         progress = SequenceProgress(
             request_id=sequence.request_id,
             tokens=tokens,
             num_drafted=len(work.segment.tokens) - 1 if work.is_decode else 0,
-            accepted_len=len(verdict.path),
+            accepted_len=accepted_len,
             num_output=sequence.num_output,
             decode_ms=sequence.decode_ms(now),
         )
@@ -278,16 +284,13 @@ class Engine:
         num_tokens = len(request.prompt_tokens)
         if adapter_name is not None and adapter_name not in self.adapters:
             return Rejected(reason="unknown_model", message=f"adapter {adapter_name} is not loaded here", retry_after_ms=1000)
-        if num_tokens == 0 or request.max_tokens - request.num_generated < 1:
-            return Rejected(reason="invalid", message="a request needs at least one prompt token and one output token")
+        if fault := find_fault(request, self.decoder.config.vocab_size):
+            return Rejected(reason="invalid", message=fault)
         if num_tokens + request.max_tokens - request.num_generated > self.max_model_len:
             return Rejected(
                 reason="too_long",
                 message=f"{num_tokens} prompt and {request.max_tokens} output tokens exceed the limit of {self.max_model_len}",
             )
-        vocab_size = self.decoder.config.vocab_size
-        if any(not 0 <= token < vocab_size for token in request.prompt_tokens):
-            return Rejected(reason="invalid", message=f"prompt tokens must be in 0..{vocab_size - 1}")
         if len(self.sequences) >= self.max_sequences:
             return Rejected(reason="overloaded", message=f"{self.max_sequences} requests are running", retry_after_ms=500)
         return None

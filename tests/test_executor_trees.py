@@ -1,0 +1,132 @@
+"""Draft trees inside the engine: the cache after they were accepted, and all the ways in which a tree can be wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from services.executor.engine import Engine
+from services.executor.model import Decoder
+from services.executor.scheduler import Limits
+from services.executor.sequences import Sequence
+from tests.tiny import (
+    NUM_TOKENS,
+    PROMPTS,
+    Driver,
+    all_requests,
+    chain_tree,
+    make_tree,
+    oracle_draft,
+    set_trees,
+    tiny_engine,
+    tiny_pair,
+    tiny_request,
+    truth,
+)
+
+SMALL_PASSES = Limits(max_batch_tokens=7, min_prefill_tokens=3)
+
+
+@pytest.fixture
+def decoder() -> Decoder:
+    return tiny_pair()[1]
+
+
+def cached_rows(engine: Engine, request_id: str, num_tokens: int) -> torch.Tensor:
+    """Keys and values of a sequence's first tokens, in all layers."""
+    slots = engine.sequences[request_id].table.slots(0, num_tokens)
+    return torch.stack([cache[slots] for cache in (*engine.cache.k, *engine.cache.v)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_committed_rows_are_those_of_plain_decoding(decoder: Decoder, seed: int) -> None:
+    """Checked after every pass, so that a row that is moved wrongly is seen before others overwrite it."""
+    plain, drafted = Driver(tiny_engine(decoder)), Driver(tiny_engine(decoder), oracle_draft(truth(), seed))
+    for driver in (plain, drafted):
+        for request in all_requests():
+            driver.engine.submit(request, None)
+    for _ in range(NUM_TOKENS - 1):
+        plain.step()
+    num_checked = 0
+    while drafted.engine.has_work:
+        drafted.step()
+        for name, sequence in drafted.engine.sequences.items():
+            expected = cached_rows(plain.engine, name, sequence.num_computed)
+            actual = cached_rows(drafted.engine, name, sequence.num_computed)
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+            num_checked += 1
+    assert num_checked > 20
+    assert drafted.engine.counters["accepted_tokens"] > 40
+
+
+def decoding_engine(decoder: Decoder) -> tuple[Driver, Sequence]:
+    """An engine whose request r4 decodes."""
+    engine = tiny_engine(decoder, max_tree_nodes=8)
+    engine.submit(tiny_request("r4", PROMPTS["r4"], NUM_TOKENS), None)
+    driver = Driver(engine)
+    driver.step()
+    return driver, engine.sequences["r4"]
+
+
+@pytest.mark.parametrize(
+    ("counter", "changes"),
+    [
+        ("trees_orphaned", {"request_id": "nobody"}),
+        ("trees_late", {"length": 0}),
+        ("trees_late", {"length": 10**6}),
+        ("trees_late", {"tokens": (0, 1, 2)}),
+        ("trees_invalid", {"parents": (-1, 2, 1)}),
+        ("trees_invalid", {"parents": (-1, 1, 0)}),
+        ("trees_invalid", {"parents": (-1, 0)}),
+        ("trees_invalid", {"parents": (-1, 0, -7)}),
+        ("trees_invalid", {"tokens": (None, 97, 2)}),
+        ("trees_invalid", {"tokens": (None, -1, 2)}),
+        ("trees_invalid", {"tokens": (None, *range(9)), "parents": (-1, *range(9)), "probs": (0.5,) * 10}),
+        ("trees_invalid", {"probs": (1.0, float("nan"), 0.5)}),
+        ("trees_invalid", {"num_required": -3}),
+    ],
+)
+def test_malformed_trees_are_counted_and_harmless(decoder: Decoder, counter: str, changes: dict[str, Any]) -> None:
+    driver, sequence = decoding_engine(decoder)
+    good = chain_tree(sequence, truth()["r4"], 2)
+    if changes.get("tokens", (0,))[0] is None:
+        changes = changes | {"tokens": (sequence.tokens[-1], *changes["tokens"][1:])}
+    fields = {name: changes.get(name, getattr(good, name)) for name in good.__struct_fields__}
+    set_trees(driver.engine, type(good)(**fields))
+    assert driver.engine.counters[counter] == 1
+    assert sequence.tree is None
+    assert driver.step().draft_tokens == 0
+    assert driver.run().tokens["r4"] == truth()["r4"]
+
+
+def test_one_bad_tree_does_not_spoil_the_others(decoder: Decoder) -> None:
+    driver, sequence = decoding_engine(decoder)
+    good = chain_tree(sequence, truth()["r4"], 3)
+    set_trees(driver.engine, make_tree("nobody", 3, [1], [-1]), good)
+    iteration = driver.step()
+    assert iteration.draft_tokens == 3
+    assert iteration.progress[0].accepted_len == 3
+    assert driver.run().tokens["r4"] == truth()["r4"]
+
+
+def test_trees_for_sequences_that_do_not_decode_are_orphans(decoder: Decoder) -> None:
+    engine = tiny_engine(decoder, limits=SMALL_PASSES)
+    engine.submit(tiny_request("r4", PROMPTS["r4"], NUM_TOKENS), None)
+    engine.submit(tiny_request("r5", PROMPTS["r5"], NUM_TOKENS), None)
+    driver = Driver(engine)
+    driver.step()
+    set_trees(engine, chain_tree(engine.sequences["r4"], [], 2))
+    cancelled = engine.sequences["r5"]
+    engine.cancel("r5")
+    set_trees(engine, chain_tree(cancelled, [], 2))
+    assert engine.counters["trees_orphaned"] == 2
+    assert driver.run().tokens["r4"] == truth()["r4"]
+
+
+def test_the_latest_tree_of_a_sequence_counts_and_serves_one_pass(decoder: Decoder) -> None:
+    driver, sequence = decoding_engine(decoder)
+    set_trees(driver.engine, chain_tree(sequence, truth()["r4"], 4), chain_tree(sequence, truth()["r4"], 2))
+    assert driver.step().draft_tokens == 2
+    assert driver.step().draft_tokens == 0
