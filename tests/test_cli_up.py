@@ -24,7 +24,8 @@ from common.nats_server import NatsServer, free_port
 from services.cli.layout import START_ORDER, Model, UpOptions, curl_line, environment, screen, service_specs
 from services.cli.nats_once import connect_once
 from services.cli.parser import default_state_dir
-from services.cli.up import UpError, check_port, locked
+from services.cli.preflight import UpError, check_port, locked
+from services.cli.up import predecessor, trim_log
 
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -272,6 +273,25 @@ def test_an_external_server_that_is_not_there_is_one_line(tmp_path: Path, folder
     with heddle_up(tmp_path, folder, "--nats", f"nats://127.0.0.1:{free_port()}") as process:
         read_until(process, "heddle: no NATS server answers at")
         assert process.wait(20) == 1
+
+
+def test_two_run_side_by_side(tmp_path: Path, folder: Path) -> None:
+    with heddle_up(tmp_path / "a", folder) as first, heddle_up(tmp_path / "b", folder) as second:
+        shown = [read_until(process, "Ctrl-C stops all of it") for process in (first, second)]
+        urls = [next(line.split()[1] for line in text.splitlines() if "NATS" in line) for text in shown]
+        assert urls[0] != urls[1]
+
+
+def test_a_long_log_is_moved_aside_while_its_child_goes_on(tmp_path: Path) -> None:
+    log = tmp_path / "executor-1.log"
+    with log.open("ab", buffering=0) as child:
+        child.write(b"x" * 100)
+        trim_log(log, 100)
+        assert not predecessor(log).exists()
+        child.write(b"y")
+        trim_log(log, 100)
+        child.write(b"z")
+    assert (predecessor(log).read_bytes(), log.read_bytes()) == (b"x" * 100 + b"y", b"z")
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from services.cli.layout import UpOptions
 from services.cli.models import ModelError
 from services.cli.nats_once import NatsUnreachableError, connect_once
 from services.cli.parser import ROLES, build_parser
+from services.cli.preflight import UpError
 from services.cli.status import StatusError, fetch, show
 from services.cli.supervisor import StartupError
-from services.cli.up import UpError, up
+from services.cli.up import up
 
 EXPECTED = (
     UpError, StartupError, NatsServerError, NatsUnreachableError, ModelError, StatusError, AdapterError, HealthError, BusError

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import os
+import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +18,8 @@ from common.nats_server import NatsServer, NatsServerError
 from common.service import redacted
 from common.telemetry import configure_logging
 from services.cli.layout import START_ORDER, Model, UpOptions, screen, service_specs
-from services.cli.models import ModelError, cache_dir, locate, usable_folder
 from services.cli.nats_once import connect_once
-from services.cli.parent_death import die_with_parent
+from services.cli.preflight import check_port, locked, prepare_model, say
 from services.cli.supervisor import Child, ChildSpec, Supervisor
 
 GRACE_S = 35.0
@@ -32,10 +27,9 @@ GRACE_S = 35.0
 NATS_START_S = 15.0
 IMPATIENT_S = 60.0
 """How often a start that takes long says what it waits for."""
-
-
-class UpError(RuntimeError):
-    """`heddle up` cannot start; the message says why and what to do."""
+MAX_LOG_BYTES = 64 * 1024 * 1024
+"""An hour or two of a busy executor, which logs every iteration."""
+LOG_CHECK_S = 30.0
 
 
 def up(options: UpOptions) -> None:
@@ -49,60 +43,16 @@ def up(options: UpOptions) -> None:
         asyncio.run(_Run(options, model, started_at).until_stopped())
 
 
-def say(line: str) -> None:
-    """One line for the user, with the time of day."""
-    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+def predecessor(log: Path) -> Path:
+    """Where the older part of a log is kept."""
+    return log.with_suffix(".log.1")
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises UpError when the gateway could not listen there."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise UpError(f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port") from error
-
-
-@contextlib.contextmanager
-def locked(state_dir: Path) -> Iterator[None]:
-    """Holds the state directory for this process. Raises UpError when another one does."""
-    try:
-        state_dir.mkdir(parents=True, exist_ok=True)
-        lock = (state_dir / "lock").open("a+")
-    except OSError as error:
-        raise UpError(f"state directory {state_dir} cannot be used: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            holder = lock.read().strip()
-            raise UpError(f"{state_dir} is in use by process {holder}; choose another with --state-dir") from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
-
-
-def prepare_model(model: str, served_name: str | None) -> Model:
-    """The folder to serve, converted in a process of its own when it has to be. Raises ModelError."""
-    source = locate(model)
-    folder = usable_folder(source, cache_dir())
-    if folder is None:
-        say(f"converting {source.name} once into {cache_dir()}; this takes about half a minute for the default model")
-        folder = _convert(model)
-    return Model(name=served_name or source.name, folder=folder)
-
-
-def _convert(model: str) -> Path:
-    command = [sys.executable, "-m", "services.cli.convert", model]
-    result = subprocess.run(command, capture_output=True, text=True, process_group=0, preexec_fn=die_with_parent(), check=False)
-    if result.returncode != 0:
-        lines = result.stderr.strip().splitlines() or [f"conversion ended with status {result.returncode}"]
-        raise ModelError(lines[-1].removeprefix("heddle: "))
-    return Path(result.stdout.splitlines()[-1])
+def trim_log(log: Path, max_bytes: int) -> None:
+    """Move a log that has grown too long into its predecessor; the child, which appends, goes on at the file's start."""
+    if log.stat().st_size > max_bytes:
+        shutil.copyfile(log, predecessor(log))
+        os.truncate(log, 0)
 
 
 class _Run:
@@ -123,7 +73,7 @@ class _Run:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         try:
             await self._unless_stopped(self._start())
-            await self._unless_stopped(asyncio.Event().wait())
+            await self._unless_stopped(self._tend_logs())
         finally:
             if self._services:
                 say("stopping; Ctrl-C again kills at once")
@@ -180,8 +130,17 @@ class _Run:
 
     def _add(self, spec: ChildSpec) -> Child:
         if spec.log.exists():
-            spec.log.replace(spec.log.with_suffix(".log.1"))
+            spec.log.replace(predecessor(spec.log))
         return self._supervisor.add(spec)
+
+    async def _tend_logs(self) -> None:
+        while True:
+            await asyncio.sleep(LOG_CHECK_S)
+            for child in self._supervisor.children:
+                try:
+                    trim_log(child.spec.log, MAX_LOG_BYTES)
+                except OSError as error:
+                    say(f"cannot trim {child.spec.log}: {error.strerror}")
 
 
 class _Readiness:
