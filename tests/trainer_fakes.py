@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from common.messages import (
     LatencyProfile,
     OpenJob,
     Rejected,
+    ServiceState,
     SliceAccepted,
     StepDone,
     TrainingSlice,
@@ -78,6 +81,7 @@ class FakeExecutor:
         self.max_queued = 64
         self.num_overloaded = 0
         self.fail_at: int | None = None
+        self.slow_start = False
         self.refusal: Rejected | None = None
         self.num_refused = 0
         self.lose_steps: set[int] = set()
@@ -94,8 +98,12 @@ class FakeExecutor:
         await self.bus.client.flush()
         return self
 
-    async def stop_beating(self) -> None:
-        """Hang: the subscription stays, nothing is answered, no beat."""
+    def num_queued(self, job_id: str) -> int:
+        """Slices that wait."""
+        return len(self.queues[job_id])
+
+    async def hang(self) -> None:
+        """The subscription stays, but nothing is answered and the heart stops."""
         if self._beats is not None:
             self._beats.cancel()
         await self._order.acquire()
@@ -114,14 +122,15 @@ class FakeExecutor:
             await self._work(job_id)
 
     async def _beat(self) -> None:
-        while True:
+        states: Iterator[ServiceState] = itertools.chain(["starting"] * self.slow_start, itertools.repeat("ready"))
+        for state in states:
             load = ExecutorLoad(
                 model=MODEL, adapters=(), max_model_len=4096, page_size=16, num_pages=1, free_pages=1, num_running=0,
                 num_waiting=0, waiting_prefill_tokens=0, context_tokens=0, promised_tpot_ms=(),
                 latency=LatencyProfile(points=((1, 1.0),)),
             )  # fmt: skip
             beat = Beat(
-                role="executor", instance_id=self.name, state="ready", sent_at=time.time(), period_s=0.2,
+                role="executor", instance_id=self.name, state=state, sent_at=time.time(), period_s=0.2,
                 gauges={"jobs": float(len(self.leases))}, executor=load,
             )  # fmt: skip
             await self.bus.publish(subjects.beat("executor", self.name), beat)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,20 @@ class RunningTrainer:
         assert self._task is not None
         await asyncio.wait_for(self._task, 10)
 
+    @contextlib.asynccontextmanager
+    async def asleep(self) -> AsyncIterator[None]:
+        """Hold back all it sends, as when the process is stopped; it reads and thinks on."""
+        send, gate = self.bus.client.publish, asyncio.Event()
+
+        async def later(*args: Any, **kwargs: Any) -> None:
+            await gate.wait()
+            await send(*args, **kwargs)
+
+        self.bus.client.publish = later  # type: ignore[method-assign]
+        yield
+        self.bus.client.publish = send  # type: ignore[method-assign]
+        gate.set()
+
     async def vanish(self) -> None:
         """As by SIGKILL: nothing is handed over, and the connection is gone."""
         if self.bus.client.is_closed:
@@ -97,10 +111,12 @@ class World:
         self.trainers.append(await RunningTrainer(await self._connect(), config).start())
         return self.trainers[-1]
 
-    async def executor(self, name: str = "x", permits: int | None = None) -> FakeExecutor:
-        """Start an executor on a connection of its own."""
-        self.executors.append(await FakeExecutor(await self._connect(), name, permits).start())
-        return self.executors[-1]
+    async def executor(self, name: str = "x", permits: int | None = None, slow_start: bool = False) -> FakeExecutor:
+        """Start an executor on a connection of its own; as processes do, with `slow_start` it says so first."""
+        made = FakeExecutor(await self._connect(), name, permits)
+        made.slow_start = slow_start
+        self.executors.append(await made.start())
+        return made
 
     async def upload(self, data: bytes, name: str = "file-1") -> None:
         """Store a training file."""

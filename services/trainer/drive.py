@@ -96,7 +96,7 @@ class Drive:
     def _next(self) -> Literal["send", "wait", "checkpoint", "finish", "stop"]:
         self._owner.check()
         if not self._session.is_alive():
-            raise ExecutorLostError(f"executor {self._session.executor_id} stopped beating")
+            raise ExecutorLostError(f"executor {self._session.executor_id} is gone")
         plan = self._course.plan
         return next_action(
             self._position, plan.steps_per_epoch, plan.total_steps, self._config.max_steps_in_flight, self._owner.stopping

@@ -21,7 +21,6 @@ from common.messages import (
 )
 from services.trainer import events, jobs, naming
 from services.trainer.jobs import JobRecord
-from services.trainer.placement import serving
 from services.trainer.spec import ApiError, JobSpec, parse_create
 from services.trainer.surroundings import Surroundings
 
@@ -106,12 +105,11 @@ class Endpoints:
         await self._around.bus.subscribe(subject, kind, answering(handler), queue="trainer", concurrent=True)
 
     def _require_served(self, model: str) -> None:
-        beats = self._around.executors()
-        if serving(beats, model):
-            return
-        known = sorted({beat.executor.model for beat in beats if beat.executor})
+        known = sorted({beat.executor.model for beat in self._around.executors() if beat.executor})
         if not known:
             raise ApiError(503, "no executor is alive; try again", "no_executor")
+        if model in known:
+            return
         raise ApiError(
             400, f"model {model} cannot be finetuned here; base models: {', '.join(known)}", "model_not_found", "model"
         )

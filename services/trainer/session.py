@@ -73,8 +73,9 @@ class ExecutorSession:
         self._subscription: Subscription | None = None
 
     def is_alive(self) -> bool:
-        """Whether the executor's heart beats."""
-        return self._fleet.is_alive("executor", self.executor_id, time.monotonic())
+        """Whether the executor's heart beats and it is ready: one that starts (again) or drains holds no job of ours."""
+        beats = self._fleet.alive("executor", time.monotonic())
+        return any(beat.instance_id == self.executor_id and beat.state == "ready" for beat in beats)
 
     async def open(self) -> int:
         """Let the executor hold the job as the order's checkpoint has it; returns the step to continue with."""
@@ -130,7 +131,7 @@ class ExecutorSession:
             while not (await asyncio.wait({request}, timeout=self._config.heartbeat_s))[0]:
                 self._guard()
                 if not self.is_alive():
-                    raise ExecutorLostError(f"executor {self.executor_id} stopped beating")
+                    raise ExecutorLostError(f"executor {self.executor_id} is gone")
             reply: T | Rejected = request.result()
             return reply
         except BusTimeoutError:
