@@ -32,10 +32,17 @@ class RunningGateway:
 @contextlib.asynccontextmanager
 async def running_gateway(bus: Bus, model_dir: Path, **settings: Any) -> AsyncIterator[RunningGateway]:
     """A gateway on a free port, drained at the end. Its heart beats fast, so that death is noticed fast."""
-    defaults: dict[str, Any] = {"heartbeat_s": BEAT_S, "drain_grace_s": 0.0, "open_wait_s": 0.0, "migration_wait_s": 5.0}
-    config = GatewayConfig(
-        model_dir=str(model_dir), served_model_name=MODEL, port=0, nats_url="nats://me:secret@nats:4222", **defaults | settings
-    )
+    defaults: dict[str, Any] = {
+        "model_dir": str(model_dir),
+        "served_model_name": MODEL,
+        "port": 0,
+        "nats_url": "nats://me:secret@nats:4222",
+        "heartbeat_s": BEAT_S,
+        "drain_grace_s": 0.0,
+        "open_wait_s": 0.0,
+        "migration_wait_s": 5.0,
+    }
+    config = GatewayConfig(**defaults | settings)
     actor = GatewayActor(config)
     stop = asyncio.Event()
     ready = asyncio.Event()
@@ -49,8 +56,10 @@ async def running_gateway(bus: Bus, model_dir: Path, **settings: Any) -> AsyncIt
             raise _Stop
 
     task = asyncio.create_task(live())
-    await asyncio.wait((task, asyncio.create_task(ready.wait())), return_when=asyncio.FIRST_COMPLETED)
+    waiting = asyncio.create_task(ready.wait())
+    await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
     if task.done():
+        waiting.cancel()
         await task
     try:
         yield RunningGateway(actor, actor.url)
@@ -95,12 +104,17 @@ class Stage:
         )
 
     async def until(self, path: str, holds: Callable[[Any], bool]) -> None:
-        """Ask the gateway again and again until what it answers is as expected."""
-        async with asyncio.timeout(5):
-            while True:
-                if holds((await self.http.get(path)).json()):
-                    return
-                await asyncio.sleep(BEAT_S / 5)
+        """Wait until the gateway's answer is as expected."""
+        await until(self.http, path, holds)
+
+
+async def until(http: httpx.AsyncClient, path: str, holds: Callable[[Any], bool]) -> None:
+    """Ask again and again until the answer is as expected."""
+    async with asyncio.timeout(10):
+        while True:
+            if holds((await http.get(path)).json()):
+                return
+            await asyncio.sleep(BEAT_S / 5)
 
 
 @contextlib.asynccontextmanager

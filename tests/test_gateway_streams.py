@@ -7,14 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from common import subjects
-from common.fleet import Fleet
-from common.messages import Beat, ServiceState, TokenChunk
-from services.gateway.executor_watch import CHECK_PERIOD_S, ExecutorWatch
+from common.messages import ServiceState, TokenChunk
 from tests.fakes import MODEL, REPLY, SAID, FakeExecutor, write_tiny_model
 from tests.gateway_stage import Connect, Stage, staged
 
@@ -190,48 +187,6 @@ async def test_nothing_is_sent_before_the_first_token(connect: Connect, model_di
             assert delta == {"role": "assistant", "content": "H"}
 
 
-@pytest.mark.parametrize("body", [STREAM, BODY | {"n": 3}, STREAM | {"n": 2}], ids=["stream", "whole, n=3", "stream, n=2"])
-async def test_a_client_that_leaves_during_the_answer(connect: Connect, model_dir: Path, body: dict[str, Any]) -> None:
-    async with staged(connect, model_dir, fake={"stall_at": 2}) as stage:
-        num_choices = body.get("n", 1)
-        async with httpx.AsyncClient(base_url=stage.gateway.url) as client:
-            asking = asyncio.create_task(client.post("/v1/completions", json=body))
-            await asyncio.wait_for(stage.executor.was_asked(num_choices), WAIT_S)
-            await asyncio.wait_for(stage.executor.stalled.wait(), WAIT_S)
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
-        cancelled = {await asyncio.wait_for(stage.executor.cancelled.get(), WAIT_S) for _ in range(num_choices)}
-        assert cancelled == {request.request_id for request in stage.executor.requests}
-        await asyncio.wait_for(stage.settled(), WAIT_S)
-        assert stage.gateway.actor.vitals().counters["abandoned_requests"] == 1
-        metrics = (await stage.http.get("/metrics")).text
-        assert f'vllm:request_success_total{{finished_reason="abort",model_name="tiny"}} {num_choices}.0' in metrics
-
-
-async def test_a_client_that_leaves_while_admission_decides(connect: Connect, model_dir: Path) -> None:
-    async with staged(connect, model_dir, fake={"stall_at": 0}) as stage:
-        stage.admission.hold = asyncio.Event()
-        async with httpx.AsyncClient(base_url=stage.gateway.url) as client:
-            asking = asyncio.create_task(client.post("/v1/completions", json=STREAM))
-            await asyncio.wait_for(stage.admission.asked.wait(), WAIT_S)
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
-        await asyncio.wait_for(stage.settled(), WAIT_S)
-        assert stage.executor.requests == []
-        stage.admission.hold.set()
-        cancelled = await asyncio.wait_for(stage.executor.cancelled.get(), WAIT_S)
-        assert cancelled == stage.executor.requests[0].request_id
-
-
-async def test_a_request_has_a_time_limit(connect: Connect, model_dir: Path) -> None:
-    async with staged(connect, model_dir, fake={"stall_at": 2}, request_timeout_s=0.2) as stage:
-        response = await stage.http.post("/v1/completions", json=BODY)
-        assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
-        await asyncio.wait_for(stage.executor.cancelled.get(), WAIT_S)
-        with pytest.raises(openai.APIError, match="took too long"):
-            await asyncio.wait_for(collect(stage), WAIT_S)
-
-
 async def test_an_admission_that_dies_with_the_question_is_asked_again(connect: Connect, model_dir: Path) -> None:
     async with staged(connect, model_dir, admission_timeout_s=0.1, open_wait_s=WAIT_S) as stage:
         stage.admission.hold = asyncio.Event()
@@ -241,53 +196,3 @@ async def test_an_admission_that_dies_with_the_question_is_asked_again(connect: 
         assert (await asyncio.wait_for(collecting, WAIT_S))[:2] == (SAID, "stop")
         assert len(stage.executor.requests) == 1
         hold.set()
-
-
-class Recorder:
-    """A stream that only counts."""
-
-    def __init__(self, executor_id: str, admitted_at: float) -> None:
-        self.executor_id = executor_id
-        self.admitted_at = admitted_at
-        self.num_lost = 0
-
-    def lose_executor(self) -> None:
-        self.num_lost += 1
-
-
-def heard(executor_id: str, state: ServiceState = "ready") -> Beat:
-    return Beat(role="executor", instance_id=executor_id, state=state, sent_at=0.0, period_s=1.0)
-
-
-def test_only_silent_executors_are_lost() -> None:
-    watch = ExecutorWatch(Fleet(), heartbeat_s=1.0)
-    silent, alive, fresh, unplaced = (Recorder(name, at) for name, at in (("a", 0.0), ("b", 0.0), ("c", 9.0), ("", 0.0)))
-    for stream in (silent, alive, fresh, unplaced):
-        watch.add(stream)
-    watch.observe(heard("a"), 5.0)
-    watch.observe(heard("b"), 8.0)
-    watch.look(10.0, is_connected=True, since_last_s=CHECK_PERIOD_S)
-    assert [stream.num_lost for stream in (silent, alive, fresh, unplaced)] == [1, 0, 0, 0]
-
-
-@pytest.mark.parametrize(("is_connected", "since_last_s"), [(False, CHECK_PERIOD_S), (True, 60.0)])
-def test_a_gateway_that_heard_nobody_blames_nobody(is_connected: bool, since_last_s: float) -> None:
-    watch = ExecutorWatch(Fleet(), heartbeat_s=1.0)
-    stream = Recorder("a", 0.0)
-    watch.add(stream)
-    watch.observe(heard("a"), 0.0)
-    watch.look(100.0, is_connected=is_connected, since_last_s=since_last_s)
-    watch.look(102.0, is_connected=True, since_last_s=CHECK_PERIOD_S)
-    assert stream.num_lost == 0
-    watch.look(103.5, is_connected=True, since_last_s=CHECK_PERIOD_S)
-    assert stream.num_lost == 1
-
-
-def test_a_starting_executor_has_forgotten_its_requests() -> None:
-    watch = ExecutorWatch(Fleet(), heartbeat_s=1.0)
-    mine, other = Recorder("a", 0.0), Recorder("b", 0.0)
-    watch.add(mine)
-    watch.add(other)
-    watch.observe(heard("a", "starting"), 1.0)
-    assert (mine.num_lost, other.num_lost) == (1, 0)
-    assert not watch.is_ready("a", 1.0)
