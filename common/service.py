@@ -55,7 +55,8 @@ def main(role: Role, config_type: type[C], make_actor: Callable[[C], Actor]) -> 
     try:
         config = load_config(config_type, role)
     except ConfigError as error:
-        sys.exit(f"heddle {role}: {error}")
+        print(f"heddle {role}: {error}", file=sys.stderr)
+        sys.exit(2)
     configure_logging(role, config.instance_id, config.log_level, config.log_format)
     log.info("service.starting", config=loggable(config))
     uvloop.run(serve(role, config, make_actor(config)))

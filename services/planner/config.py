@@ -14,6 +14,8 @@ class PlannerConfig(ServiceConfig):
 
     mode: str = "heddle"
     """heddle; adaserve (as published: largest debt first, the whole budget spent, raw probabilities); none (no speculation)."""
+    draft: str = "ngram"
+    """The drafter; ngram continues earlier occurrences of the last tokens."""
     min_depth: int = 2
     max_depth: int = 12
     max_width: int = 3
@@ -37,6 +39,7 @@ class PlannerConfig(ServiceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.mode in MODES, "mode", f"be one of {', '.join(MODES)}")
+        require(self.draft == "ngram", "draft", "be ngram")
         require(1 <= self.min_depth <= self.max_depth, "min_depth", "be at least 1 and at most max_depth")
         require(self.max_width >= 1, "max_width", "be at least 1")
         require(self.draft_tokens >= 1, "draft_tokens", "be at least 1")
