@@ -85,7 +85,7 @@ class RunningTrainer:
         assert self._task is not None
         self._task.cancel()
         await asyncio.wait({self._task})
-        await self.bus.client.close()
+        await self.bus.client.drain()  # not close: the server would go on sending it requests for a moment
 
 
 async def _cancel(task: asyncio.Task[Any] | None) -> None:

@@ -112,6 +112,7 @@ class Dispatcher:
         except nats.errors.Error as error:
             log.warning("job.not_claimed", job_id=job_id, error=str(error))
             return
+        raise_if_cancelled()
         log.info("job.claimed", job_id=job_id, status=record.job.status, lease=record.lease)
         runner = JobRunner(self._around, record)
         self._running[job_id] = (runner, self._tasks.create_task(self._run(runner)))
