@@ -35,7 +35,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="infer.1"):
-    """A tokenized request. The last `num_generated` prompt tokens are output of an earlier executor that died."""
+    """A tokenized request. The last `num_generated` prompt tokens are output of an earlier executor that died.
+
+    `max_tokens` counts all output, those tokens included.
+    """
 
     request_id: str
     model: str

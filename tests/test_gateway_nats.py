@@ -148,4 +148,4 @@ async def test_the_example_of_the_documentation(connect: Connect, model_dir: Pat
         assert (process.returncode, output.decode()) == (0, SAID)
         (request,) = stage.executor.requests
         assert "What is a loom?" in stage.tokenizer.decode(request.prompt_tokens)
-        assert request.slo.tpot_ms == 100
+        assert (request.slo.tpot_ms, request.max_tokens) == (100, 64)

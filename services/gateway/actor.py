@@ -43,7 +43,7 @@ class GatewayActor:
         self._fleet = Fleet()
         self._watch = ExecutorWatch(self._fleet, config.heartbeat_s)
         self._catalog = Catalog(config.model_name, str(Path(config.model_dir).resolve()), self._fleet)
-        self._metrics = Metrics()
+        self._metrics = Metrics(config.model_name)
         self._metrics.registry.register(FleetCollector(self._fleet))
         self.url = ""
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.messages import Slo, Usage
+from common.messages import Usage
 from services.gateway.errors import ApiError
 from services.gateway.generation import Generations, TokenStream
 from services.gateway.plan import Plan
@@ -117,14 +117,9 @@ class Answer:
         return max((choice.tpot_ms for choice in self.choices if choice.tpot_ms is not None), default=None)
 
     @property
-    def slo(self) -> Slo:
-        """The targets."""
-        return self.plan.slo
-
-    @property
     def is_attained(self) -> bool | None:
         """Whether all targets were met; None without targets."""
-        return attained(self.slo, self.ttft_ms, self.tpot_ms)
+        return attained(self.plan.slo, self.ttft_ms, self.tpot_ms)
 
     async def open(self) -> None:
         """Have all choices admitted. Raises ApiError; then nothing runs."""

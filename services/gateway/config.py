@@ -31,6 +31,7 @@ class GatewayConfig(ServiceConfig):
     max_body_bytes: int = 8 * 1024 * 1024
     max_file_bytes: int = 512 * 1024 * 1024
     max_header_bytes: int = 64 * 1024
+    """Bytes that are kept of a request whose headers have not ended yet."""
     default_tpot_ms: float | None = None
     """Target for requests that name none; empty: best effort."""
     default_ttft_ms: float | None = None

@@ -5,6 +5,7 @@ An object's name is the file's id; its description holds the FileObject as JSON,
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import tempfile
 import time
@@ -24,10 +25,11 @@ from starlette.responses import Response, StreamingResponse
 
 from common import subjects
 from common.bus import Bus
-from services.gateway.errors import ApiError, bad_request
+from services.gateway.errors import ApiError, bad_request, unavailable
 from services.gateway.http_errors import json_response
 
 PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
+READ_TIMEOUT_S = 120.0
 COPY_BYTES = 256 * 1024
 SPOOL_BYTES = 1024 * 1024
 """Larger files go through a temporary file on disk, not through memory."""
@@ -90,7 +92,7 @@ class FileStore:
         record = _file_object(await self._info(store, file_id))
         with contextlib.ExitStack() as on_error:
             spool: Any = on_error.enter_context(tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES))
-            await store.get(file_id, writeinto=spool)
+            await self._read(store, file_id, spool)
             spool.seek(0)
             on_error.pop_all()
         return record, spool
@@ -104,6 +106,14 @@ class FileStore:
         records = [_file_object(info) for info in infos if not info.deleted]
         chosen = [record for record in records if purpose in (None, record["purpose"])]
         return sorted(chosen, key=lambda record: (record["created_at"], record["id"]), reverse=order == "desc")
+
+    async def _read(self, store: ObjectStore, file_id: str, sink: Any) -> None:
+        """A file that is deleted meanwhile never ends, so there is a time limit."""
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                await store.get(file_id, writeinto=sink)
+        except TimeoutError as error:
+            raise unavailable("The file could not be read in time.", "file_timeout") from error
 
     async def _info(self, store: ObjectStore, file_id: str) -> ObjectInfo:
         try:

@@ -57,12 +57,12 @@ def _speculation_families(executors: list[tuple[Beat, ExecutorLoad]]) -> Iterato
         "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted draft tokens by depth.", labels=(*labels, "position")
     )
     for beat, load in executors:
+        for name, family in families.items():
+            family.add_metric((load.model, beat.instance_id), beat.counters.get(name, 0.0))
         for name, value in beat.counters.items():
-            if name in families:
-                families[name].add_metric((load.model, beat.instance_id), value)
-            elif match := ACCEPTED_AT.fullmatch(name):
+            if match := ACCEPTED_AT.fullmatch(name):
                 per_position.add_metric((load.model, beat.instance_id, match[1]), value)
-    yield from (family for family in (*families.values(), per_position) if family.samples)
+    yield from (*families.values(), per_position)
 
 
 def _own_families(beats: list[Beat]) -> Iterator[Metric]:

@@ -20,9 +20,9 @@ E2E_BUCKETS = (
 
 
 class Metrics:
-    """One registry per gateway."""
+    """One registry per gateway. The base model's series are there from the start, so that rates are right."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of ended requests.")
@@ -33,6 +33,8 @@ class Metrics:
         self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "From arrival to the end.", E2E_BUCKETS)
         self._tpot = self._histogram("heddle_request_tpot_seconds", "Mean time per output token of a request.", TPOT_BUCKETS)
         self._slo = self._counter("heddle_slo_requests", "Ended requests with a target.", "target", "attained")
+        for metric in (self._prompt_tokens, self._generation_tokens, self._ttft, self._gap, self._e2e, self._tpot):
+            metric.labels(model)
 
     def text(self) -> bytes:
         """The exposition."""
