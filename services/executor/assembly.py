@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
 
 from services.executor.batch import Segment
-from services.executor.pages import OutOfPagesError, PageAllocator
+from services.executor.pages import PageAllocator
 from services.executor.scheduler import IterationPlan
 from services.executor.sequences import Sequence
 from services.executor.verify import depths, prune
@@ -21,18 +23,38 @@ class Work:
 
 
 class Assembly:
-    """Builds the inference segments of a pass; preempts the youngest sequences when the oldest lack pages."""
+    """Builds the inference segments of a pass. Who is short of pages takes them from younger sequences, or waits.
+
+    The oldest sequence is never preempted and never waits, so every sequence ends. Of equal arrivals the first submitted is
+    the older one.
+    """
 
     def __init__(self, pages: PageAllocator) -> None:
         self.num_preemptions = 0
         self._pages = pages
-        self._sequences: dict[str, Sequence] = {}
+        self._by_age: list[Sequence] = []
 
-    def work(self, plan: IterationPlan, sequences: dict[str, Sequence]) -> list[Work]:
+    def runnable(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """The sequences, oldest first, that can have the pages they need: others would waste their place in a plan.
+
+        One that holds pages needs room for its next token; one that holds none for all its tokens, else it would soon be
+        preempted again.
+        """
+        self._by_age = sorted(sequences, key=_arrival)
+        found = []
+        obtainable = self._pages.num_free + sum(len(sequence.table.pages) for sequence in self._by_age)
+        for sequence in self._by_age:
+            obtainable -= len(sequence.table.pages)
+            num_tokens = sequence.num_computed + 1 if sequence.table.pages else len(sequence.tokens)
+            if self._pages.missing(sequence.table, num_tokens) <= obtainable:
+                found.append(sequence)
+        return found
+
+    def work(self, plan: IterationPlan, sequences: Iterable[Sequence]) -> list[Work]:
         """Segments of all planned sequences, oldest first for pages, neighbours by adapter for launches."""
-        self._sequences = sequences
+        self._by_age = sorted(sequences, key=_arrival)
         works: list[Work] = []
-        for sequence in sorted(sequences.values(), key=_arrival):
+        for sequence in self._by_age:
             if sequence.request_id in plan.decode and sequence.is_decoding:
                 segment = self._decode(sequence, plan.decode[sequence.request_id])
             elif sequence.request_id in plan.prefill:
@@ -41,7 +63,6 @@ class Assembly:
                 continue
             if segment is not None:
                 works.append(Work(sequence, segment, sequence.request_id in plan.decode))
-        works = [work for work in works if work.sequence.table.pages]
         return sorted(works, key=lambda work: work.sequence.adapter.name if work.sequence.adapter else "")
 
     def _decode(self, sequence: Sequence, num_nodes: int) -> Segment | None:
@@ -66,8 +87,9 @@ class Assembly:
 
     def _prefill(self, sequence: Sequence, num_tokens: int) -> Segment | None:
         start = sequence.num_computed
-        end = start + num_tokens
-        if not self._reserve(sequence, end):
+        num_pages = len(sequence.table.pages) + self._obtainable(sequence)
+        end = min(start + num_tokens, num_pages * self._pages.page_size)
+        if end <= start or not self._reserve(sequence, end):
             return None
         return Segment(
             tokens=sequence.tokens[start:end],
@@ -79,19 +101,25 @@ class Assembly:
         )
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Pages for `num_tokens` tokens, taken from the youngest sequences if none are free; False if it must wait."""
-        while True:
-            try:
-                self._pages.reserve(sequence.table, num_tokens)
-            except OutOfPagesError:
-                victim = max((s for s in self._sequences.values() if s.table.pages), key=_arrival, default=None)
-                if victim is None or victim.request.arrived_at < sequence.request.arrived_at:
-                    return False
+        """Pages for `num_tokens` tokens, the youngest sequences' if none are free; False, and nothing done, if it must wait."""
+        missing = self._pages.missing(sequence.table, num_tokens)
+        if missing > self._pages.num_free and missing > self._obtainable(sequence):
+            return False
+        for victim in self._younger(sequence):
+            if missing <= self._pages.num_free:
+                break
+            if victim.table.pages:
                 self._preempt(victim)
-                if victim is sequence:
-                    return False
-            else:
-                return True
+        self._pages.reserve(sequence.table, num_tokens)
+        return True
+
+    def _obtainable(self, sequence: Sequence) -> int:
+        """Pages that the sequence can have beside its own."""
+        return self._pages.num_free + sum(len(younger.table.pages) for younger in self._younger(sequence))
+
+    def _younger(self, sequence: Sequence) -> Iterator[Sequence]:
+        """The younger sequences, youngest first."""
+        return itertools.takewhile(lambda other: other is not sequence, reversed(self._by_age))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._pages.release(sequence.table)

@@ -141,9 +141,9 @@ class Engine:
     def forward_pass(self) -> Iteration:
         """Plan the iteration and run its one fused forward pass."""
         now = self._clock()
-        views = [sequence.view(now) for sequence in self.sequences.values()]
+        views = [sequence.view(now) for sequence in self._assembly.runnable(self.sequences.values())]
         plan = plan_iteration(now, views, self.training.views(), self.profile, self.limits)
-        works = self._assembly.work(plan, self.sequences)
+        works = self._assembly.work(plan, self.sequences.values())
         windows = self.training.windows(plan.forward)
         segments = [work.segment for work in works] + [window.segment for window in windows]
         self.num_iterations += 1
