@@ -66,11 +66,13 @@ def test_an_answer_may_repeat_its_question_or_a_special_token(tokenizer: ChatTok
 
 
 def test_no_token_spans_prompt_and_answer(tokenizer: ChatTokenizer) -> None:
-    """Two newlines are one token; the prompt ends with one, and the answer starts with one that the model has to say."""
-    dataset = read_dataset(example("\nx"), tokenizer, 1000)
-    assert len(tokenizer.encode("\n\n")) == 1
-    assert trained_text(tokenizer, dataset) == ["\nx<|im_end|>"]
-    assert whole_text(tokenizer, dataset).endswith("assistant\n\nx<|im_end|>\n")
+    """Two newlines are one token; the prompt ends with one, and the answer starts with two that the model has to say."""
+    dataset = read_dataset(example("\n\nx"), tokenizer, 1000)
+    assert tokenizer.encode("\n\n\nx") == [*tokenizer.encode("\n\n"), *tokenizer.encode("\nx")]
+    assert trained_text(tokenizer, dataset) == ["\n\nx<|im_end|>"]
+    assert whole_text(tokenizer, dataset).endswith("assistant\n\n\nx<|im_end|>\n")
+    prompt = tokenizer.encode(tokenizer.render([said("user", "q")]))
+    assert dataset.sequences[0].tokens[: len(prompt)] == tuple(prompt)
 
 
 def test_a_template_without_end_token_trains_all_that_the_answer_adds(tmp_path: Path) -> None:

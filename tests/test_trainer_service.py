@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from common import subjects
@@ -17,8 +13,6 @@ from common.bus import Bus, RemoteError
 from common.chat import ChatTokenizer
 from common.codec import decode
 from common.messages import AdapterRecord, ErrorReply, Rejected
-from common.nats_server import NatsServer
-from services.trainer.config import TrainerConfig
 from tests.trainer_fakes import example, write_model_dir
 from tests.trainer_world import World, eventually, expected_state
 
@@ -220,118 +214,3 @@ async def test_a_full_executor_is_asked_again(world: World) -> None:
     await eventually(lambda: executor.num_refused >= 7)
     executor.refusal = None
     await world.until_status(job.id, "succeeded")
-
-
-async def test_pause_writes_a_checkpoint_and_resume_goes_on_from_it(world: World, model_dir: Path) -> None:
-    await world.trainer()
-    executor = await world.executor(permits=4)
-    job = await world.create(hyperparameters={"n_epochs": 3, "batch_size": 2})
-    await world.until(job.id, lambda record: record.job.step == 4)
-    assert (await world.ask("pause", job.id)).status == "running"
-    await executor.allow(None)
-    await world.until_status(job.id, "paused")
-    step = (await world.ask("checkpoints", job.id)).data[0].step_number
-    assert 4 < step <= 6
-    assert executor.leases == {}
-    assert (await refused(world.ask("pause", job.id))).status == 409
-    assert (await world.ask("resume", job.id)).status == "queued"
-    assert (await refused(world.ask("resume", job.id))).status == 409
-    record = await world.until(job.id, lambda record: record.job.status == "succeeded")
-    assert [order.checkpoint for order in executor.opened] == [None, f"{job.id}/step-{step}"]
-    state = expected_state(ChatTokenizer.load(model_dir), DATA, record.spec)
-    assert await world.artifact(f"{job.id}/step-9") == {"step": 9, "state": state}
-    assert [number for number, _ in await world.losses(job.id)] == list(range(1, 10))
-
-
-async def test_a_queued_job_pauses_at_once_and_resumes(world: World) -> None:
-    await world.trainer(max_concurrent_jobs=1)
-    executor = await world.executor(permits=0)
-    first, second = await world.create(), await world.create()
-    await world.until_status(first.id, "running")
-    await world.until_status(second.id, "queued")
-    assert (await world.ask("pause", second.id)).status == "paused"
-    await executor.allow(None)
-    await world.until_status(first.id, "succeeded")
-    assert (await world.ask("get", second.id)).status == "paused"
-    await world.ask("resume", second.id)
-    await world.until_status(second.id, "succeeded")
-
-
-async def test_cancel_ends_a_running_job_at_once(world: World) -> None:
-    await world.trainer()
-    executor = await world.executor(permits=4)
-    job = await world.create()
-    await world.until(job.id, lambda record: record.job.step == 4)
-    cancelled = await world.ask("cancel", job.id)
-    assert cancelled.status == "cancelled"
-    assert cancelled.finished_at is not None
-    await eventually(lambda: not executor.leases)
-    assert (await refused(world.ask("cancel", job.id))).status == 409
-    await executor.allow(None)
-    assert (await world.ask("get", job.id)) == cancelled
-    assert (await world.ask("events", job.id)).data[0].message == "The job was cancelled"
-
-
-async def test_a_queued_job_is_cancelled(world: World) -> None:
-    await world.trainer(max_concurrent_jobs=1)
-    await world.executor(permits=0)
-    first, second = await world.create(), await world.create()
-    await world.until_status(first.id, "running")
-    assert (await world.ask("cancel", second.id)).status == "cancelled"
-
-
-async def test_more_jobs_than_slots_wait_in_order(world: World) -> None:
-    trainer = await world.trainer(max_concurrent_jobs=2)
-    executor = await world.executor(permits=0)
-    created = [await world.create() for _ in range(3)]
-    for job in created[:2]:
-        await world.until_status(job.id, "running")
-    await world.until_status(created[2].id, "queued")
-    assert trainer.actor.vitals().gauges == {"jobs_running": 2, "jobs_queued": 1}
-    await executor.allow(None)
-    for job in created:
-        await world.until_status(job.id, "succeeded")
-    assert [order.job_id for order in executor.opened][2] == created[2].id
-
-
-async def test_a_config_without_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model_dir must be a folder with tokenizer\.json"):
-        TrainerConfig(model_dir=tmp_path)
-    with pytest.raises(ValueError, match="lease_s must be at least"):
-        TrainerConfig(model_dir=write_model_dir(tmp_path), lease_s=1.0, renew_s=0.5)
-
-
-async def test_the_process_joins_the_bus_and_stops_on_sigterm(nats_server: NatsServer, bus: Bus, model_dir: Path) -> None:
-    environ = {
-        **os.environ,
-        "HEDDLE_NATS_URL": nats_server.url,
-        "HEDDLE_MODEL_DIR": str(model_dir),
-        "HEDDLE_HEARTBEAT_S": "0.05",
-    }
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "services.trainer", env=environ, stderr=asyncio.subprocess.PIPE
-    )
-    assert process.stderr is not None
-    async with asyncio.timeout(30):
-        log = b""
-        while b"service.ready" not in log:
-            line = await process.stderr.readline()
-            assert line, log
-            log += line
-        answer = msgspec.json.decode((await bus.client.request("$SRV.PING", b"")).data)
-        assert answer["name"] == "heddle-trainer"
-        process.send_signal(signal.SIGTERM)
-        log += await process.stderr.read()
-        assert await process.wait() == 0
-    assert b"service.stopped" in log
-    assert b"Traceback" not in log
-
-
-async def test_a_process_without_model_says_so(nats_server: NatsServer) -> None:
-    environ = {**os.environ, "HEDDLE_NATS_URL": nats_server.url}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "services.trainer", env=environ, stderr=asyncio.subprocess.PIPE
-    )
-    _, log = await asyncio.wait_for(process.communicate(), 30)
-    assert process.returncode != 0
-    assert b"model_dir must be a folder with tokenizer.json" in log
