@@ -251,6 +251,16 @@ def test_training_keeps_its_share_while_everybody_is_on_time(job: JobView) -> No
     assert sum(result.prefill.values()) > 300, "and does not take all of the prefill's"
 
 
+def test_drafts_and_prefill_leave_training_its_rows() -> None:
+    crowd = [decoding(str(i), tree_probs=(0.9,) * 30) for i in range(5)]
+    for views in (crowd, [*crowd, waiting("w", 20)], [*crowd, waiting("w", 500)]):
+        result = plan(*views, JOB, max_batch_tokens=100)
+        assert result.num_tokens == 100
+        assert sum(result.forward.values()) == 10
+    behind = decoding("behind", tpot_ms=20.0, num_decoded=10, decode_ms=215.0, max_remaining=50)
+    assert plan(*crowd, behind, JOB, max_batch_tokens=100).forward == {}
+
+
 @pytest.mark.parametrize("job", [JOB, BACKWARD])
 @pytest.mark.parametrize("idle_ms", [20.0, 35.0, 70.0])
 def test_training_alone_fills_an_idle_iteration(job: JobView, idle_ms: float) -> None:

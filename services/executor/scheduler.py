@@ -101,7 +101,7 @@ def plan_iteration(
     reserve = 0 if is_behind or not jobs else int(limits.min_finetune_share * capacity)
     prefill = _prefill_chunks(waiting, max(capacity - used - reserve, 0), used, limits)
     used += sum(prefill.values())
-    nodes = _extra_nodes(decoding, required, limits.max_batch_tokens - used, limits.finetune_weight if jobs else 0.0)
+    nodes = _extra_nodes(decoding, required, limits.max_batch_tokens - used - reserve, limits.finetune_weight if jobs else 0.0)
     used += sum(nodes.values()) - sum(required.values())
     inference_ms = predict_ms(profile, used, context)
     share_ms = 0.0 if is_behind else limits.min_finetune_share * limit_ms
