@@ -130,6 +130,8 @@ class ExecutorLoad(msgspec.Struct, frozen=True, kw_only=True):
     context_tokens: int
     promised_tpot_ms: tuple[float, ...]
     latency: LatencyProfile
+    planner_id: str = ""
+    """Who drafts for it."""
 
 
 class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat.1"):

@@ -81,7 +81,7 @@ class Stack:
 
     def executor_gauge(self, name: str) -> float:
         """A gauge summed over executors."""
-        return sum(float(service["load"]["gauges"][name]) for service in self.services("executor"))
+        return sum(float(service["load"][name]) for service in self.services("executor"))
 
     def pid_of(self, name: str) -> int:
         """Process id of the first instance of a service that the supervisor started."""
@@ -106,8 +106,8 @@ class Stack:
             f"HEDDLE_{name.upper()}_INSTANCE_ID": instance_id,
             **{f"HEDDLE_{name.upper()}_{field.upper()}": value for field, value in settings.items()},
         }
-        log = (self.state_dir / f"{instance_id}.log").open("wb")
-        self._by_hand.append(subprocess.Popen([sys.executable, "-m", f"services.{name}"], env=environment, stderr=log))
+        with (self.state_dir / f"{instance_id}.log").open("wb") as log:
+            self._by_hand.append(subprocess.Popen([sys.executable, "-m", f"services.{name}"], env=environment, stderr=log))
         eventually(lambda: any(s["id"] == instance_id and s["state"] == "ready" for s in self.services(name)), 60)
         return instance_id
 

@@ -147,7 +147,7 @@ def test_a_bad_dataset_is_refused_with_line_numbers(stack: Stack, tmp_path: Path
 
 
 def test_iterations_tell_what_they_held(stack: Stack) -> None:
-    counters = stack.services("executor")[0]["load"]["counters"]
+    counters = stack.services("executor")[0]["load"]
     kinds = ("decode_tokens", "draft_tokens", "prefill_tokens", "finetune_tokens", "backward_tokens", "iterations")
     assert all(counters[kind] > 0 for kind in kinds)
     lines = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ async def test_the_trainers_errors_reach_the_client(connect: Connect, model_dir:
 
 
 async def test_adapters_are_models_while_they_are_known(connect: Connect, model_dir: Path) -> None:
-    async with staged(connect, model_dir) as stage:
+    async with staged(connect, model_dir, adapter_wait_s=0.2) as stage:
         record = AdapterRecord(name=ADAPTER, base_model=MODEL, artifact="a/1", lora=LoraSpec(), created_at=1_700_000_000.5)
         bucket = await stage.bus.key_value(subjects.ADAPTERS_BUCKET)
         await bucket.put("broken", b"no record")
@@ -206,3 +207,15 @@ async def test_adapters_are_models_while_they_are_known(connect: Connect, model_
         await stage.until("/v1/models", models_are(MODEL))
         with pytest.raises(openai.NotFoundError):
             await stage.openai.models.retrieve(ADAPTER)
+
+
+async def test_a_request_for_a_fresh_adapter_waits_until_it_is_loaded(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir) as stage:
+        record = AdapterRecord(name=ADAPTER, base_model=MODEL, artifact="a/1", lora=LoraSpec(), created_at=1_700_000_000.5)
+        await (await stage.bus.key_value(subjects.ADAPTERS_BUCKET)).put("key", encode(record))
+        await stage.until("/v1/models", models_are(MODEL, ADAPTER))
+        asked = asyncio.create_task(stage.openai.completions.create(model=ADAPTER, prompt="one", max_tokens=64))
+        done, _ = await asyncio.wait([asked], timeout=0.2)
+        assert not done
+        stage.executor.adapters = (ADAPTER,)
+        assert (await asked).choices[0].text == SAID

@@ -17,15 +17,17 @@ from common.bus import Bus
 from common.messages import (
     Beat,
     DraftTrees,
+    ExecutorLoad,
     IterationReport,
     LatencyProfile,
     OpenedSequence,
     PlannerClaim,
     PlannerGranted,
     SequenceProgress,
+    ServiceState,
 )
 from common.nats_server import NatsServer
-from services.planner.actor import PlannerActor
+from services.planner.actor import PlannerActor, least_busy
 from services.planner.config import PlannerConfig
 
 Connect = Callable[[], Awaitable[Bus]]
@@ -254,3 +256,35 @@ async def test_a_wrong_setting_ends_the_process_with_a_message(variable: str) ->
     assert process.returncode not in (0, None)
     assert b"heddle planner:" in errors
     assert b"Traceback" not in errors
+
+
+def _planner_beat(planner_id: str, state: ServiceState = "ready") -> Beat:
+    return Beat(role="planner", instance_id=planner_id, state=state, sent_at=0.0, period_s=1.0)
+
+
+def _executor_beat(executor_id: str, planner_id: str) -> Beat:
+    load = ExecutorLoad(
+        model="m",
+        adapters=(),
+        max_model_len=64,
+        page_size=16,
+        num_pages=8,
+        free_pages=8,
+        num_running=0,
+        num_waiting=0,
+        waiting_prefill_tokens=0,
+        context_tokens=0,
+        promised_tpot_ms=(),
+        latency=LatencyProfile(points=((1, 1.0),)),
+        planner_id=planner_id,
+    )
+    return Beat(role="executor", instance_id=executor_id, state="ready", sent_at=0.0, period_s=1.0, executor=load)
+
+
+def test_a_claim_goes_to_the_planner_with_fewest_executors() -> None:
+    planners = [_planner_beat("a"), _planner_beat("b"), _planner_beat("c", state="draining")]
+    executors = [_executor_beat("x", "a"), _executor_beat("y", "a"), _executor_beat("z", "b")]
+    assert least_busy("a", "new", planners) == "a"
+    assert least_busy("a", "new", planners + executors) == "b"
+    assert least_busy("a", "z", planners + executors) == "b"
+    assert least_busy("b", "y", [planners[1], *executors]) == "b"

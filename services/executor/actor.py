@@ -217,6 +217,7 @@ class ExecutorActor:
         self._vitals = executor_vitals(
             self._engine,
             model=self._model,
+            planner_id=self._planner.planner_id or "",
             draining=self._draining,
             gauges={"iteration_ms": self._iteration_ms, "planner_turnaround_ms": self._planner.mean_turnaround_ms},
         )

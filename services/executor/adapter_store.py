@@ -6,13 +6,12 @@ import asyncio
 from collections.abc import Callable
 
 import structlog
-from nats.js.errors import NotFoundError
-from nats.js.kv import KV_DEL, KV_PURGE
+from nats.errors import Error as NatsError
 
 from common import subjects
 from common.bus import Bus
-from common.codec import MalformedMessageError, decode
 from common.messages import AdapterRecord
+from common.records import follow_records
 from services.executor.lora import LoraAdapter
 from services.executor.model import Decoder
 
@@ -25,37 +24,36 @@ class AdapterStore:
     """Follows the KV bucket `heddle_adapters`; `on_load(name, adapter)` is called for each change, None for a deletion."""
 
     def __init__(self, bus: Bus, decoder: Decoder, base_model: str, on_load: OnLoad) -> None:
+        self.loaded = asyncio.Event()
+        """Set when the adapters that were there at the start are loaded."""
         self._bus = bus
         self._decoder = decoder
         self._base_model = base_model
         self._on_load = on_load
-        self.loaded = asyncio.Event()
-        self._names: dict[str, str] = {}
+        self._records: dict[str, AdapterRecord] = {}
 
     async def follow(self) -> None:
-        """Load and drop adapters as records come and go, for ever; `loaded` is set when those of the start are there."""
-        bucket = await self._bus.key_value(subjects.ADAPTERS_BUCKET)
-        async for entry in await bucket.watchall():
-            if entry is None:
-                self.loaded.set()
-            else:
-                deleted = entry.operation in (KV_DEL, KV_PURGE)
-                await self._apply(entry.key, None if deleted else entry.value)
+        """Load and drop adapters as records come and go, for ever."""
+        await follow_records(self._bus, subjects.ADAPTERS_BUCKET, AdapterRecord, self._apply)
 
-    async def _apply(self, key: str, value: bytes | None) -> None:
-        if value is None:
-            if name := self._names.pop(key, None):
-                self._on_load(name, None)
-            return
+    async def _apply(self, records: dict[str, AdapterRecord]) -> None:
+        wanted = {record.name: record for record in records.values() if record.base_model == self._base_model}
+        for name in self._records.keys() - wanted.keys():
+            del self._records[name]
+            self._on_load(name, None)
+        for name, record in wanted.items():
+            if self._records.get(name) != record:
+                self._records[name] = record
+                await self._load(record)
+        self.loaded.set()
+
+    async def _load(self, record: AdapterRecord) -> None:
+        """A record that cannot be loaded is logged, and tried again when it changes."""
         try:
-            record = decode(value, AdapterRecord)
-            if record.base_model != self._base_model or key in self._names:
-                return
             data = (await (await self._bus.object_store(subjects.ARTIFACTS_STORE)).get(record.artifact)).data or b""
             adapter = LoraAdapter.from_safetensors(record.name, record.lora, data, self._decoder.config, self._decoder.device)
-        except (MalformedMessageError, NotFoundError, ValueError) as error:
-            log.error("adapter.unusable", key=key, error=str(error))
+        except (NatsError, ValueError) as error:
+            log.error("adapter.unusable", adapter=record.name, error=str(error) or type(error).__name__)
             return
-        self._names[key] = record.name
         self._on_load(record.name, adapter)
         log.info("adapter.loaded", adapter=record.name, rank=record.lora.rank)

@@ -7,9 +7,9 @@ from common.service import Vitals
 from services.executor.engine import Engine
 
 
-def executor_vitals(engine: Engine, *, model: str, draining: bool, gauges: dict[str, float]) -> Vitals:
+def executor_vitals(engine: Engine, *, model: str, planner_id: str, draining: bool, gauges: dict[str, float]) -> Vitals:
     """The vitals of this moment; call it while no pass runs."""
-    load = executor_load(engine, model)
+    load = executor_load(engine, model, planner_id)
     own = {
         "num_running": load.num_running,
         "num_waiting": load.num_waiting,
@@ -27,7 +27,7 @@ def executor_vitals(engine: Engine, *, model: str, draining: bool, gauges: dict[
     )
 
 
-def executor_load(engine: Engine, model: str) -> ExecutorLoad:
+def executor_load(engine: Engine, model: str, planner_id: str) -> ExecutorLoad:
     """What admission needs to choose an executor."""
     sequences = list(engine.sequences.values())
     decoding = [sequence for sequence in sequences if sequence.is_decoding]
@@ -45,4 +45,5 @@ def executor_load(engine: Engine, model: str) -> ExecutorLoad:
         context_tokens=sum(sequence.num_computed for sequence in decoding),
         promised_tpot_ms=tuple(s.request.slo.tpot_ms for s in sequences if s.request.slo.tpot_ms is not None),
         latency=engine.profile,
+        planner_id=planner_id,
     )

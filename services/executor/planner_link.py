@@ -113,14 +113,20 @@ class PlannerLink:
 
     async def _on_beat(self, beat: Beat) -> None:
         self._fleet.observe(beat, time.monotonic())
+        if beat.instance_id == self.planner_id and beat.state != "ready":
+            self._lose()
+
+    def _lose(self) -> None:
+        """The planner died or leaves; one that starts again under its old name has forgotten our sequences."""
+        log.warning("planner.lost", planner=self.planner_id)
+        self.planner_id = None
 
     async def _keep_claimed(self) -> None:
         while True:
             now = time.monotonic()
             ready = [beat.instance_id for beat in self._fleet.alive("planner", now) if beat.state == "ready"]
             if self.planner_id is not None and self.planner_id not in ready:
-                log.warning("planner.lost", planner=self.planner_id)
-                self.planner_id = None
+                self._lose()
             if self.planner_id is None and ready:
                 await self._claim()
             await asyncio.sleep(0.25)

@@ -105,6 +105,7 @@ class GatewayActor:
             limits=Limits(max_n=config.max_n, max_tokens_limit=config.max_tokens_limit, vocab_size=self._tokenizer.vocab_size),
             default_slo=config.default_slo,
             request_timeout_s=config.request_timeout_s,
+            adapter_wait_s=config.adapter_wait_s,
         )
 
     async def _on_beat(self, beat: Beat) -> None:

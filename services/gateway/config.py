@@ -40,6 +40,8 @@ class GatewayConfig(ServiceConfig):
     admission_timeout_s: float = 10.0
     open_wait_s: float = 5.0
     """How long a new request waits for an admission service or an executor that has just died to be replaced."""
+    adapter_wait_s: float = 5.0
+    """How long a request for a known adapter waits until an executor has loaded it."""
     migration_limit: int = 3
     """How often one request may move to another executor after losing its own."""
     migration_wait_s: float = 60.0
@@ -54,7 +56,14 @@ class GatewayConfig(ServiceConfig):
         require(1 <= self.max_n <= 128, "max_n", "be in 1..128")
         for name in ("max_tokens_limit", "max_body_bytes", "max_file_bytes", "max_header_bytes", "request_timeout_s"):
             require(getattr(self, name) > 0, name, "be positive")
-        for name in ("admission_timeout_s", "open_wait_s", "migration_limit", "migration_wait_s", "drain_grace_s"):
+        for name in (
+            "admission_timeout_s",
+            "open_wait_s",
+            "adapter_wait_s",
+            "migration_limit",
+            "migration_wait_s",
+            "drain_grace_s",
+        ):
             require(getattr(self, name) >= 0, name, "not be negative")
         for name in ("default_tpot_ms", "default_ttft_ms"):
             require(getattr(self, name) is None or getattr(self, name) > 0, name, "be positive or empty")

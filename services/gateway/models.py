@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
-from nats.errors import Error as NatsError
-from nats.errors import TimeoutError as NatsTimeoutError
-
 from common import subjects
 from common.bus import Bus
-from common.codec import MalformedMessageError, decode
 from common.fleet import Fleet
 from common.messages import AdapterRecord, ExecutorLoad
+from common.records import follow_records
 from services.gateway.errors import model_not_found, unavailable
-
-log = structlog.get_logger()
-
-RETRY_PAUSE_S = 1.0
-REFRESH_S = 30.0
-"""A quiet watch is renewed so often: an ordered consumer that the server lost would be quiet for ever."""
 
 
 @dataclass(frozen=True)
@@ -88,37 +77,11 @@ class Catalog:
 
 async def follow_adapters(bus: Bus, catalog: Catalog) -> None:
     """For ever: keep the catalog equal to the bucket of adapters."""
-    while True:
-        try:
-            watcher: Any = await (await bus.key_value(subjects.ADAPTERS_BUCKET)).watchall()
-            try:
-                await _follow(watcher, catalog)
-            finally:
-                await watcher.stop()
-        except NatsTimeoutError:
-            continue
-        except NatsError as error:
-            log.warning("adapters.watch_failed", error=str(error) or type(error).__name__)
-            await asyncio.sleep(RETRY_PAUSE_S)
 
+    async def replace(records: dict[str, AdapterRecord]) -> None:
+        catalog.replace({record.name: record for record in records.values()})
 
-async def _follow(watcher: Any, catalog: Catalog) -> None:
-    """Apply updates until it is quiet for REFRESH_S (TimeoutError); the first None ends the replay of what is stored."""
-    records: dict[str, AdapterRecord] = {}
-    is_replayed = False
-    while True:
-        entry = await watcher.updates(timeout=REFRESH_S)
-        if entry is None:
-            is_replayed = True
-        elif entry.operation is not None:
-            records.pop(entry.key, None)
-        else:
-            try:
-                records[entry.key] = decode(entry.value, AdapterRecord)
-            except MalformedMessageError as error:
-                log.warning("adapters.malformed", key=entry.key, error=str(error))
-        if is_replayed:
-            catalog.replace({record.name: record for record in records.values()})
+    await follow_records(bus, subjects.ADAPTERS_BUCKET, AdapterRecord, replace)
 
 
 def _card(name: str, created: int, root: str, parent: str | None) -> dict[str, Any]:

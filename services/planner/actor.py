@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 
 import structlog
 from nats.aio.subscription import Subscription
@@ -60,14 +61,17 @@ class PlannerActor:
         )
 
     async def _on_beat(self, beat: Beat) -> None:
-        if beat.role == "executor":
+        if beat.role in ("executor", "planner"):
             self._fleet.observe(beat, time.monotonic())
 
     async def _on_claim(self, claim: PlannerClaim) -> PlannerGranted:
         """The executor opens all its sequences in its next report; what is known of them may be out of date."""
         self._planner.table.drop_executor(claim.executor_id)
-        log.info("planner.claimed", executor=claim.executor_id, model=claim.model)
-        return PlannerGranted(planner_id=self._config.instance_id)
+        now = time.monotonic()
+        beats = self._fleet.alive("planner", now) + self._fleet.alive("executor", now)
+        granted = least_busy(self._config.instance_id, claim.executor_id, beats)
+        log.info("planner.claimed", executor=claim.executor_id, model=claim.model, granted=granted)
+        return PlannerGranted(planner_id=granted)
 
     async def _on_report(self, report: IterationReport) -> None:
         """The executor waits for this answer."""
@@ -90,6 +94,15 @@ class PlannerActor:
             for executor_id in gone | set(table.silent_since(now - self._config.forget_after_s)):
                 log.info("planner.executor_forgotten", executor=executor_id, is_alive=executor_id in alive)
                 table.drop_executor(executor_id)
+
+
+def least_busy(own_id: str, executor_id: str, beats: list[Beat]) -> str:
+    """The ready planner, the own one included, that fewest other executors name as theirs; the own one among equals."""
+    drafts_for = Counter(
+        beat.executor.planner_id for beat in beats if beat.executor is not None and beat.instance_id != executor_id
+    )
+    ready = {own_id} | {beat.instance_id for beat in beats if beat.role == "planner" and beat.state == "ready"}
+    return min(ready, key=lambda planner_id: (drafts_for[planner_id], planner_id != own_id, planner_id))
 
 
 def make_planner(config: PlannerConfig) -> Planner:
