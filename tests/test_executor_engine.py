@@ -8,16 +8,14 @@ import pytest
 
 from services.executor.model import Decoder
 from services.executor.scheduler import Limits
+from tests.drafts import chain_tree, junk_draft, oracle_draft
 from tests.tiny import (
     NUM_TOKENS,
     PROMPTS,
     Driver,
     all_requests,
-    chain_tree,
     ending_at,
     greedy,
-    junk_draft,
-    oracle_draft,
     serve,
     tiny_engine,
     tiny_pair,

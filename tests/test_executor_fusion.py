@@ -15,8 +15,9 @@ from services.executor.engine import Engine, Iteration
 from services.executor.finetune import StepResult, new_job
 from services.executor.scheduler import Limits
 from services.executor.sequences import Sequence
+from tests.drafts import Draft, oracle_draft
 from tests.helpers import training_slice
-from tests.tiny import Draft, Driver, greedy, oracle_draft, random_prompt, tiny_engine, tiny_pair, tiny_request
+from tests.tiny import Driver, greedy, random_prompt, tiny_engine, tiny_pair, tiny_request
 
 LENGTHS = {"r0": 5, "r1": 40, "r2": 64, "r3": 17, "r4": 80}
 NUM_TOKENS = 16

@@ -16,7 +16,8 @@ from services.executor.pages import OutOfPagesError, PageAllocator
 from services.executor.scheduler import Limits
 from services.executor.sequences import Sequence
 from services.executor.training import TooManySlicesError
-from tests.tiny import Driver, greedy, grow_tree, random_prompt, serve, set_trees, tiny_engine, tiny_pair, tiny_request
+from tests.drafts import grow_tree
+from tests.tiny import Driver, greedy, random_prompt, serve, set_trees, tiny_engine, tiny_pair, tiny_request
 
 # --- the allocator ----------------------------------------------------------------------------------------------------
 

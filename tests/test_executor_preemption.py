@@ -11,7 +11,8 @@ from services.executor.engine import Engine
 from services.executor.pages import PageAllocator
 from services.executor.scheduler import IterationPlan, Limits
 from services.executor.sequences import Sequence
-from tests.tiny import Driver, chain_tree, greedy, oracle_draft, random_prompt, set_trees, tiny_engine, tiny_pair, tiny_request
+from tests.drafts import chain_tree, oracle_draft
+from tests.tiny import Driver, greedy, random_prompt, set_trees, tiny_engine, tiny_pair, tiny_request
 
 NUM_TOKENS = 20
 

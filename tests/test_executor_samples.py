@@ -12,20 +12,9 @@ from services.executor.engine import Engine
 from services.executor.lora import LoraAdapter
 from services.executor.model import Decoder
 from services.executor.scheduler import Limits
+from tests.drafts import junk_draft, oracle_draft
 from tests.helpers import random_adapter
-from tests.tiny import (
-    NUM_TOKENS,
-    PROMPTS,
-    Driver,
-    all_requests,
-    junk_draft,
-    oracle_draft,
-    serve,
-    tiny_engine,
-    tiny_pair,
-    tiny_request,
-    truth,
-)
+from tests.tiny import NUM_TOKENS, PROMPTS, Driver, all_requests, serve, tiny_engine, tiny_pair, tiny_request, truth
 
 SMALL_PASSES = Limits(max_batch_tokens=7, min_prefill_tokens=3)
 

@@ -5,139 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from typing import Any
 
 import pytest
 
-from common.latency import make_profile, max_tokens, predict_ms
+from common.latency import predict_ms
 from common.messages import LatencyProfile
 from services.executor.scheduler import (
-    IterationPlan,
     JobView,
     Limits,
-    SequenceView,
     iteration_limit_ms,
-    plan_iteration,
     slack_ms,
 )
-
-LINEAR = LatencyProfile(points=((1, 10.1), (1001, 110.1)), backward_ms_per_token=0.2)
-"""10 ms, and 0.1 ms per token."""
-JOB = JobView(job_id="job", forward_tokens=100_000, is_backward=False)
-BACKWARD = dataclasses.replace(JOB, job_id="back", is_backward=True)
-
-
-def decoding(request_id: str = "d", **fields: Any) -> SequenceView:
-    values: dict[str, Any] = {"num_uncomputed": 1, "is_decoding": True, "context_tokens": 50, "arrived_at": 0.0}
-    return SequenceView(request_id=request_id, **(values | {"num_decoded": 10, "max_remaining": 20} | fields))
-
-
-def waiting(request_id: str, num_tokens: int, **fields: Any) -> SequenceView:
-    values: dict[str, Any] = {"is_decoding": False, "context_tokens": 0, "arrived_at": 0.0}
-    return SequenceView(request_id=request_id, num_uncomputed=num_tokens, **(values | fields))
-
-
-def plan(*views: SequenceView | JobView, profile: LatencyProfile = LINEAR, **limits: Any) -> IterationPlan:
-    sequences = [view for view in views if isinstance(view, SequenceView)]
-    jobs = [view for view in views if isinstance(view, JobView)]
-    return plan_iteration(0.0, sequences, jobs, profile, Limits(**limits))
-
-
-# --- random cases -----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    sequences: list[SequenceView]
-    jobs: list[JobView]
-    profile: LatencyProfile
-    limits: Limits
-
-    @property
-    def plan(self) -> IterationPlan:
-        return plan_iteration(0.0, self.sequences, self.jobs, self.profile, self.limits)
-
-    @property
-    def context(self) -> int:
-        return sum(view.context_tokens for view in self.sequences if view.is_decoding)
-
-
-def random_case(seed: int) -> Case:
-    rng = random.Random(seed)
-    sequences = [random_sequence(f"r{i}", rng) for i in range(rng.choice([0, 1, 3, 12]))]
-    jobs = [
-        JobView(job_id=f"j{i}", forward_tokens=rng.randint(1, 800), is_backward=rng.random() < 0.5)
-        for i in range(rng.choice([0, 1, 1, 3]))
-    ]
-    measured = list(itertools.accumulate((rng.uniform(0.1, 30) for _ in range(4)), initial=rng.uniform(1, 40)))
-    profile = make_profile(list(zip((1, 16, 64, 256, 1024), measured, strict=True)), rng.uniform(0.01, 1))
-    limits = Limits(
-        max_batch_tokens=rng.choice([16, 64, 512]),
-        min_prefill_tokens=rng.choice([1, 32]),
-        max_iteration_ms=rng.uniform(20, 250),
-        idle_iteration_ms=rng.uniform(20, 150),
-    )
-    return Case(sequences, jobs, profile, limits)
-
-
-def random_sequence(request_id: str, rng: random.Random) -> SequenceView:
-    due = rng.choice([None, rng.uniform(0, 10)])
-    if rng.random() < 0.4:
-        return waiting(request_id, rng.randint(1, 300), arrived_at=rng.uniform(0, 10), first_token_due_at=due)
-    probs = tuple(sorted((rng.random() for _ in range(rng.randint(0, 8))), reverse=True))
-    num_decoded, tpot_ms = rng.randint(0, 30), rng.choice([None, rng.uniform(5, 200)])
-    return decoding(
-        request_id,
-        context_tokens=rng.randint(1, 500),
-        num_decoded=num_decoded,
-        decode_ms=num_decoded * rng.uniform(5, 100),
-        max_remaining=rng.randint(1, 100),
-        tpot_ms=tpot_ms,
-        tree_probs=probs,
-        num_required=rng.randint(0, 10),
-    )
-
-
-CASES = [random_case(seed) for seed in range(400)]
-
-
-def nodes_of(case: Case) -> list[SequenceView]:
-    return [view for view in case.sequences if view.is_decoding]
-
-
-def test_every_root_is_in_the_plan_and_nothing_is_planned_that_nobody_has() -> None:
-    for case in CASES:
-        result = case.plan
-        views = {view.request_id: view for view in case.sequences}
-        jobs = {job.job_id: job for job in case.jobs}
-        assert set(result.decode) == {view.request_id for view in nodes_of(case)}
-        assert all(0 <= num <= len(views[name].tree_probs) for name, num in result.decode.items())
-        assert all(not views[name].is_decoding for name in result.prefill)
-        assert all(0 < num <= views[name].num_uncomputed for name, num in result.prefill.items())
-        assert all(0 < num <= jobs[name].forward_tokens and not jobs[name].is_backward for name, num in result.forward.items())
-        assert all(num > 0 and jobs[name].is_backward for name, num in result.backward.items())
-
-
-def test_a_pass_never_has_more_than_max_batch_tokens() -> None:
-    for case in CASES:
-        assert case.plan.num_tokens <= max(case.limits.max_batch_tokens, len(nodes_of(case)))
-    greedy = [decoding(str(i), tree_probs=(0.9,) * 60, num_required=60) for i in range(100)]
-    assert plan(*greedy, max_batch_tokens=256).num_tokens == 256
-
-
-def test_required_nodes_come_before_prefill_and_prefill_before_extra_nodes() -> None:
-    for case in CASES:
-        result, room = case.plan, case.limits.max_batch_tokens - len(nodes_of(case))
-        required = {view.request_id: min(view.num_required, len(view.tree_probs)) for view in nodes_of(case)}
-        if sum(required.values()) <= room:
-            assert all(result.decode[name] >= num for name, num in required.items())
-        extra = sum(result.decode.values()) - sum(required.values())
-        demand = sum(view.num_uncomputed for view in case.sequences if not view.is_decoding)
-        if extra > 0:
-            assert sum(result.prefill.values()) >= min(demand, case.limits.min_prefill_tokens)
-    tree = decoding(tree_probs=(0.9,) * 20, num_required=5)
-    full = plan(tree, waiting("w", 100), max_batch_tokens=16)
-    assert (full.decode, full.prefill) == ({"d": 5}, {"w": 10})
+from tests.plans import BACKWARD, JOB, LINEAR, decoding, plan, random_sequence, waiting
 
 
 def test_prefill_is_ordered_by_the_deadline_of_the_first_token() -> None:
@@ -153,40 +32,6 @@ def test_prefill_is_ordered_by_the_deadline_of_the_first_token() -> None:
         assert plan(*order_given, max_batch_tokens=100).prefill == {"soon": 40, "late": 40, "none, old": 20}
 
 
-def test_prefill_goes_on_when_decoding_leaves_no_time() -> None:
-    tight = [decoding(str(i), tpot_ms=12.5, num_decoded=10, decode_ms=115.0) for i in range(4)]
-    result = plan(*tight, waiting("w", 500), min_prefill_tokens=32)
-    assert result.limit_ms == pytest.approx(10.4)
-    assert result.prefill == {"w": 32}
-    for case in CASES:
-        demand = sum(view.num_uncomputed for view in case.sequences if not view.is_decoding)
-        required = sum(min(view.num_required, len(view.tree_probs)) for view in nodes_of(case))
-        room = max(0, case.limits.max_batch_tokens - len(nodes_of(case)) - required)
-        assert sum(case.plan.prefill.values()) >= min(demand, case.limits.min_prefill_tokens, room)
-
-
-def test_prefill_beyond_its_floor_and_training_beyond_its_share_fit_into_the_limit() -> None:
-    """Draft nodes are the planner's: it chose them for speed, so they are not bounded by the limit again."""
-    seen_prefill = seen_training = 0
-    for case in CASES:
-        result, profile = case.plan, case.profile
-        required = sum(min(view.num_required, len(view.tree_probs)) for view in nodes_of(case))
-        num_prefill = sum(result.prefill.values())
-        if num_prefill > case.limits.min_prefill_tokens:
-            tokens = len(nodes_of(case)) + required + num_prefill
-            assert predict_ms(profile, tokens, case.context) <= result.limit_ms + 1e-9
-            seen_prefill += 1
-        inference_ms = predict_ms(profile, result.num_tokens - sum(result.forward.values()), case.context)
-        assert result.forward_ms == pytest.approx(predict_ms(profile, result.num_tokens, case.context))
-        assert result.predicted_ms >= result.forward_ms >= inference_ms
-        training_ms = result.predicted_ms - inference_ms
-        if training_ms > case.limits.min_finetune_share * result.limit_ms + 1e-9:
-            assert result.predicted_ms <= result.limit_ms + 1e-9
-            seen_training += 1
-    assert seen_prefill > 20
-    assert seen_training > 50
-
-
 def test_extra_nodes_are_the_most_probable_ones() -> None:
     one = decoding("a", tree_probs=(0.9, 0.8, 0.3, 0.1), num_required=1)
     two = decoding("b", tree_probs=(0.95, 0.7, 0.2))
@@ -194,9 +39,6 @@ def test_extra_nodes_are_the_most_probable_ones() -> None:
     assert plan(one, two, max_batch_tokens=6).decode == {"a": 2, "b": 2}
     assert plan(one, two, JOB, finetune_weight=0.25).decode == {"a": 3, "b": 2}, "a training token is worth more than the rest"
     assert plan(one, two, JOB, finetune_weight=0.99).decode == {"a": 1, "b": 0}
-
-
-# --- the latency limit ------------------------------------------------------------------------------------------------
 
 
 def test_slack_is_what_the_target_leaves() -> None:
@@ -307,11 +149,3 @@ def test_a_looser_target_never_means_less_training(job: JobView) -> None:
         assert done == sorted(done)
         num_rises += done[0] < done[-1]
     assert num_rises > 100
-
-
-def test_max_tokens_inverts_the_profile() -> None:
-    for case in CASES[:50]:
-        for budget_ms in (0.0, 5.0, 30.0, 90.0):
-            tokens = max_tokens(case.profile, budget_ms, 2000, 10)
-            assert tokens == 0 or predict_ms(case.profile, tokens, 10) <= budget_ms
-            assert tokens == 2000 or predict_ms(case.profile, tokens + 1, 10) > budget_ms

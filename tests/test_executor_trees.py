@@ -11,20 +11,8 @@ from services.executor.engine import Engine
 from services.executor.model import Decoder
 from services.executor.scheduler import Limits
 from services.executor.sequences import Sequence
-from tests.tiny import (
-    NUM_TOKENS,
-    PROMPTS,
-    Driver,
-    all_requests,
-    chain_tree,
-    make_tree,
-    oracle_draft,
-    set_trees,
-    tiny_engine,
-    tiny_pair,
-    tiny_request,
-    truth,
-)
+from tests.drafts import chain_tree, make_tree, oracle_draft
+from tests.tiny import NUM_TOKENS, PROMPTS, Driver, all_requests, set_trees, tiny_engine, tiny_pair, tiny_request, truth
 
 SMALL_PASSES = Limits(max_batch_tokens=7, min_prefill_tokens=3)
 

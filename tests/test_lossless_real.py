@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct in fp32: greedy output is that of transformers' `generate`, token for token, with and without drafts."""
+"""SmolLM2-135M-Instruct in fp32: greedy output is that of transformers, token for token, with and without drafts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from services.planner.actor import make_planner
 from services.planner.config import PlannerConfig
 from services.planner.planner import Planner
 from tests.helpers import CPU
-from tests.tiny import Driver, set_trees, tiny_engine, tiny_request
+from tests.tiny import Driver, greedy, set_trees, tiny_engine, tiny_request
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(300)]
 
@@ -51,12 +51,7 @@ def prompts(real_model_dir: Path) -> Prompts:
 def generated(real_model_dir: Path, prompts: Prompts) -> dict[str, list[int]]:
     """The reference: one prompt at a time."""
     model = transformers.AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32)
-    options = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    found = {}
-    for name, prompt in prompts.items():
-        ids = torch.tensor([prompt])
-        found[name] = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
-    return found
+    return {name: greedy(model, prompt, NUM_TOKENS) for name, prompt in prompts.items()}
 
 
 @pytest.fixture(scope="module")
