@@ -6,7 +6,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: up test test-slow test-gpu lint check format model lock clean help
+.PHONY: up test test-slow test-gpu bench lint check format model lock clean help
 
 up: $(INSTALLED)  ## start everything; options in ARGS="--port 8123"
 	@exec $(BIN)/heddle up $(ARGS)
@@ -19,6 +19,9 @@ test-slow: $(INSTALLED) model  ## the proofs that take minutes
 
 test-gpu: $(INSTALLED) model  ## what needs an accelerator
 	$(BIN)/pytest -m gpu $(ARGS)
+
+bench: $(INSTALLED) model  ## what the README's table shows, on this machine; about ten minutes
+	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_slice $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy, on code and tests
 	$(BIN)/ruff check

@@ -194,14 +194,14 @@ def test_speculation_is_on_by_default(stack: Stack, client: openai.OpenAI) -> No
 
 
 def test_a_stream_goes_on_when_the_planner_is_killed(stack: Stack, client: openai.OpenAI) -> None:
-    expected = endless(client, 300).result()
+    expected = endless(client, 160).result()
     before = stack.services("planner")[0]["id"]
-    reader = endless(client, 300)
+    reader = endless(client, 160)
     eventually(lambda: len(reader.times) > 3)
     stack.kill("planner")
     assert reader.is_alive(), "the stream ended before the planner was killed"
     assert reader.result() == expected
-    assert reader.usage.completion_tokens == 300
+    assert reader.usage.completion_tokens == 160
     eventually(lambda: any(s["id"] != before and s["state"] == "ready" for s in stack.services("planner")))
 
 
@@ -230,13 +230,13 @@ def test_services_started_by_hand_join_and_take_work(stack: Stack, client: opena
 
 
 def test_a_stream_survives_the_death_of_its_executor(stack: Stack, client: openai.OpenAI) -> None:
-    expected = endless(client, 300).result()
-    readers = [endless(client, 300) for _ in range(2)]
+    expected = endless(client, 160).result()
+    readers = [endless(client, 160) for _ in range(2)]
     eventually(lambda: all(len(reader.times) > 3 for reader in readers))
     stack.kill("executor")
     assert all(reader.is_alive() for reader in readers), "the streams ended before the executor was killed"
     assert all(reader.result() == expected for reader in readers)
-    assert all(reader.usage.completion_tokens == 300 for reader in readers)
+    assert all(reader.usage.completion_tokens == 160 for reader in readers)
 
 
 def test_ctrl_c_stops_everything(real_model_dir: Path, tmp_path: Path) -> None:
