@@ -101,7 +101,7 @@ async def test_more_jobs_than_slots_wait_in_order(world: World) -> None:
     for job in created[:2]:
         await world.until_status(job.id, "running")
     await world.until_status(created[2].id, "queued")
-    assert trainer.actor.vitals().gauges == {"jobs_running": 2, "jobs_queued": 1}
+    await eventually(lambda: trainer.actor.vitals().gauges == {"jobs_running": 2, "jobs_queued": 1})
     await executor.allow(None)
     for job in created:
         await world.until_status(job.id, "succeeded")

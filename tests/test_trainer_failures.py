@@ -120,7 +120,7 @@ async def test_progress_under_an_old_lease_is_ignored(world: World, tmp_path: Pa
 
 
 async def test_lost_progress_is_found_by_asking(world: World) -> None:
-    """Steps 2 and 3 (from 1) are done but never reported: the end of the epoch is only known because it is asked for."""
+    """Steps 2 and 3 (from 1) are never reported: the end of the epoch is only known because it is asked for."""
     await world.trainer(stall_s=0.2)
     executor = await world.executor()
     executor.lose_steps = {1, 2}
@@ -241,7 +241,7 @@ async def test_a_stopping_trainer_does_not_wait_for_ever(world: World, tmp_path:
 
 
 async def test_a_job_outlives_the_server(world: World, nats_server: NatsServer, tmp_path: Path) -> None:
-    trainer = await world.trainer(stall_s=0.5)
+    trainer = await world.trainer(stall_s=0.5, renew_s=1.0, lease_s=3.0)
     executor = await world.executor(permits=4)
     job = await world.create()
     await step_reached(world, job, 4)

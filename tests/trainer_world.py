@@ -85,7 +85,10 @@ class RunningTrainer:
         assert self._task is not None
         self._task.cancel()
         await asyncio.wait({self._task})
-        await self.bus.client.drain()  # not close: the server would go on sending it requests for a moment
+        with contextlib.suppress(TimeoutError):  # a transfer was cut off
+            async with asyncio.timeout(0.5):
+                await self.bus.client.drain()  # else the server would go on sending it requests for a moment
+        await self.bus.client.close()
 
 
 async def _cancel(task: asyncio.Task[Any] | None) -> None:
