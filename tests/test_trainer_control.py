@@ -1,4 +1,4 @@
-"""The trainer against a fake executor on a real server: pause, resume, cancel, and the queue."""
+"""The trainer against a fake executor on a real server: pause, resume, cancel, the queue, and who takes from it."""
 
 from __future__ import annotations
 
@@ -117,3 +117,15 @@ async def test_cancelling_the_job_of_a_dead_trainer_frees_the_executor(world: Wo
     await first.vanish()
     assert (await world.ask("cancel", job.id)).status == "cancelled"
     await eventually(lambda: not executor.leases)
+
+
+async def test_two_trainers_never_run_the_same_job(world: World) -> None:
+    trainers = [await world.trainer(f"t{i}") for i in range(2)]
+    executor = await world.executor()
+    created = [await world.create() for _ in range(8)]
+    for job in created:
+        await world.until_status(job.id, "succeeded")
+    assert sorted(order.job_id for order in executor.opened) == sorted(job.id for job in created)
+    steps = [trainer.actor.vitals().counters["steps"] for trainer in trainers]
+    assert sum(steps) == 8 * 6
+    assert min(steps) > 0

@@ -154,18 +154,6 @@ async def test_a_busy_executor_takes_slices_when_it_can(world: World, tmp_path: 
     assert len(executor.opened) == 1
 
 
-async def test_two_trainers_never_run_the_same_job(world: World) -> None:
-    trainers = [await world.trainer(f"t{i}") for i in range(2)]
-    executor = await world.executor()
-    created = [await world.create() for _ in range(8)]
-    for job in created:
-        await world.until_status(job.id, "succeeded")
-    assert sorted(order.job_id for order in executor.opened) == sorted(job.id for job in created)
-    steps = [trainer.actor.vitals().counters["steps"] for trainer in trainers]
-    assert sum(steps) == 8 * NUM_STEPS
-    assert min(steps) > 0
-
-
 async def test_the_job_of_a_vanished_trainer_is_taken_over(world: World, tmp_path: Path) -> None:
     first = await world.trainer("t1")
     executor = await world.executor(permits=5)
