@@ -72,7 +72,7 @@ async def serve(role: Role, config: ServiceConfig, actor: Actor) -> None:
     registration = await micro.add_service(bus.client, name=f"heddle-{role}", version=version("heddle"), metadata=metadata)
     heart = _Heart(role, config, actor, bus)
     try:
-        async with asyncio.TaskGroup() as tasks:
+        async with _Workers() as tasks:
             tasks.create_task(heart.run())
             await actor.start(bus, tasks)
             await heart.enter(None)
@@ -81,9 +81,7 @@ async def serve(role: Role, config: ServiceConfig, actor: Actor) -> None:
             await heart.enter("draining")
             log.info("service.draining")
             await actor.drain()
-            raise _StopService
-    except* _StopService:
-        pass
+            await tasks.cancel_all()
     finally:
         await registration.stop()
         await bus.drain()
@@ -103,8 +101,28 @@ def redacted(url: str) -> str:
     return f"{scheme}://{rest.rpartition('@')[2]}" if scheme else rest.rpartition("@")[2]
 
 
-class _StopService(Exception):
-    """Leaves the task group and cancels what still runs in it."""
+class _Workers(asyncio.TaskGroup):
+    """A task group whose tasks can be told to stop, again if need be: Python 3.11's wait_for, which the NATS client awaits
+    its replies with, may drop a cancellation that arrives together with the reply.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def create_task(self, *args: Any, **options: Any) -> asyncio.Task[Any]:
+        """As TaskGroup.create_task."""
+        task: asyncio.Task[Any] = super().create_task(*args, **options)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    async def cancel_all(self) -> None:
+        """Return when no task runs any more."""
+        while self._running:
+            for task in self._running:
+                task.cancel()
+            await asyncio.wait(self._running, timeout=0.5)
 
 
 class _Heart:
