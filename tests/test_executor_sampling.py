@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.messages import DraftTree, Sampling
+from services.executor import sampling
 from services.executor.sampling import draw_tokens, target_probabilities, uniform
 from services.executor.verify import accept, prune
 
@@ -43,8 +44,8 @@ def chi_square(counts: Mapping[Prefix, int], expected: Mapping[Prefix, float]) -
     return statistic / ((len(possible) - 1) * (1 - spread + 3.719 * math.sqrt(spread)) ** 3)
 
 
-def draw(logits_V: Tensor, sampling: Sampling, position: int = 0) -> int:
-    return draw_tokens(logits_V[None], [sampling], [position])[0]
+def draw(logits_V: Tensor, parameters: Sampling, position: int = 0) -> int:
+    return draw_tokens(logits_V[None], [parameters], [position])[0]
 
 
 def test_uniform_numbers_are_a_function_of_seed_and_position() -> None:
@@ -84,6 +85,13 @@ def test_no_temperature_and_hardly_any_are_greedy(temperature: float) -> None:
     assert {draw(logits_V, Sampling(temperature=temperature, seed=seed)) for seed in range(50)} == {1}
 
 
+@pytest.mark.parametrize(("u", "expected"), [(0.0, 1), (0.499, 1), (0.501, 3), (1.0 - 2**-53, 3)])
+def test_words_without_probability_are_never_drawn(monkeypatch: pytest.MonkeyPatch, u: float, expected: int) -> None:
+    """Not even by the first and the last of the random numbers."""
+    monkeypatch.setattr(sampling, "uniform", lambda seed, position: u)
+    assert draw(torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf]), Sampling(temperature=1.0)) == expected
+
+
 def test_an_infinite_temperature_is_uniform() -> None:
     probs = target_probabilities(torch.tensor([1.0, 30.0, 29.0, -40.0]), Sampling(temperature=math.inf))
     assert probs.tolist() == [0.25] * 4
@@ -116,18 +124,20 @@ def test_target_probabilities_by_hand() -> None:
         probs = target_probabilities(logits_V, Sampling(temperature=1.0, top_p=top_p))
         assert torch.nonzero(probs).flatten().tolist() == kept
         torch.testing.assert_close(probs.sum().item(), 1.0)
+    half = torch.tensor([0.25, 0.5, 0.25]).log()
+    assert target_probabilities(half, Sampling(temperature=1.0, top_p=0.5)).tolist() == [0, 1, 0], "half is enough"
     both = target_probabilities(logits_V, Sampling(temperature=1.0, top_k=2, top_p=0.55))
     assert torch.nonzero(both).flatten().tolist() == [1]
     assert target_probabilities(logits_V, Sampling(temperature=1.0, top_p=0.0)).tolist() == [0, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(temperature=0.7), Sampling(temperature=1.3, top_k=5), Sampling(temperature=1.0, top_p=0.8, top_k=7)]
+    "parameters", [Sampling(temperature=0.7), Sampling(temperature=1.3, top_k=5), Sampling(temperature=1.0, top_p=0.8, top_k=7)]
 )
-def test_draws_have_the_target_distribution(sampling: Sampling) -> None:
+def test_draws_have_the_target_distribution(parameters: Sampling) -> None:
     logits_V = torch.randn(8, generator=torch.Generator().manual_seed(4))
-    expected: dict[Prefix, float] = {(i,): float(p) for i, p in enumerate(target_probabilities(logits_V, sampling))}
-    samplings = [msgspec.structs.replace(sampling, seed=seed) for seed in range(NUM_DRAWS)]
+    expected: dict[Prefix, float] = {(i,): float(p) for i, p in enumerate(target_probabilities(logits_V, parameters))}
+    samplings = [msgspec.structs.replace(parameters, seed=seed) for seed in range(NUM_DRAWS)]
     drawn: list[Prefix] = [(word,) for word in draw_tokens(logits_V.expand(NUM_DRAWS, 8), samplings, [3] * NUM_DRAWS)]
     assert chi_square(Counter(drawn), expected) < 1
     greedy = max(expected, key=lambda word: expected[word])
@@ -163,23 +173,23 @@ def prefix_of(tree: DraftTree, node: int) -> Prefix:
 class Drawn(Sequence[int]):
     """The target's draws at a tree's nodes, made when they are looked at, since most never are."""
 
-    def __init__(self, tree: DraftTree, sampling: Sampling) -> None:
-        self._tree, self._sampling = tree, sampling
+    def __init__(self, tree: DraftTree, parameters: Sampling) -> None:
+        self._tree, self._parameters = tree, parameters
 
     def __len__(self) -> int:
         return len(self._tree.tokens)
 
     def __getitem__(self, node: int) -> int:  # type: ignore[override]
         prefix = prefix_of(self._tree, node)
-        return draw(TABLE[prefix], self._sampling, len(prefix))
+        return draw(TABLE[prefix], self._parameters, len(prefix))
 
 
 def target_only(tree: DraftTree, seed: int) -> Prefix:
     """Three words by the executor's rule: accept along the tree, then draw what is missing."""
-    sampling = Sampling(temperature=1.0, seed=seed)
-    words = accept(tree.tokens, tree.parents, Drawn(tree, sampling)).tokens
+    parameters = Sampling(temperature=1.0, seed=seed)
+    words = accept(tree.tokens, tree.parents, Drawn(tree, parameters)).tokens
     while len(words) < 3:
-        words = (*words, draw(TABLE[words], sampling, len(words)))
+        words = (*words, draw(TABLE[words], parameters, len(words)))
     return words
 
 

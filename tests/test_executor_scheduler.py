@@ -93,6 +93,12 @@ def test_training_keeps_its_share_while_everybody_is_on_time(job: JobView) -> No
     assert sum(result.prefill.values()) > 300, "and does not take all of the prefill's"
 
 
+def test_what_is_free_goes_to_prompts_while_somebody_is_behind() -> None:
+    flat = LatencyProfile(points=((1, 10.0), (100, 10.0), (200, 40.0)))
+    behind = decoding(tpot_ms=20.0, num_decoded=10, decode_ms=215.0, max_remaining=50)
+    assert plan(behind, waiting("w", 500), JOB, profile=flat).prefill == {"w": 99}
+
+
 def test_drafts_and_prefill_leave_training_its_rows() -> None:
     crowd = [decoding(str(i), tree_probs=(0.9,) * 30) for i in range(5)]
     for views in (crowd, [*crowd, waiting("w", 20)], [*crowd, waiting("w", 500)]):
