@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,7 +13,19 @@ from services.executor.model import Decoder
 from services.executor.scheduler import Limits
 from services.executor.sequences import Sequence
 from tests.drafts import chain_tree, make_tree, oracle_draft
-from tests.tiny import NUM_TOKENS, PROMPTS, Driver, all_requests, set_trees, tiny_engine, tiny_pair, tiny_request, truth
+from tests.tiny import (
+    NUM_TOKENS,
+    PROFILE,
+    PROMPTS,
+    Driver,
+    all_requests,
+    random_prompt,
+    set_trees,
+    tiny_engine,
+    tiny_pair,
+    tiny_request,
+    truth,
+)
 
 SMALL_PASSES = Limits(max_batch_tokens=7, min_prefill_tokens=3)
 
@@ -118,3 +131,19 @@ def test_the_latest_tree_of_a_sequence_counts_and_serves_one_pass(decoder: Decod
     set_trees(driver.engine, chain_tree(sequence, truth()["r4"], 4), chain_tree(sequence, truth()["r4"], 2))
     assert driver.step().draft_tokens == 2
     assert driver.step().draft_tokens == 0
+
+
+def test_a_tree_that_does_not_fit_teaches_the_latency_model_nothing(decoder: Decoder) -> None:
+    """16 slots, 11 of them taken: eight nodes do not fit, and the pass of one row is not what nine rows take."""
+    ticks = itertools.count(1000.0, 0.05)
+    engine = tiny_engine(decoder, num_pages=4, clock=lambda: next(ticks))
+    engine.submit(tiny_request("r", random_prompt(10), 2), None)
+    driver = Driver(engine)
+    driver.step()
+    learnt = engine.profile
+    assert learnt != PROFILE, "a pass that went as planned counts"
+    sequence = engine.sequences["r"]
+    set_trees(engine, chain_tree(sequence, [], 8))
+    assert sequence.tree is not None
+    assert driver.step().draft_tokens == 0
+    assert engine.profile == learnt

@@ -155,7 +155,8 @@ class Engine:
         for window, start in zip(windows, batch.starts[len(works) :], strict=True):
             self.training.head(window, hidden_TH[start : start + len(window.segment.tokens)])
         drawn = self._draw(works, self.decoder.logits(hidden_TH[batch.logit_rows]) if len(batch.logit_rows) else None)
-        self.profile = corrected(self.profile, plan.forward_ms, (self._clock() - now) * 1e3)
+        if len(batch.tokens_T) == plan.num_tokens:  # else pages were short, and the prediction was for another pass
+            self.profile = corrected(self.profile, plan.forward_ms, (self._clock() - now) * 1e3)
         return self._finish_iteration(works, drawn, plan, sum(len(window.segment.tokens) for window in windows))
 
     @torch.inference_mode()
