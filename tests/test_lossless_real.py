@@ -22,9 +22,9 @@ from services.planner.planner import Planner
 from tests.helpers import CPU
 from tests.tiny import Driver, greedy, set_trees, tiny_engine, tiny_request
 
-pytestmark = [pytest.mark.real_model, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 
-NUM_TOKENS = 48
+NUM_TOKENS = 32
 PROFILE = LatencyProfile(points=((1, 60.0), (16, 70.0), (64, 110.0), (256, 300.0), (1024, 1100.0)))
 Prompts = dict[str, tuple[int, ...]]
 
@@ -100,5 +100,5 @@ def test_with_the_planners_drafts(engine: Engine, generated: dict[str, list[int]
     run_with_planner(driver, make_planner(PlannerConfig()))
     assert driver.streams.tokens == generated
     assert engine.counters["trees_late"] == engine.counters["trees_invalid"] == engine.counters["trees_orphaned"] == 0
-    assert engine.counters["accepted_tokens"] > 150, "hardly any draft was right: that proves little"
+    assert engine.counters["accepted_tokens"] > 100, "hardly any draft was right: that proves little"
     assert engine.counters["draft_tokens"] > engine.counters["accepted_tokens"]
