@@ -76,6 +76,12 @@ def test_a_request_that_can_still_catch_up_stops_training() -> None:
     assert (result.forward, result.backward) == ({}, {})
 
 
+def test_a_target_below_one_token_per_iteration_is_not_hopeless_while_drafts_bring_more() -> None:
+    alone = decoding("r", tpot_ms=8.0, num_decoded=10, decode_ms=80.0, max_remaining=20)
+    assert slack_ms(alone, 10.0, Limits()) is None
+    assert slack_ms(dataclasses.replace(alone, tokens_per_step=1.5), 10.0, Limits()) is not None
+
+
 def test_a_hopeless_request_throttles_nobody() -> None:
     hopeless = decoding("h", tpot_ms=20.0, num_decoded=10, decode_ms=2000.0, max_remaining=5)
     assert plan(hopeless, JOB) == plan(dataclasses.replace(hopeless, tpot_ms=None, decode_ms=0.0), JOB)

@@ -3,7 +3,8 @@
 Order of claims (design: one token budget, three claimants):
 1. T*, the longest the iteration may take so that no request that can still make its TPOT target loses it.
 2. Roots of all decoding sequences. 3. Draft nodes required for an SLO. 4. Prefill chunks by TTFT deadline.
-5. What is left of f^-1(T*): draft nodes worth more than a finetuning token, then finetuning.
+5. Draft nodes worth more than a finetuning token; finetuning in what is left of f^-1(T*).
+Draft nodes are not held to T*: the planner has weighed their cost against the tokens they bring (AdaServe 4.3).
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class SequenceView:
     decode_ms: float = 0.0
     tpot_ms: float | None = None
     first_token_due_at: float | None = None
+    tokens_per_step: float = 1.0
+    """Mean of its decode iterations so far; what drafts may be hoped to bring."""
     tree_probs: tuple[float, ...] = ()
     num_required: int = 0
 
@@ -140,7 +143,7 @@ def slack_ms(view: SequenceView, base_ms: float, limits: Limits) -> float | None
     expected = 1.0 + sum(view.tree_probs)
     target = limits.safety * view.tpot_ms
     slack = target * (view.num_decoded + expected) - view.decode_ms
-    best_case_ms = view.decode_ms + base_ms * view.max_remaining
+    best_case_ms = view.decode_ms + base_ms * view.max_remaining / max(expected, view.tokens_per_step)
     if best_case_ms > view.tpot_ms * (view.num_decoded + view.max_remaining):
         return None
     return min(slack, target * expected)

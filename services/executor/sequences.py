@@ -71,6 +71,7 @@ class Sequence:
             decode_ms=self.decode_ms(now),
             tpot_ms=self.request.slo.tpot_ms,
             first_token_due_at=self.first_token_due_at,
+            tokens_per_step=(self.num_output - self.num_first) / self.verify_steps if self.verify_steps else 1.0,
             tree_probs=() if tree is None else tree.probs[1:],
             num_required=0 if tree is None else tree.num_required,
         )
