@@ -132,6 +132,8 @@ class ExecutorLoad(msgspec.Struct, frozen=True, kw_only=True):
     latency: LatencyProfile
     planner_id: str = ""
     """Who drafts for it."""
+    max_training_tokens: int = 0
+    """Longest training sequence that it takes; 0: unknown."""
 
 
 class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat.1"):
