@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,8 @@ import pytest
 from common.bus import Bus, RemoteError
 from common.chat import ChatTokenizer
 from common.messages import ErrorReply
+from services.trainer.job_table import JobTable
+from services.trainer.jobs import JobRecord
 from tests.trainer_fakes import example, write_model_dir
 from tests.trainer_world import World, eventually, expected_state
 
@@ -60,8 +62,9 @@ async def test_pause_writes_a_checkpoint_and_resume_goes_on_from_it(world: World
 async def test_a_queued_job_pauses_at_once_and_resumes(world: World) -> None:
     await world.trainer(max_concurrent_jobs=1)
     executor = await world.executor(permits=0)
-    first, second = await world.create(), await world.create()
+    first = await world.create()
     await world.until_status(first.id, "running")
+    second = await world.create()
     await world.until_status(second.id, "queued")
     assert (await world.ask("pause", second.id)).status == "paused"
     await executor.allow(None)
@@ -89,23 +92,46 @@ async def test_cancel_ends_a_running_job_at_once(world: World) -> None:
 async def test_a_queued_job_is_cancelled(world: World) -> None:
     await world.trainer(max_concurrent_jobs=1)
     await world.executor(permits=0)
-    first, second = await world.create(), await world.create()
+    first = await world.create()
     await world.until_status(first.id, "running")
+    second = await world.create()
+    await world.until_status(second.id, "queued")
     assert (await world.ask("cancel", second.id)).status == "cancelled"
 
 
 async def test_more_jobs_than_slots_wait_in_order(world: World) -> None:
     trainer = await world.trainer(max_concurrent_jobs=2)
     executor = await world.executor(permits=0)
-    created = [await world.create() for _ in range(3)]
-    for job in created[:2]:
-        await world.until_status(job.id, "running")
-    await world.until_status(created[2].id, "queued")
+    created = []
+    for status in ("running", "running", "queued"):  # one by one: a job that is validated sooner would start sooner
+        created.append(await world.create())
+        await world.until_status(created[-1].id, status)
     await eventually(lambda: trainer.actor.vitals().gauges == {"jobs_running": 2, "jobs_queued": 1})
     await executor.allow(None)
     for job in created:
         await world.until_status(job.id, "succeeded")
     assert [order.job_id for order in executor.opened][2] == created[2].id
+
+
+async def test_a_stale_picture_of_the_table_starts_no_job_beyond_the_slots(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = JobTable.watch
+
+    async def stale(table: JobTable) -> AsyncGenerator[JobRecord, None]:
+        async for record in fresh(table):
+            if record.job.status == "validating_files":
+                yield record
+
+    monkeypatch.setattr(JobTable, "watch", stale)
+    trainer = await world.trainer(max_concurrent_jobs=1)
+    await world.executor(permits=0)
+    first = await world.create()
+    await world.until_status(first.id, "running")
+    second = await world.create()
+    await world.until(second.id, lambda record: record.job.status in ("queued", "running"))
+    await eventually(lambda: trainer.actor.vitals().gauges == {"jobs_running": 1, "jobs_queued": 1})
+    assert (await world.ask("get", second.id)).status == "queued"
 
 
 async def test_cancelling_the_job_of_a_dead_trainer_frees_the_executor(world: World) -> None:

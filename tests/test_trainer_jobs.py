@@ -42,15 +42,18 @@ def test_a_new_job_shows_what_was_asked() -> None:
 )
 def test_only_open_jobs_that_nobody_holds_are_claimed(status: JobStatus, owner: str, expires: float, claimable: bool) -> None:
     found = record(status, owner, expires)
+    validates = status == "validating_files"
+    with pytest.raises(SupersededError):
+        jobs.claim(found, "me", 10.0, 5.0, validates=not validates)
     if not claimable:
         with pytest.raises(SupersededError):
-            jobs.claim(found, "me", 10.0, 5.0)
+            jobs.claim(found, "me", 10.0, 5.0, validates=validates)
         return
-    claimed = jobs.claim(found, "me", 10.0, 5.0)
+    claimed = jobs.claim(found, "me", 10.0, 5.0, validates=validates)
     assert (claimed.owner, claimed.lease, claimed.lease_expires_at, claimed.job.status) == ("me", 4, 15.0, status)
     jobs.require_held(claimed, "me", 4)
     with pytest.raises(SupersededError):
-        jobs.require_held(jobs.claim(claimed, "other", 15.0, 5.0), "me", 4)
+        jobs.require_held(jobs.claim(claimed, "other", 15.0, 5.0, validates=validates), "me", 4)
     with pytest.raises(SupersededError):
         jobs.require_held(jobs.cancel(claimed, 11.0), "me", 4)
 

@@ -22,9 +22,9 @@ async def test_a_lost_lease_changes_nothing(bus: Bus, tmp_path: Path) -> None:
     table = await JobTable.open(bus)
     await table.create(jobs.new_record("ftjob-1", JobSpec(model="base", training_file="f", seed=0), 1.0))
     config = TrainerConfig(instance_id="t1", model_dir=write_model_dir(tmp_path))
-    old = Lease(table, config, await table.modify("ftjob-1", lambda r: jobs.claim(r, "t1", 10.0, 5.0)))
+    old = Lease(table, config, await table.modify("ftjob-1", lambda r: jobs.claim(r, "t1", 10.0, 5.0, validates=True)))
     await old.renew(1, None)
-    taken = await table.modify("ftjob-1", lambda r: jobs.claim(r, "t2", 2**40, 5.0))
+    taken = await table.modify("ftjob-1", lambda r: jobs.claim(r, "t2", 2**40, 5.0, validates=True))
     with pytest.raises(SupersededError):
         await old.renew(2, None)
     assert await table.get("ftjob-1") == taken

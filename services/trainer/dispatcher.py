@@ -91,23 +91,24 @@ class Dispatcher:
             free_slots = self._config.max_concurrent_jobs - self.num_running
             records, now = self._open.values(), time.time()
             for job_id in jobs.choose_claims(records, self._config.instance_id, self._running, free_slots, now):
-                await self._claim(job_id)
+                if job_id in self._open:  # nobody ended it while we claimed another
+                    await self._claim(job_id)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._config.renew_s):
                     await self._changed.wait()
 
     async def _claim(self, job_id: str) -> None:
         """At most one trainer's compare-and-set succeeds."""
-        now = time.time()
+        config, now, validates = self._config, time.time(), jobs.is_new(self._open[job_id])
         try:
             record = await self._around.table.modify(
-                job_id, lambda record: jobs.claim(record, self._config.instance_id, now, self._config.lease_s)
+                job_id, lambda record: jobs.claim(record, config.instance_id, now, config.lease_s, validates=validates)
             )
         except SupersededError as error:
             self._see(error.record)
             return
         except ApiError:
-            del self._open[job_id]
+            self._open.pop(job_id, None)
             return
         except nats.errors.Error as error:
             log.warning("job.not_claimed", job_id=job_id, error=str(error))

@@ -73,9 +73,13 @@ def is_claimable(record: JobRecord, owner: str, now: float) -> bool:
     return record.job.status in OPEN and (record.owner in ("", owner) or record.lease_expires_at <= now)
 
 
-def claim(record: JobRecord, owner: str, now: float, lease_s: float) -> JobRecord:
-    """The record with a new owner. Raises SupersededError when it is not free (any more)."""
-    if not is_claimable(record, owner, now):
+def claim(record: JobRecord, owner: str, now: float, lease_s: float, *, validates: bool) -> JobRecord:
+    """The record with a new owner, who wants to validate or to train it.
+
+    Raises SupersededError when it is not free, or not in that state, any more: our picture of the table may be older than
+    the record, and only training takes one of the owner's slots.
+    """
+    if not is_claimable(record, owner, now) or is_new(record) != validates:
         raise SupersededError(record)
     return msgspec.structs.replace(record, owner=owner, lease=record.lease + 1, lease_expires_at=now + lease_s)
 
@@ -92,10 +96,15 @@ def released(record: JobRecord, status: JobStatus) -> JobRecord:
     return with_job(free, status=status, estimated_finish=None)
 
 
+def is_new(record: JobRecord) -> bool:
+    """Whether the job's file is still to be validated."""
+    return record.job.status == "validating_files"
+
+
 def choose_claims(records: Iterable[JobRecord], owner: str, busy: Collection[str], free_slots: int, now: float) -> list[str]:
     """The jobs that this trainer should claim now, oldest first: all to validate, and as many to run as it has slots."""
     free = [r for r in records if r.job.id not in busy and is_claimable(r, owner, now)]
-    ids = {kind: sorted(r.job.id for r in free if (r.job.status == "validating_files") == kind) for kind in (True, False)}
+    ids = {kind: sorted(r.job.id for r in free if is_new(r) == kind) for kind in (True, False)}
     return ids[True] + ids[False][: max(0, free_slots)]
 
 

@@ -25,7 +25,7 @@ class JobRunner:
 
     def __init__(self, around: Surroundings, record: JobRecord) -> None:
         self.lease = Lease(around.table, around.config, record)
-        self.validates = record.job.status == "validating_files"
+        self.validates = jobs.is_new(record)
         self._around = around
         self._journal = Journal(around.events, record.job.id)
         self._training: Training | None = None
