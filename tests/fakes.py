@@ -70,7 +70,8 @@ def write_tiny_model(folder: Path) -> Path:
 class FakeExecutor:
     """Says the same `reply` to everyone, one chunk after the other, and keeps what it was asked.
 
-    It is silent from chunk `stall_at` on, leaves chunk `skip` out of `num_skips` answers, and fails at chunk `fail_at`.
+    It is silent from chunk `stall_at` of `num_stalls` answers on, leaves chunk `skip` out of `num_skips` answers, and fails at
+    chunk `fail_at`.
     """
 
     bus: Bus
@@ -81,6 +82,7 @@ class FakeExecutor:
     max_model_len: int = 512
     chunk_size: int = 1
     stall_at: int | None = None
+    num_stalls: int = 1000
     skip: int | None = None
     num_skips: int = 1000
     fail_at: int | None = None
@@ -168,7 +170,8 @@ class FakeExecutor:
         finish: FinishReason = "stop" if tokens and tokens[-1] in request.stop_token_ids else "length"
         groups = [tokens[i : i + self.chunk_size] for i in range(0, len(tokens), self.chunk_size)]
         for seq, group in enumerate(groups):
-            if seq == self.stall_at:
+            if seq == self.stall_at and self.num_stalls > 0:
+                self.num_stalls -= 1
                 self.stalled.set()
                 await self.resume.wait()
             reason: FinishReason | None = finish if seq == len(groups) - 1 else None

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from common import subjects
+from common.messages import TokenChunk
 from common.nats_server import NatsServer
 from tests.fakes import MODEL, SAID, write_tiny_model
 from tests.gateway_stage import Connect, Stage, running_gateway, staged
@@ -62,7 +63,8 @@ async def test_both_encodings_and_both_kinds(connect: Connect, model_dir: Path, 
         assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
         assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
         assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], len(stage.executor.reply))
-        assert chunks[0]["id"] == f"chatcmpl-{stage.executor.requests[0].request_id}"
+        assert chunks[0]["id"].startswith("chatcmpl-")
+        assert {chunk["id"] for chunk in [*chunks, usage]} == {chunks[0]["id"]}
         assert stage.executor.requests[0].sampling.seed == 3
         chunks = [unpack(data) for data in await ask(stage, pack(TEXT))]
         assert texts(chunks) == SAID
@@ -119,6 +121,45 @@ async def test_a_cancel_ends_the_stream(connect: Connect, model_dir: Path) -> No
         assert last["error"]["code"] == "cancelled"
         cancelled = {await asyncio.wait_for(stage.executor.cancelled.get(), WAIT_S) for _ in range(2)}
         assert cancelled == {request.request_id for request in stage.executor.requests}
+        assert not any(chunk["id"].endswith(attempt_id) for attempt_id in cancelled)
+
+
+async def test_a_stream_goes_on_when_its_executor_dies(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir, fake={"period_s": 0.1, "stall_at": 3}) as stage:
+        second = await stage.second_executor()
+        asking = asyncio.create_task(ask(stage, msgspec.json.encode(TEXT)))
+        await asyncio.wait_for(stage.executor.stalled.wait(), WAIT_S)
+        await stage.executor.kill()
+        chunks = [msgspec.json.decode(data) for data in await asyncio.wait_for(asking, WAIT_S)]
+        assert texts(chunks) == SAID
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+        assert [request.num_generated for request in second.requests] == [3]
+
+
+async def test_a_missing_chunk_is_made_good(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir, fake={"skip": 4, "num_skips": 1}) as stage:
+        chunks = [msgspec.json.decode(data) for data in await ask(stage, msgspec.json.encode(TEXT))]
+        assert texts(chunks) == SAID
+        assert len(stage.executor.requests) == 2
+
+
+async def test_a_choice_that_meets_its_stop_string_leaves_the_others_alone(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir, fake={"stall_at": 0, "num_stalls": 2}) as stage:
+        asking = asyncio.create_task(ask(stage, msgspec.json.encode(TEXT | {"n": 2, "stop": "three"})))
+        await asyncio.wait_for(stage.executor.was_asked(2), WAIT_S)
+        stopped, running = stage.executor.requests
+        for seq, token in enumerate(stage.executor.reply):
+            chunk = TokenChunk(request_id=stopped.request_id, seq=seq, tokens=(token,))
+            await stage.bus.publish(subjects.stream(stopped.request_id), chunk)
+        assert await asyncio.wait_for(stage.executor.cancelled.get(), WAIT_S) == stopped.request_id
+        stage.executor.resume.set()
+        chunks = [msgspec.json.decode(data) for data in await asyncio.wait_for(asking, WAIT_S)]
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        for index in (0, 1):
+            mine = [choice for choice in choices if choice["index"] == index]
+            assert "".join(choice["text"] for choice in mine) == SAID.partition("three")[0]
+            assert mine[-1]["finish_reason"] == "stop"
+        assert await asyncio.wait_for(stage.executor.cancelled.get(), WAIT_S) == running.request_id
 
 
 async def test_a_failure_in_the_middle_ends_with_an_error(connect: Connect, model_dir: Path) -> None:

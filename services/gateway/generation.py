@@ -66,9 +66,10 @@ class Generations:
 class TokenStream:
     """The tokens of one request, each exactly once and in order.
 
-    When its executor dies or a chunk is missing, the request is sent again under a fresh id (so that late chunks of the old
-    attempt cannot mix in) with prompt + generated tokens as its prompt. `max_tokens` counts all output, the `num_generated`
-    tokens at the prompt's end included, so it stays as it is.
+    When its executor dies or a chunk is missing, the request is sent again with prompt + generated tokens as its prompt.
+    `max_tokens` counts all output, the `num_generated` tokens at the prompt's end included, so it stays as it is. Each attempt
+    has an id of its own, the first one too: late chunks of an old attempt cannot mix in, and on the cancel subject of the
+    request's own id there are its client's cancels only.
     """
 
     def __init__(self, generations: Generations, request: InferenceRequest) -> None:
@@ -79,7 +80,7 @@ class TokenStream:
         self._owner = generations
         self._bus = generations.admission.bus
         self._inbox: asyncio.Queue[TokenChunk | Lost] = asyncio.Queue()
-        self._attempt_id = request.request_id
+        self._attempt_id = ""
         self._subscription: Subscription | None = None
         self._next_seq = 0
         self._num_migrations = 0
@@ -90,7 +91,7 @@ class TokenStream:
         """Have the request admitted. Raises ApiError when it is refused."""
         self._is_open = True
         self._owner.watch.add(self)
-        await self._send_until(time.monotonic() + self._owner.open_wait_s, _GONE, self.request.request_id)
+        await self._send_until(time.monotonic() + self._owner.open_wait_s, _GONE)
 
     async def receive(self) -> Tokens:
         """The next tokens. After those with a finish reason there are none. Raises ApiError when the request failed."""
@@ -141,7 +142,8 @@ class TokenStream:
         return Tokens(chunk.tokens, chunk.finish_reason, chunk.usage)
 
     async def _migrate(self, why: str) -> Tokens | None:
-        log.warning("request.migrates", request_id=self.request.request_id, why=why, executor=self.executor_id)
+        ids = {"request_id": self.request.request_id, "attempt_id": self._attempt_id}
+        log.warning("request.migrates", why=why, executor=self.executor_id, **ids)
         self._owner.admission.cancel(self._attempt_id)
         self._stop_listening()
         self.executor_id = ""
@@ -153,7 +155,7 @@ class TokenStream:
             self._settle()
             raise ApiError(502, f"The request could not be continued: {why}.", code="executor_lost")
         self._owner.counters["migrated_requests"] += 1
-        await self._send_until(time.monotonic() + self._owner.migration_wait_s, _GONE | {"overloaded"}, uuid4().hex)
+        await self._send_until(time.monotonic() + self._owner.migration_wait_s, _GONE | {"overloaded"})
         return None
 
     def _is_executor_ready(self) -> bool:
@@ -165,19 +167,19 @@ class TokenStream:
             return "stop"
         return "length" if len(self.generated) >= self.request.max_tokens else None
 
-    async def _send_until(self, deadline: float, passing: Set[str], attempt_id: str) -> None:
+    async def _send_until(self, deadline: float, passing: Set[str]) -> None:
         """Send until admitted, each time under another id; errors with a passing code are waited out until the deadline."""
         while True:
             try:
-                return await self._send(attempt_id)
+                return await self._send(uuid4().hex)
             except ApiError as error:
                 if self._failure is not None or error.code not in passing or time.monotonic() >= deadline:
                     self._settle()
                     raise self._failure or error from None
             await asyncio.sleep(RETRY_PAUSE_S)
-            attempt_id = uuid4().hex
 
     async def _send(self, attempt_id: str) -> None:
+        log.info("request.sent", request_id=self.request.request_id, attempt_id=attempt_id)
         await self._listen(attempt_id)
         request = msgspec.structs.replace(
             self.request,

@@ -1,6 +1,7 @@
 """The NATS door: the same request bodies as HTTP's, in MessagePack or JSON; chunks go to the reply subject.
 
-An empty message ends the stream. Anything published on the request's cancel subject ends it early.
+An empty message ends the stream. Anything published on the request's cancel subject ends it early: executors know the
+request's attempts by ids of their own, so nobody but the client publishes there.
 """
 
 from __future__ import annotations
