@@ -54,12 +54,17 @@ class RemoteError(BusError):
 
 
 class Bus:
-    """One connection. `counters` holds malformed and failed messages, for heartbeats and metrics."""
+    """One connection. `counters` holds malformed and failed messages, for heartbeats and metrics.
+
+    The functions in `on_reconnect` are called when the connection was lost and is back: messages may be missing. They return
+    at once and do not raise.
+    """
 
     def __init__(self, client: NatsClient) -> None:
         self.client = client
         self.js: JetStreamContext = client.jetstream(timeout=10)
         self.counters: Counter[str] = Counter()
+        self.on_reconnect: list[Callable[[], None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
@@ -72,8 +77,12 @@ class Bus:
         async def on_error(error: Exception) -> None:
             log.warning("bus.error", error=str(error) or type(error).__name__)
 
+        listeners: list[Callable[[], None]] = []
+
         async def on_reconnect() -> None:
             log.info("bus.reconnected")
+            for listener in listeners:
+                listener()
 
         client = await nats.connect(
             url,
@@ -83,7 +92,9 @@ class Bus:
             error_cb=on_error,
             reconnected_cb=on_reconnect,
         )
-        return cls(client)
+        bus = cls(client)
+        bus.on_reconnect = listeners
+        return bus
 
     @property
     def max_payload(self) -> int:

@@ -7,8 +7,6 @@ from typing import Any, TypeVar
 import msgpack
 import msgspec
 
-from common.messages import Message
-
 T = TypeVar("T")
 
 
@@ -31,8 +29,3 @@ def decode(data: bytes, expected: type[T]) -> T:
         return msgspec.convert(msgpack.unpackb(data), expected)
     except (msgspec.ValidationError, ValueError, TypeError, msgpack.UnpackException) as error:
         raise MalformedMessageError(str(error) or type(error).__name__) from error
-
-
-def decode_any(data: bytes) -> Message:
-    """The message in `data`, of any wire type."""
-    return decode(data, Message)  # type: ignore[arg-type]

@@ -231,6 +231,8 @@ class DraftTrees(msgspec.Struct, frozen=True, kw_only=True, tag="trees.1"):
     iteration: int
     trees: tuple[DraftTree, ...] = ()
     draft_ms: float = 0.0
+    unknown: tuple[str, ...] = ()
+    """Sequences of the report that the planner cannot follow: the executor opens them again."""
 
 
 # --- finetuning: trainer <-> executor ----------------------------------------------------------------------------------

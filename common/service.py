@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from importlib.metadata import version
 from typing import Any, Protocol, TypeVar
 
@@ -24,6 +24,7 @@ from common.telemetry import configure_logging
 
 log = structlog.get_logger()
 C = TypeVar("C", bound=ServiceConfig)
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -67,25 +68,40 @@ async def serve(role: Role, config: ServiceConfig, actor: Actor) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    bus = await Bus.connect(config.nats_url, f"heddle-{role}-{config.instance_id}")
+    bus = await _unless_stopped(Bus.connect(config.nats_url, f"heddle-{role}-{config.instance_id}"), stop)
+    if bus is None:
+        return
     metadata = {"instance_id": config.instance_id, "host": socket.gethostname()}
     registration = await micro.add_service(bus.client, name=f"heddle-{role}", version=version("heddle"), metadata=metadata)
     heart = _Heart(role, config, actor, bus)
     try:
         async with _Workers() as tasks:
             tasks.create_task(heart.run())
-            await actor.start(bus, tasks)
-            await heart.enter(None)
-            log.info("service.ready")
-            await stop.wait()
-            await heart.enter("draining")
-            log.info("service.draining")
-            await actor.drain()
+            await _unless_stopped(actor.start(bus, tasks), stop)
+            if not stop.is_set():
+                await heart.enter(None)
+                log.info("service.ready")
+                await stop.wait()
+                await heart.enter("draining")
+                log.info("service.draining")
+                await actor.drain()
             await tasks.cancel_all()
     finally:
         await registration.stop()
         await bus.drain()
     log.info("service.stopped")
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, R], stop: asyncio.Event) -> R | None:
+    """What the work returns; None if the process was told to stop first."""
+    task, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        stopping.cancel()
+        return task.result()
+    task.cancel()
+    await asyncio.wait([task])
+    return None
 
 
 def loggable(config: ServiceConfig) -> dict[str, Any]:

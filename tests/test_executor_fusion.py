@@ -50,7 +50,9 @@ def submit(engine: Engine) -> None:
 
 def state(engine: Engine, job_id: str = "job") -> dict[str, Tensor]:
     """Adapter and moments of a job: after one step, the first moment is a tenth of the gradient."""
-    return safetensors.torch.load(engine.training.job(job_id).checkpoint())
+    job = engine.training.held(job_id, 1)
+    assert job is not None
+    return safetensors.torch.load(job.checkpoint())
 
 
 def steps(driver: Driver, job_id: str = "job") -> list[StepResult]:
@@ -165,4 +167,29 @@ def test_a_job_that_diverges_frees_its_pages_and_hurts_nobody() -> None:
     assert "inf" in failure.failure
     assert engine.training.lease("bad") is None
     assert len(steps(driver, "good")) == 2
+    assert engine.pages.num_free == engine.pages.num_pages
+
+
+def out_of_memory(*_: object) -> None:
+    raise MemoryError("no room")
+
+
+@pytest.mark.parametrize("where", ["start_next", "backward"])
+def test_a_failing_job_ends_alone(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, decoder = tiny_pair()
+    engine = tiny_engine(decoder)
+    open_job(engine)
+    open_job(engine, "other")
+    submit(engine)
+    failing = engine.training.held("job", 1)
+    assert failing is not None
+    monkeypatch.setattr(failing, where, out_of_memory)
+    driver = Driver(engine)
+    driver.run()
+    assert driver.streams.tokens == truth()
+    (failure,) = [event for event in driver.events if event.failure]
+    assert (failure.job_id, failure.lease, failure.failure) == ("job", 1, "no room")
+    assert len(steps(driver, "other")) == 2
+    assert engine.training.held("job", 1) is None
+    engine.training.close_all()
     assert engine.pages.num_free == engine.pages.num_pages

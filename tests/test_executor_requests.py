@@ -105,12 +105,23 @@ def test_a_pass_that_fails_can_be_given_up(decoder: Decoder) -> None:
     for request in all_requests():
         engine.submit(request, None)
     driver.step()
-    engine.cache.v[0].fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="row"):
-        driver.step()
-    driver.streams.take(engine.release_all())
+    driver.streams.take(engine.release_all("the device is gone"))
     assert {driver.streams.reason(name) for name in PROMPTS} == {"error"}
     assert not engine.has_work
     assert engine.pages.num_free == engine.pages.num_pages
-    engine.cache.v[0].zero_()
     assert serve(decoder, all_requests()[3], engine=engine).streams.tokens["r3"] == truth()["r3"]
+
+
+def test_logits_that_are_not_finite_end_their_own_request_only(decoder: Decoder) -> None:
+    engine = tiny_engine(decoder)
+    driver = Driver(engine)
+    for request in all_requests():
+        engine.submit(request, None)
+    while not all(sequence.is_decoding for sequence in engine.sequences.values()):
+        driver.step()
+    engine.cache.v[0][engine.sequences["r3"].table.slots(0, 1)[0]] = float("nan")
+    driver.run()
+    assert driver.streams.reason("r3") == "error"
+    others = [name for name in PROMPTS if name != "r3"]
+    assert {name: driver.streams.tokens[name] for name in others} == {name: truth()[name] for name in others}
+    assert engine.pages.num_free == engine.pages.num_pages

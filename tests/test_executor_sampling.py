@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -16,12 +16,20 @@ from torch import Tensor
 
 from common.messages import DraftTree, Sampling
 from services.executor import sampling
-from services.executor.sampling import draw_tokens, target_probabilities, uniform
+from services.executor.sampling import Draws, target_probabilities, uniform
 from services.executor.verify import accept, prune
 
 NUM_DRAWS = 20_000
 VOCABULARY = range(4)
 Prefix = tuple[int, ...]
+
+
+def draw_tokens(logits_RV: Tensor, samplings: Sequence[Sampling], positions: Iterable[int]) -> list[int]:
+    """One token per row."""
+    if len(samplings) == 0:
+        return []
+    draws = Draws(logits_RV)
+    return [draws.token(row, samplings[row], position) for row, position in enumerate(positions)]
 
 
 def logits_after(prefix: Prefix) -> Tensor:

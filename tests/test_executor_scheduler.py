@@ -59,14 +59,14 @@ def test_the_limit_is_the_least_slack_within_bounds() -> None:
     limits = Limits(safety=1.0, max_iteration_ms=100.0, idle_iteration_ms=40.0)
     fast, slow = decoding(tpot_ms=30.0, decode_ms=300.0), decoding(tpot_ms=500.0, decode_ms=300.0)
     free = decoding()
-    assert iteration_limit_ms([fast, slow, free], 10.0, False, limits) == (30.0, False)
-    assert iteration_limit_ms([slow, free], 10.0, False, limits) == (100.0, False)
-    assert iteration_limit_ms([free], 10.0, False, limits) == (100.0, False)
-    assert iteration_limit_ms([free], 150.0, False, limits) == (150.0, False)
-    assert iteration_limit_ms([], 10.0, True, limits) == (100.0, False)
-    assert iteration_limit_ms([], 10.0, False, limits) == (40.0, False)
+    assert iteration_limit_ms(0.0, [fast, slow, free], [], 10.0, limits) == (30.0, False)
+    assert iteration_limit_ms(0.0, [slow, free], [], 10.0, limits) == (100.0, False)
+    assert iteration_limit_ms(0.0, [free], [], 10.0, limits) == (100.0, False)
+    assert iteration_limit_ms(0.0, [free], [], 150.0, limits) == (150.0, False)
+    assert iteration_limit_ms(0.0, [], [waiting("w", 5)], 10.0, limits) == (100.0, False)
+    assert iteration_limit_ms(0.0, [], [], 10.0, limits) == (40.0, False)
     behind = decoding(tpot_ms=30.0, decode_ms=325.0)
-    assert iteration_limit_ms([behind, slow], 10.0, False, limits) == (10.0, True)
+    assert iteration_limit_ms(0.0, [behind, slow], [], 10.0, limits) == (10.0, True)
 
 
 def test_a_request_that_can_still_catch_up_stops_training() -> None:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import structlog
+from nats.errors import Error as NatsError
 
 from common import subjects
-from common.bus import Bus
+from common.bus import Bus, BusError
 from common.latency import predict_ms
 from common.messages import Admit, Admitted, Cancel, Rejected, TokenChunk
 from common.service import Vitals
 from services.executor.adapter_store import AdapterStore
 from services.executor.config import ExecutorConfig
 from services.executor.engine import Iteration
+from services.executor.inbox import Inbox
 from services.executor.load import executor_vitals
 from services.executor.lora import LoraAdapter
 from services.executor.planner_link import PlannerLink
@@ -29,6 +30,8 @@ from services.executor.training import BackwardWork
 from services.executor.training_link import TrainingLink
 
 T = TypeVar("T")
+MAX_FAILURES = 3
+"""Passes in a row that may fail before the process ends."""
 log = structlog.get_logger()
 
 
@@ -39,12 +42,13 @@ class ExecutorActor:
         self._config = config
         self._model = config.served_model_name or Path(config.model_dir).resolve().name
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._wake = asyncio.Event()
+        self._inbox = Inbox()
         self._idle = asyncio.Event()
         self._draining = False
         self._vitals = Vitals(state="starting")
         self._iteration_ms = 0.0
+        self._num_failures = 0
+        self._unknown: frozenset[str] = frozenset()
         self._cancelled: list[str] = []
         self._planner = PlannerLink(config.instance_id, self._model, config.tree_wait_ms / 1e3)
 
@@ -54,7 +58,7 @@ class ExecutorActor:
         """Load the model, measure or recall its latency profile, load adapters, then accept work."""
         self._bus = bus
         self._engine = await make_engine(self._config, self._model, ProfileStore(bus), self._on_device)
-        self._training = TrainingLink(bus, self._config, self._model, self._engine.training, self._between_iterations)
+        self._training = TrainingLink(bus, self._config, self._model, self._engine.training, self._inbox, self._on_device)
         self._adapters = AdapterStore(bus, self._engine.decoder, self._model, self._on_adapter)
         tasks.create_task(self._adapters.follow())
         await self._adapters.loaded.wait()
@@ -69,15 +73,14 @@ class ExecutorActor:
     async def drain(self) -> None:
         """Refuse new work, finish running requests within the grace, then end the rest with an error."""
         self._draining = True
-        self._refresh_vitals()
-        await self._between_iterations(self._engine.training.close_all)
+        await self._inbox.ask(self._engine.training.close_all)
         try:
             async with asyncio.timeout(self._config.drain_grace_s):
                 while self._engine.sequences:
                     self._idle.clear()
                     await self._idle.wait()
         except TimeoutError:
-            await self._send(await self._between_iterations(self._engine.release_all))
+            await self._send(await self._inbox.ask(lambda: self._engine.release_all("the executor is shutting down")))
 
     def vitals(self) -> Vitals:
         """State and load as of the last iteration."""
@@ -90,8 +93,13 @@ class ExecutorActor:
         if self._draining:
             return Rejected(reason="draining", message="this executor is shutting down", retry_after_ms=1000)
         adapter = None if request.model == self._model else request.model
-        refusal = await self._between_iterations(lambda: self._engine.submit(request, adapter, message.first_token_due_at))
-        return refusal or Admitted(request_id=request.request_id, executor_id=self._config.instance_id)
+
+        def submit() -> Rejected | None:
+            refused = self._engine.submit(request, adapter, message.first_token_due_at)
+            self._refresh_vitals()
+            return refused
+
+        return await self._inbox.ask(submit) or Admitted(request_id=request.request_id, executor_id=self._config.instance_id)
 
     async def _on_cancel(self, message: Cancel) -> None:
         def cancel() -> None:
@@ -100,7 +108,7 @@ class ExecutorActor:
                 self._cancelled.append(message.request_id)
                 self._bus.spawn(self._send([chunk]))
 
-        self._post(cancel)
+        self._inbox.post(cancel)
 
     def _on_adapter(self, name: str, adapter: LoraAdapter | None) -> None:
         def change() -> None:
@@ -109,43 +117,52 @@ class ExecutorActor:
             else:
                 self._engine.adapters[name] = adapter
 
-        self._post(change)
+        self._inbox.post(change)
 
     # --- iterations ------------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
         """Iterate while there is work; between iterations apply what came in."""
         while True:
-            self._apply_inbox()
+            self._inbox.apply()
             if not self._engine.has_work:
                 self._refresh_vitals()
                 self._idle.set()
-                self._wake.clear()
-                if not self._inbox:
-                    await self._wake.wait()
+                await self._inbox.wait()
                 continue
             try:
                 await self._iterate()
-            except (RuntimeError, FloatingPointError, MemoryError) as error:
-                log.exception("iteration.failed", error=str(error))
-                self._engine.counters["failed_iterations"] += 1
-                await self._send(self._engine.release_all())
+                self._num_failures = 0
+            except (RuntimeError, MemoryError) as error:
+                await self._survive(error)
+
+    async def _survive(self, error: Exception) -> None:
+        """A pass failed: its requests end with an error. When passes keep failing the device is to blame, and we stop:
+        whoever supervises starts us again, gateways and trainers go on elsewhere.
+        """
+        log.exception("iteration.failed", error=str(error))
+        self._num_failures += 1
+        self._engine.counters["failed_iterations"] += 1
+        if self._num_failures >= MAX_FAILURES:
+            raise error
+        await self._send(self._engine.release_all(f"the pass failed: {type(error).__name__}"))
 
     async def _iterate(self) -> None:
         started_at = time.perf_counter()
         iteration = await self._on_device(self._engine.forward_pass)
         await self._send(iteration.chunks)
         await self._report(iteration)
-        self._apply_inbox()
+        self._inbox.apply()
         work = await self._on_device(self._engine.backward_pass)
         elapsed_ms = (time.perf_counter() - started_at) * 1e3
         self._iteration_ms += 0.2 * (elapsed_ms - self._iteration_ms)
         self._note(iteration, work, elapsed_ms)
         await self._training.publish(work.events)
         trees = await self._planner.trees(iteration.number)
-        self._apply_inbox()
+        self._inbox.apply()
         if trees is not None:
             self._engine.set_trees(trees)
+            self._unknown = frozenset(trees.unknown)
         self._refresh_vitals()
 
     async def _report(self, iteration: Iteration) -> None:
@@ -154,7 +171,10 @@ class ExecutorActor:
         self._cancelled.clear()
         if not decoding and not closed:
             return
-        opened = tuple(s.opened() for s in decoding) if self._planner.takes_reopening() else iteration.opened
+        everyone = self._planner.takes_reopening()
+        fresh = {sequence.request_id for sequence in iteration.opened} | self._unknown
+        opened = tuple(s.opened() for s in decoding if everyone or s.request_id in fresh)
+        self._unknown = frozenset()
         profile = self._engine.profile
         known = {sequence.request_id for sequence in opened}
         await self._planner.report(
@@ -185,33 +205,18 @@ class ExecutorActor:
         self._engine.counters["iteration_ms"] += elapsed_ms  # type: ignore[assignment]
 
     async def _send(self, chunks: tuple[TokenChunk, ...] | list[TokenChunk]) -> None:
+        """A chunk that cannot be sent is a gap in its stream, which the requester notices and mends."""
         for chunk in chunks:
-            await self._bus.publish(subjects.stream(chunk.request_id), chunk)
+            try:
+                await self._bus.publish(subjects.stream(chunk.request_id), chunk)
+            except (BusError, NatsError) as error:
+                self._engine.counters["unsent_chunks"] += 1
+                log.warning("chunk.unsent", request_id=chunk.request_id, error=str(error) or type(error).__name__)
 
     # --- the device thread -----------------------------------------------------------------------------------------
 
     async def _on_device(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-    def _post(self, change: Callable[[], None]) -> None:
-        """Apply a change to the engine before its next pass."""
-        self._inbox.append(change)
-        self._wake.set()
-
-    async def _between_iterations(self, change: Callable[[], T]) -> T:
-        """Apply a change to the engine while no pass runs, and return its result."""
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-
-        def apply() -> None:
-            if not done.cancelled():
-                done.set_result(change())
-
-        self._post(apply)
-        return await done
-
-    def _apply_inbox(self) -> None:
-        while self._inbox:
-            self._inbox.popleft()()
 
     def _refresh_vitals(self) -> None:
         self._vitals = executor_vitals(

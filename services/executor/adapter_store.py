@@ -9,6 +9,7 @@ import structlog
 from nats.errors import Error as NatsError
 
 from common import subjects
+from common.artifacts import read_object
 from common.bus import Bus
 from common.messages import AdapterRecord
 from common.records import follow_records
@@ -17,6 +18,7 @@ from services.executor.model import Decoder
 
 log = structlog.get_logger()
 
+READ_TIMEOUT_S = 60.0
 OnLoad = Callable[[str, LoraAdapter | None], None]
 
 
@@ -42,18 +44,19 @@ class AdapterStore:
             del self._records[name]
             self._on_load(name, None)
         for name, record in wanted.items():
-            if self._records.get(name) != record:
+            if self._records.get(name) != record and await self._load(record):
                 self._records[name] = record
-                await self._load(record)
         self.loaded.set()
 
-    async def _load(self, record: AdapterRecord) -> None:
-        """A record that cannot be loaded is logged, and tried again when it changes."""
+    async def _load(self, record: AdapterRecord) -> bool:
+        """Whether it worked; if not, the reason is logged, and it is tried again when the records are next read."""
         try:
-            data = (await (await self._bus.object_store(subjects.ARTIFACTS_STORE)).get(record.artifact)).data or b""
+            store = await self._bus.object_store(subjects.ARTIFACTS_STORE)
+            data = await read_object(store, record.artifact, READ_TIMEOUT_S)
             adapter = LoraAdapter.from_safetensors(record.name, record.lora, data, self._decoder.config, self._decoder.device)
-        except (NatsError, ValueError) as error:
+        except (NatsError, TimeoutError, ValueError) as error:
             log.error("adapter.unusable", adapter=record.name, error=str(error) or type(error).__name__)
-            return
+            return False
         self._on_load(record.name, adapter)
         log.info("adapter.loaded", adapter=record.name, rank=record.lora.rank)
+        return True

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from common.latency import backward_corrected, corrected
 from common.messages import (
@@ -26,12 +25,13 @@ from common.messages import (
     TokenChunk,
 )
 from services.executor.assembly import Assembly, Work
-from services.executor.batch import Segment, build_batch
+from services.executor.batch import build_batch
+from services.executor.draws import WorkDraws, drawn_by
 from services.executor.lora import LoraAdapter
 from services.executor.model import Decoder, KvCache
 from services.executor.pages import PageAllocator
-from services.executor.requests import find_fault
-from services.executor.sampling import draw_tokens
+from services.executor.requests import refusal
+from services.executor.sampling import Draws, NonFiniteLogitsError
 from services.executor.scheduler import IterationPlan, Limits, plan_iteration
 from services.executor.sequences import Sequence
 from services.executor.training import BackwardWork, Training
@@ -100,8 +100,12 @@ class Engine:
         """Take a request in, or say why not; nothing is kept of a refused one."""
         if request.request_id in self.sequences:
             return Rejected(reason="duplicate", message=f"request {request.request_id} is running already")
-        if refusal := self._refusal(request, adapter_name):
-            return refusal
+        if adapter_name is not None and adapter_name not in self.adapters:
+            return Rejected(reason="unknown_model", message=f"adapter {adapter_name} is not loaded here", retry_after_ms=1000)
+        if refused := refusal(request, self.decoder.config.vocab_size, self.max_model_len):
+            return refused
+        if len(self.sequences) >= self.max_sequences:
+            return Rejected(reason="overloaded", message=f"{self.max_sequences} requests are running", retry_after_ms=500)
         ends = () if request.ignore_eos else self.decoder.config.eos_token_ids
         self.sequences[request.request_id] = Sequence(
             request=request,
@@ -149,15 +153,15 @@ class Engine:
         self.num_iterations += 1
         self._plan = plan
         if not segments:
-            return self._finish_iteration([], [], plan, 0)
+            return self._finish_iteration([], None, plan, 0)
         batch = build_batch(segments, self.decoder.device)
         hidden_TH = self.decoder.forward(batch, self.cache)
         for window, start in zip(windows, batch.starts[len(works) :], strict=True):
             self.training.head(window, hidden_TH[start : start + len(window.segment.tokens)])
-        drawn = self._draw(works, self.decoder.logits(hidden_TH[batch.logit_rows]) if len(batch.logit_rows) else None)
+        draws = Draws(self.decoder.logits(hidden_TH[batch.logit_rows])) if len(batch.logit_rows) else None
         if len(batch.tokens_T) == plan.num_tokens:  # else pages were short, and the prediction was for another pass
             self.profile = corrected(self.profile, plan.forward_ms, (self._clock() - now) * 1e3)
-        return self._finish_iteration(works, drawn, plan, sum(len(window.segment.tokens) for window in windows))
+        return self._finish_iteration(works, draws, plan, sum(len(window.segment.tokens) for window in windows))
 
     @torch.inference_mode()
     def backward_pass(self) -> BackwardWork:
@@ -171,35 +175,30 @@ class Engine:
         self.counters["backward_tokens"] += round(work.num_tokens)
         return work
 
-    def release_all(self) -> list[TokenChunk]:
+    def release_all(self, error: str) -> list[TokenChunk]:
         """End every request with an error, for example when a pass failed."""
-        return [self._finish(sequence, (), "error") for sequence in list(self.sequences.values())]
+        return [self._finish(sequence, (), "error", error) for sequence in list(self.sequences.values())]
 
     # --- parts of an iteration -------------------------------------------------------------------------------------
 
-    def _draw(self, works: list[Work], logits_RV: Tensor | None) -> list[list[int]]:
-        """The target's tokens for every row that wanted logits, per work."""
-        rows = [_logit_positions(work.segment) for work in works]
-        samplings = [work.sequence.request.sampling for work, r in zip(works, rows, strict=True) for _ in r]
-        positions = [position for r in rows for position in r]
-        tokens = iter(draw_tokens(logits_RV, samplings, positions) if logits_RV is not None else ())
-        return [[next(tokens) for _ in r] for r in rows]
-
-    def _finish_iteration(self, works: list[Work], drawn: list[list[int]], plan: IterationPlan, num_training: int) -> Iteration:
+    def _finish_iteration(self, works: list[Work], draws: Draws | None, plan: IterationPlan, num_training: int) -> Iteration:
         now = self._clock()
         moves: tuple[list[int], list[int]] = ([], [])
         chunks: list[TokenChunk] = []
         progress: list[SequenceProgress] = []
         counts: Counter[str] = Counter()
-        for work, tokens in zip(works, drawn, strict=True):
+        for work, drawn in zip(works, drawn_by(works, draws), strict=True):
             if work.is_decode:
                 counts["decode"] += 1
                 counts["draft"] += len(work.segment.tokens) - 1
-                verdict = self._verify(work, tokens, moves)
             else:
                 counts["prefill"] += len(work.segment.tokens)
                 work.sequence.num_computed += len(work.segment.tokens)
-                verdict = Verdict((), tuple(tokens))
+            try:
+                verdict = self._verify(work, drawn, moves) if work.is_decode else Verdict((), tuple(drawn))
+            except NonFiniteLogitsError as error:
+                chunks.append(self._finish(work.sequence, (), "error", str(error)))
+                continue
             if verdict.tokens:
                 chunk, step = self._commit(work, verdict, now)
                 chunks.append(chunk)
@@ -229,7 +228,7 @@ class Engine:
         is_running = work.sequence.request_id in self.sequences
         return is_running and not work.is_decode and work.sequence.is_decoding
 
-    def _verify(self, work: Work, drawn: list[int], moves: tuple[list[int], list[int]]) -> Verdict:
+    def _verify(self, work: Work, drawn: WorkDraws, moves: tuple[list[int], list[int]]) -> Verdict:
         """Accept a path of the tree and note which cache rows must move behind the root."""
         sequence, segment = work.sequence, work.segment
         verdict = accept(segment.tokens, segment.parents or (-1,), drawn)
@@ -253,6 +252,7 @@ class Engine:
         accepted_len = min(len(verdict.path), len(tokens))
         sequence.accepted_tokens += accepted_len
         self.counters["accepted_tokens"] += accepted_len
+        self.counters.update(f"accepted_tokens_at_{i}" for i in range(accepted_len))
         self.counters["generated_tokens"] += len(tokens)
         progress = SequenceProgress(
             request_id=sequence.request_id,
@@ -264,7 +264,9 @@ class Engine:
         )
         return self._finish(sequence, tokens, reason) if reason else self._chunk(sequence, tokens), progress
 
-    def _chunk(self, sequence: Sequence, tokens: tuple[int, ...], reason: FinishReason | None = None) -> TokenChunk:
+    def _chunk(
+        self, sequence: Sequence, tokens: tuple[int, ...], reason: FinishReason | None = None, error: str | None = None
+    ) -> TokenChunk:
         sequence.next_seq += 1
         return TokenChunk(
             request_id=sequence.request_id,
@@ -272,32 +274,14 @@ class Engine:
             tokens=tokens,
             finish_reason=reason,
             usage=sequence.usage(self._clock()) if reason else None,
+            error=error,
             executor_id=self._executor_id,
         )
 
-    def _finish(self, sequence: Sequence, tokens: tuple[int, ...], reason: FinishReason) -> TokenChunk:
+    def _finish(
+        self, sequence: Sequence, tokens: tuple[int, ...], reason: FinishReason, error: str | None = None
+    ) -> TokenChunk:
         self.pages.release(sequence.table)
         del self.sequences[sequence.request_id]
         self.counters[f"finished_{reason}"] += 1
-        return self._chunk(sequence, tokens, reason)
-
-    def _refusal(self, request: InferenceRequest, adapter_name: str | None) -> Rejected | None:
-        num_tokens = len(request.prompt_tokens)
-        if adapter_name is not None and adapter_name not in self.adapters:
-            return Rejected(reason="unknown_model", message=f"adapter {adapter_name} is not loaded here", retry_after_ms=1000)
-        if fault := find_fault(request, self.decoder.config.vocab_size):
-            return Rejected(reason="invalid", message=fault)
-        if num_tokens + request.max_tokens - request.num_generated > self.max_model_len:
-            return Rejected(
-                reason="too_long",
-                message=f"{num_tokens} prompt and {request.max_tokens} output tokens exceed the limit of {self.max_model_len}",
-            )
-        if len(self.sequences) >= self.max_sequences:
-            return Rejected(reason="overloaded", message=f"{self.max_sequences} requests are running", retry_after_ms=500)
-        return None
-
-
-def _logit_positions(segment: Segment) -> list[int]:
-    """Absolute positions of the tokens to be drawn from this segment's logits."""
-    following = [position + 1 for position in segment.positions]
-    return {"all": following, "last": following[-1:], "none": []}[segment.wants_logits]
+        return self._chunk(sequence, tokens, reason, error)

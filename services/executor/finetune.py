@@ -85,11 +85,6 @@ class FinetuneJob:
         self._backward: BackwardPass | None = None
         self._totals = _Totals()
 
-    @property
-    def has_work(self) -> bool:
-        """Whether a slice is in work or waits."""
-        return self.current is not None or bool(self._queue)
-
     def accept(self, item: TrainingSlice) -> bool:
         """Queue a slice; False for one that came before. Raises InvalidSliceError, OutOfOrderSliceError if one is missing."""
         key = (item.step, item.index)
@@ -105,7 +100,8 @@ class FinetuneJob:
     def start_next(self) -> TrainingSequence | None:
         """The sequence in work, the next of the queue if there was none."""
         if self.current is None and self._queue:
-            self.current = TrainingSequence(self._queue.popleft(), self._decoder)
+            self.current = TrainingSequence(self._queue[0], self._decoder)
+            self._queue.popleft()
         return self.current
 
     def backward(self, max_tokens: int) -> BackwardResult:

@@ -21,7 +21,7 @@ def executor_vitals(engine: Engine, *, model: str, planner_id: str, draining: bo
     }
     return Vitals(
         state="draining" if draining else "ready",
-        counters={name: float(count) for name, count in engine.counters.items()},
+        counters={name: float(count) for name, count in dict(engine.counters).items()},
         gauges=gauges | {name: float(value) for name, value in own.items()},
         executor=load,
     )
@@ -46,4 +46,5 @@ def executor_load(engine: Engine, model: str, planner_id: str) -> ExecutorLoad:
         promised_tpot_ms=tuple(s.request.slo.tpot_ms for s in sequences if s.request.slo.tpot_ms is not None),
         latency=engine.profile,
         planner_id=planner_id,
+        max_training_tokens=engine.training.max_tokens,
     )

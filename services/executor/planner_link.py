@@ -9,6 +9,7 @@ import asyncio
 import time
 
 import structlog
+from nats.errors import Error as NatsError
 
 from common import subjects
 from common.bus import Bus, BusError
@@ -88,7 +89,10 @@ class PlannerLink:
         self._reported, self._reported_at = iteration, time.perf_counter()
         self._trees = None
         self._arrived.clear()
-        await self._bus.publish(subjects.planner_report(self.planner_id), report)
+        try:
+            await self._bus.publish(subjects.planner_report(self.planner_id), report)
+        except (BusError, NatsError) as error:
+            log.warning("planner.unreported", error=str(error) or type(error).__name__)
 
     async def trees(self, iteration: int) -> DraftTrees | None:
         """The trees that answer the report of this iteration, waiting for them a little; None if they are late."""
@@ -103,10 +107,11 @@ class PlannerLink:
         return self._trees
 
     async def _on_trees(self, message: DraftTrees) -> None:
-        self._misses = 0
         if message.iteration != self._reported or message.planner_id != self.planner_id:
             return
         turnaround_ms = (time.perf_counter() - self._reported_at) * 1e3
+        if turnaround_ms <= self._max_wait_s * 1e3:
+            self._misses = 0
         self.mean_turnaround_ms += 0.1 * (turnaround_ms - self.mean_turnaround_ms)
         self._trees = message
         self._arrived.set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from common.messages import InferenceRequest
+from common.messages import InferenceRequest, Rejected
 
 
 def find_fault(request: InferenceRequest, vocab_size: int) -> str | None:
@@ -23,4 +23,15 @@ def find_fault(request: InferenceRequest, vocab_size: int) -> str | None:
         return "slo: targets must be positive"
     if not math.isfinite(request.arrived_at):
         return "arrived_at must be a time"
+    return None
+
+
+def refusal(request: InferenceRequest, vocab_size: int, max_model_len: int) -> Rejected | None:
+    """Why this model can never run the request; None if it can."""
+    if fault := find_fault(request, vocab_size):
+        return Rejected(reason="invalid", message=fault)
+    num_tokens = len(request.prompt_tokens)
+    if num_tokens + request.max_tokens - request.num_generated > max_model_len:
+        message = f"{num_tokens} prompt and {request.max_tokens} output tokens exceed the limit of {max_model_len}"
+        return Rejected(reason="too_long", message=message)
     return None

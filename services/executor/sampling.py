@@ -5,13 +5,14 @@ The same request draws the same token at the same position alone, in a batch, un
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.messages import Sampling
+
+NUM_PROBABLE = 1024
+"""Tokens that nucleus sampling looks at before it sorts the whole vocabulary."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -19,22 +20,26 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed % 2**64, counter=position)).random())
 
 
-def draw_tokens(logits_RV: Tensor, samplings: Seq[Sampling], positions: Seq[int]) -> list[int]:
-    """One token per row: row i is drawn by `samplings[i]` for the absolute position `positions[i]`.
+class NonFiniteLogitsError(FloatingPointError):
+    """A row that a token has to be drawn from holds NaN, or no finite value at all."""
 
-    Raises FloatingPointError if a row holds no finite maximum (NaN logits), naming the row.
-    """
-    if len(samplings) == 0:
-        return []
-    greedy = torch.argmax(logits_RV, dim=-1)
-    finite = torch.isfinite(logits_RV.gather(1, greedy[:, None])).squeeze(1)
-    if not bool(finite.all()):
-        raise FloatingPointError(f"logits of row {int(torch.nonzero(~finite)[0, 0])} are not finite")
-    tokens: list[int] = greedy.tolist()
-    for row, sampling in enumerate(samplings):
-        if sampling.temperature > 0.0:
-            tokens[row] = _draw(logits_RV[row], sampling, uniform(sampling.seed, positions[row]))
-    return tokens
+
+class Draws:
+    """Tokens drawn from the rows of one pass. A row costs nothing until its token is asked for, greedy ones apart."""
+
+    def __init__(self, logits_RV: Tensor) -> None:
+        self._logits_RV = logits_RV
+        highest_R, greedy_R = logits_RV.max(dim=-1)
+        self._greedy: list[int] = greedy_R.tolist()
+        self._is_finite: list[bool] = torch.isfinite(highest_R).tolist()
+
+    def token(self, row: int, sampling: Sampling, position: int) -> int:
+        """The token for the absolute position `position`. Raises NonFiniteLogitsError, naming the row."""
+        if not self._is_finite[row]:
+            raise NonFiniteLogitsError(f"logits of row {row} are not finite")
+        if sampling.temperature <= 0.0:
+            return self._greedy[row]
+        return _draw(self._logits_RV[row], sampling, uniform(sampling.seed, position))
 
 
 def target_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
@@ -44,17 +49,27 @@ def target_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
     num_kept = sampling.top_k if 0 < sampling.top_k < probs_V.numel() else probs_V.numel()
     if num_kept == probs_V.numel() and sampling.top_p >= 1.0:
         return probs_V
-    sorted_probs, order = torch.sort(probs_V, descending=True, stable=True)
+    sorted_probs, order = _most_probable(probs_V, num_kept, sampling.top_p)
     sorted_probs[num_kept:] = 0.0
-    sorted_probs /= sorted_probs.sum()
+    sorted_probs /= sorted_probs.sum() if num_kept < probs_V.numel() else 1.0
     before = torch.cumsum(sorted_probs, dim=0) - sorted_probs
-    sorted_probs[(before >= sampling.top_p) & (torch.arange(probs_V.numel()) > 0)] = 0.0
+    sorted_probs[(before >= sampling.top_p) & (torch.arange(sorted_probs.numel()) > 0)] = 0.0
     kept = torch.zeros_like(probs_V)
     kept[order] = sorted_probs / sorted_probs.sum()
     return kept
 
 
+def _most_probable(probs_V: Tensor, num_kept: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Enough of the most probable tokens, sorted: sorting a whole vocabulary takes far longer than the few that matter."""
+    few = min(NUM_PROBABLE, probs_V.numel())
+    sorted_probs, order = torch.topk(probs_V, few)
+    if num_kept <= few or (num_kept == probs_V.numel() and float(sorted_probs.sum()) > top_p):
+        return sorted_probs, order
+    return torch.sort(probs_V, descending=True, stable=True)
+
+
 def _draw(logits_V: Tensor, sampling: Sampling, u: float) -> int:
-    cumulative = torch.cumsum(target_probabilities(logits_V.cpu(), sampling), dim=0)
-    index = int(torch.searchsorted(cumulative, u * float(cumulative[-1]), right=True))
-    return min(index, int(torch.nonzero(cumulative.diff(prepend=cumulative.new_zeros(1)))[-1, 0]))
+    probs_V = target_probabilities(logits_V.cpu(), sampling)
+    cumulative = torch.cumsum(probs_V, dim=0)
+    index = min(int(torch.searchsorted(cumulative, u * float(cumulative[-1]), right=True)), probs_V.numel() - 1)
+    return index if probs_V[index] > 0 else int(torch.nonzero(probs_V)[-1, 0])

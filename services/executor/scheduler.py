@@ -1,10 +1,10 @@
 """What the next iteration holds: one token budget, three claimants (inference, speculation, finetuning). Pure.
 
 Order of claims (design: one token budget, three claimants):
-1. T*, the longest the iteration may take so that no request that can still make its TPOT target loses it.
-2. Roots of all decoding sequences. 3. Draft nodes required for an SLO. 4. Prefill chunks by TTFT deadline.
+1. T*, the longest the iteration may take so that no request that can still make its TPOT or TTFT target loses it.
+2. Roots of all decoding sequences. 3. Draft nodes required for an SLO. 4. Prefill chunks by priority and TTFT deadline.
 5. Draft nodes worth more than a finetuning token; finetuning in what is left of f^-1(T*).
-Draft nodes are not held to T*: the planner has weighed their cost against the tokens they bring (AdaServe 4.3).
+While a request is behind, draft nodes are not held to T*: the planner has weighed their cost against the tokens they bring.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class SequenceView:
     is_decoding: bool
     context_tokens: int
     arrived_at: float
+    priority: int = 0
+    """Lower is prefilled earlier."""
     num_decoded: int = 0
     max_remaining: int = 1
     decode_ms: float = 0.0
@@ -97,14 +99,15 @@ def plan_iteration(
     waiting = sorted((view for view in sequences if not view.is_decoding), key=_prefill_order)
     context = sum(view.context_tokens for view in decoding)
     base_ms = predict_ms(profile, max(1, len(decoding)), context)
-    limit_ms, is_behind = iteration_limit_ms(decoding, base_ms, bool(waiting), limits)
+    limit_ms, is_behind = iteration_limit_ms(now, decoding, waiting, base_ms, limits)
     capacity = min(limits.max_batch_tokens, max_tokens(profile, limit_ms, limits.max_batch_tokens, context))
     required = _required_nodes(decoding, limits.max_batch_tokens - len(decoding))
     used = len(decoding) + sum(required.values())
     reserve = 0 if is_behind or not jobs else int(limits.min_finetune_share * capacity)
     prefill = _prefill_chunks(waiting, max(capacity - used - reserve, 0), used, limits)
     used += sum(prefill.values())
-    nodes = _extra_nodes(decoding, required, limits.max_batch_tokens - used - reserve, limits.finetune_weight if jobs else 0.0)
+    room = (limits.max_batch_tokens if is_behind else capacity) - used - reserve
+    nodes = _extra_nodes(decoding, required, room, limits.finetune_weight if jobs else 0.0)
     used += sum(nodes.values()) - sum(required.values())
     inference_ms = predict_ms(profile, used, context)
     share_ms = 0.0 if is_behind else limits.min_finetune_share * limit_ms
@@ -122,14 +125,20 @@ def plan_iteration(
     )
 
 
-def iteration_limit_ms(decoding: Seq[SequenceView], base_ms: float, has_prefill: bool, limits: Limits) -> tuple[float, bool]:
-    """(T*, whether some request that can still recover is behind its target)."""
+def iteration_limit_ms(
+    now: float, decoding: Seq[SequenceView], waiting: Seq[SequenceView], base_ms: float, limits: Limits
+) -> tuple[float, bool]:
+    """(T*, whether some decoding request that can still recover is behind its target)."""
     slacks = [slack for view in decoding if (slack := slack_ms(view, base_ms, limits)) is not None]
-    if slacks:
-        return max(min([*slacks, limits.max_iteration_ms]), base_ms), min(slacks) < base_ms
-    if decoding or has_prefill:
-        return max(limits.max_iteration_ms, base_ms), False
-    return max(limits.idle_iteration_ms, base_ms), False
+    is_behind = bool(slacks) and min(slacks) < base_ms
+    slacks += [left for view in waiting if (left := first_token_slack_ms(now, view, limits)) is not None and left >= base_ms]
+    usual_ms = limits.max_iteration_ms if decoding or waiting else limits.idle_iteration_ms
+    return max(min([*slacks, usual_ms]), base_ms), is_behind
+
+
+def first_token_slack_ms(now: float, view: SequenceView, limits: Limits) -> float | None:
+    """Time until a waiting request's first token is due; None without a target."""
+    return None if view.first_token_due_at is None else limits.safety * (view.first_token_due_at - now) * 1e3
 
 
 def slack_ms(view: SequenceView, base_ms: float, limits: Limits) -> float | None:
@@ -149,9 +158,9 @@ def slack_ms(view: SequenceView, base_ms: float, limits: Limits) -> float | None
     return min(slack, target * expected)
 
 
-def _prefill_order(view: SequenceView) -> tuple[float, float]:
+def _prefill_order(view: SequenceView) -> tuple[int, float, float]:
     due = float("inf") if view.first_token_due_at is None else view.first_token_due_at
-    return due, view.arrived_at
+    return view.priority, due, view.arrived_at
 
 
 def _required_nodes(decoding: Seq[SequenceView], room: int) -> dict[str, int]:

@@ -66,6 +66,7 @@ class Sequence:
             is_decoding=self.is_decoding,
             context_tokens=self.num_computed,
             arrived_at=self.request.arrived_at,
+            priority=self.request.priority,
             num_decoded=self.num_output - self.num_first,
             max_remaining=max(1, self.remaining_output),
             decode_ms=self.decode_ms(now),

@@ -48,6 +48,7 @@ class BackwardWork:
 class Window:
     """Rows of a job's sequence that ride in one forward pass."""
 
+    job_id: str
     sequence: TrainingSequence
     start: int
     segment: Segment
@@ -70,6 +71,7 @@ class Training:
         self.cache = cache
         self._pages = pages
         self._entries: dict[str, _Entry] = {}
+        self._failures: list[TrainingEvent] = []
 
     @property
     def num_jobs(self) -> int:
@@ -78,17 +80,24 @@ class Training:
 
     @property
     def has_work(self) -> bool:
-        """Whether some job could use the next iteration."""
-        return bool(self.views())
+        """Whether some job has a sequence to work on. With no other user of pages, at least one of them can have its pages."""
+        return any(entry.num_queued for entry in self._entries.values()) or bool(self._failures)
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest training sequence that fits into training's share of the pages."""
+        num_pages = int(MAX_POOL_SHARE * self._pages.num_pages)
+        return min(num_pages * self._pages.page_size, self.decoder.config.max_position_embeddings)
 
     def lease(self, job_id: str) -> int | None:
         """The lease that a job was opened with; None for unknown jobs."""
         entry = self._entries.get(job_id)
         return None if entry is None else entry.lease
 
-    def job(self, job_id: str) -> FinetuneJob:
-        """An open job."""
-        return self._entries[job_id].job
+    def held(self, job_id: str, lease: int) -> FinetuneJob | None:
+        """The job, if it is open under this lease."""
+        entry = self._entries.get(job_id)
+        return entry.job if entry is not None and entry.lease == lease else None
 
     def open(self, job: FinetuneJob, lease: int) -> None:
         """Hold a job, in place of what was held of it under an older lease."""
@@ -112,7 +121,7 @@ class Training:
         Raises InvalidSliceError (also for a sequence that the page pool cannot hold) or TooManySlicesError.
         """
         entry = self._entries[item.job_id]
-        if self._pages.missing(self._pages.table(), len(item.tokens)) > MAX_POOL_SHARE * self._pages.num_pages:
+        if len(item.tokens) > self.max_tokens:
             raise InvalidSliceError(f"tokens: {len(item.tokens)} do not fit into the training share of the KV cache")
         if entry.num_queued >= MAX_QUEUED_SLICES:
             raise TooManySlicesError(f"{entry.num_queued} slices of job {item.job_id} are waiting")
@@ -121,8 +130,12 @@ class Training:
     def views(self) -> list[JobView]:
         """Jobs that can use the next iteration, for the scheduler."""
         views = []
-        for job_id, entry in self._entries.items():
-            sequence = self._current(entry)
+        for job_id, entry in list(self._entries.items()):
+            try:
+                sequence = self._current(entry)
+            except (RuntimeError, MemoryError) as error:
+                self._fail(job_id, error)
+                continue
             if sequence is not None:
                 left = sequence.num_rows - sequence.num_forwarded
                 views.append(JobView(job_id=job_id, forward_tokens=left, is_backward=sequence.is_forwarded))
@@ -146,15 +159,18 @@ class Training:
                 tape=sequence.tape,
                 tape_start=start,
             )
-            windows.append(Window(sequence=sequence, start=start, segment=segment))
+            windows.append(Window(job_id=job_id, sequence=sequence, start=start, segment=segment))
         return windows
 
     def head(self, window: Window, hidden_WH: Tensor) -> None:
-        """Loss and its gradient for a window that was forwarded."""
-        window.sequence.head(hidden_WH, window.start)
+        """Loss and its gradient for a window that was forwarded; a failure ends its job only."""
+        try:
+            window.sequence.head(hidden_WH, window.start)
+        except (RuntimeError, MemoryError) as error:
+            self._fail(window.job_id, error)
 
     def backward(self, plan: dict[str, int]) -> BackwardWork:
-        """Go back through a plan's share of each job; steps that end are reported, jobs that diverge are closed."""
+        """Go back through a plan's share of each job; steps that end are reported, jobs that fail are closed and reported."""
         events: list[TrainingEvent] = []
         token_layers = 0
         for job_id, num_tokens in plan.items():
@@ -163,9 +179,8 @@ class Training:
                 continue
             try:
                 result = entry.job.backward(num_tokens)
-            except TrainingDivergedError as error:
-                self.close(job_id)
-                events.append(TrainingEvent(job_id=job_id, lease=entry.lease, failure=str(error)))
+            except (TrainingDivergedError, RuntimeError, MemoryError) as error:
+                self._fail(job_id, error)
                 continue
             token_layers += result.num_token_layers
             if result.finished is not None:
@@ -175,7 +190,15 @@ class Training:
                 now = time.perf_counter()
                 elapsed_ms, entry.step_started_at = (now - entry.step_started_at) * 1e3, now
                 events.append(TrainingEvent(job_id=job_id, lease=entry.lease, step=result.step, elapsed_ms=elapsed_ms))
+        events += self._failures
+        self._failures = []
         return BackwardWork(num_tokens=token_layers / self.decoder.config.num_layers, events=tuple(events))
+
+    def _fail(self, job_id: str, error: Exception) -> None:
+        """Give a job up: its gradients may be half written."""
+        entry = self._entries[job_id]
+        self.close(job_id)
+        self._failures.append(TrainingEvent(job_id=job_id, lease=entry.lease, failure=str(error) or type(error).__name__))
 
     def _current(self, entry: _Entry) -> TrainingSequence | None:
         """The sequence in work, if pages for all of it could be had within training's share."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
+from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
 from common import subjects
-from common.bus import Bus
+from common.artifacts import read_object
+from common.bus import Bus, BusError
 from common.messages import (
     CheckpointWritten,
     CloseJob,
@@ -24,28 +26,30 @@ from common.messages import (
     WriteCheckpoint,
 )
 from services.executor.config import ExecutorConfig
-from services.executor.finetune import OutOfOrderSliceError, new_job
+from services.executor.finetune import FinetuneJob, OutOfOrderSliceError, new_job
+from services.executor.inbox import Inbox
 from services.executor.lora import InvalidAdapterError
+from services.executor.startup import OnDevice
 from services.executor.training import TooManySlicesError, Training, TrainingEvent
 from services.executor.training_sequence import InvalidSliceError
 
 log = structlog.get_logger()
 
-BetweenIterations = Callable[[Callable[[], Any]], Awaitable[Any]]
-"""Applies a change to the engine while no pass runs, and returns its result."""
+CHECKPOINT_TIMEOUT_S = 60.0
 
 
 class TrainingLink:
     """Handles the trainer's orders; the slices of a job arrive in order."""
 
     def __init__(
-        self, bus: Bus, config: ExecutorConfig, model: str, training: Training, between_iterations: BetweenIterations
+        self, bus: Bus, config: ExecutorConfig, model: str, training: Training, inbox: Inbox, on_device: OnDevice
     ) -> None:
         self._bus = bus
         self._config = config
         self._model = model
         self._training = training
-        self._between = between_iterations
+        self._inbox = inbox
+        self._on_device = on_device
 
     async def start(self) -> None:
         """Accept orders from now on."""
@@ -56,7 +60,10 @@ class TrainingLink:
     async def publish(self, events: Sequence[TrainingEvent]) -> None:
         """Tell trainers of finished steps and failed jobs."""
         for event in events:
-            await self._bus.publish(subjects.job_progress(event.job_id), _progress(event))
+            try:
+                await self._bus.publish(subjects.job_progress(event.job_id), _progress(event))
+            except (BusError, NatsError) as error:  # the trainer probes a job that is silent for long
+                log.warning("job.unreported", job=event.job_id, error=str(error) or type(error).__name__)
 
     async def _on_order(self, order: OpenJob | TrainingSlice | WriteCheckpoint | CloseJob) -> Any:
         held = self._training.lease(order.job_id)
@@ -66,12 +73,12 @@ class TrainingLink:
             case OpenJob():
                 return await self._open(order)
             case CloseJob():
-                await self._between(lambda: self._training.close(order.job_id))
+                await self._inbox.ask(lambda: self._training.close(order.job_id))
                 return JobClosed(job_id=order.job_id)
             case _ if held != order.lease:
                 return Rejected(reason="not_found", message=f"job {order.job_id} is not open here under lease {order.lease}")
             case TrainingSlice():
-                return await self._between(lambda: self._accept(order))
+                return await self._inbox.ask(lambda: self._accept(order))
             case WriteCheckpoint():
                 return await self._write(order)
 
@@ -84,21 +91,24 @@ class TrainingLink:
         try:
             if order.checkpoint is not None:
                 store = await self._bus.object_store(subjects.ARTIFACTS_STORE)
-                checkpoint = (await store.get(optimizer_object(order.checkpoint))).data or b""
-            step = await self._between(lambda: self._make(order, checkpoint))
+                checkpoint = await read_object(store, optimizer_object(order.checkpoint), CHECKPOINT_TIMEOUT_S)
+            job = await self._on_device(lambda: self._make(order, checkpoint))
         except NotFoundError:
             return Rejected(reason="not_found", message=f"there is no checkpoint {order.checkpoint}")
+        except TimeoutError:
+            message = f"the checkpoint {order.checkpoint} could not be read in {CHECKPOINT_TIMEOUT_S} s"
+            return Rejected(reason="overloaded", message=message, retry_after_ms=1000)
         except InvalidAdapterError as error:
             return Rejected(reason="invalid", message=str(error))
-        log.info("job.opened", job=order.job_id, lease=order.lease, step=step)
-        return JobOpened(job_id=order.job_id, executor_id=self._config.instance_id, step=step)
+        await self._inbox.ask(lambda: self._training.open(job, order.lease))
+        log.info("job.opened", job=order.job_id, lease=order.lease, step=job.step)
+        return JobOpened(job_id=order.job_id, executor_id=self._config.instance_id, step=job.step)
 
-    def _make(self, order: OpenJob, checkpoint: bytes | None) -> int:
+    def _make(self, order: OpenJob, checkpoint: bytes | None) -> FinetuneJob:
         job = new_job(order.job_id, order.lora, order.seed, self._training.decoder, self._training.cache)
         if checkpoint is not None:
             job.restore(checkpoint)
-        self._training.open(job, order.lease)
-        return job.step
+        return job
 
     def _accept(self, item: TrainingSlice) -> SliceAccepted | Rejected:
         if self._training.lease(item.job_id) != item.lease:
@@ -115,17 +125,11 @@ class TrainingLink:
 
     async def _write(self, order: WriteCheckpoint) -> CheckpointWritten | Rejected:
         """The adapter goes under the artifact's name as PEFT's file, everything needed to resume beside it."""
-
-        def snapshot() -> tuple[bytes, bytes, int] | None:
-            if self._training.lease(order.job_id) != order.lease:
-                return None
-            job = self._training.job(order.job_id)
-            return job.adapter.to_safetensors(), job.checkpoint(), job.step
-
-        taken = await self._between(snapshot)
-        if taken is None:
+        job = await self._inbox.ask(lambda: self._training.held(order.job_id, order.lease))
+        if job is None:
             return Rejected(reason="not_found", message=f"job {order.job_id} is not open here any more")
-        adapter, state, step = taken
+        # On the device's thread no step can change the job meanwhile, and the event loop goes on.
+        adapter, state, step = await self._on_device(lambda: (job.adapter.to_safetensors(), job.checkpoint(), job.step))
         store = await self._bus.object_store(subjects.ARTIFACTS_STORE)
         await store.put(optimizer_object(order.artifact), state)
         await store.put(order.artifact, adapter)

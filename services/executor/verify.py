@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence as Seq
+from typing import Protocol
 
 from common.messages import DraftTree
 
@@ -24,7 +25,13 @@ class Verdict:
     tokens: tuple[int, ...]
 
 
-def accept(tree_tokens: Seq[int], parents: Seq[int], drawn: Seq[int]) -> Verdict:
+class Drawn(Protocol):
+    """The target's token after each node; only those on the accepted path are looked up."""
+
+    def __getitem__(self, node: int, /) -> int: ...
+
+
+def accept(tree_tokens: Seq[int], parents: Seq[int], drawn: Drawn) -> Verdict:
     """Walk the tree from its root; `drawn[i]` is the target's token after node i. At least one token comes back."""
     children = {(parents[node], tree_tokens[node]): node for node in range(len(tree_tokens) - 1, 0, -1)}
     node, path, tokens = 0, [], [drawn[0]]
