@@ -26,6 +26,7 @@ class RunningGateway:
     """A gateway in this process."""
 
     actor: GatewayActor
+    bus: Bus
     url: str
 
 
@@ -62,7 +63,7 @@ async def running_gateway(bus: Bus, model_dir: Path, **settings: Any) -> AsyncIt
         waiting.cancel()
         await task
     try:
-        yield RunningGateway(actor, actor.url)
+        yield RunningGateway(actor, bus, actor.url)
     finally:
         stop.set()
         with contextlib.suppress(BaseExceptionGroup):

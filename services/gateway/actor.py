@@ -53,6 +53,7 @@ class GatewayActor:
         self._admission = AdmissionClient(bus, config.admission_timeout_s)
         self._core = self._build_core()
         await bus.subscribe(subjects.ALL_BEATS, Beat, self._on_beat)
+        bus.on_reconnect.append(self._watch.lose_all)
         tasks.create_task(self._watch.run(bus))
         tasks.create_task(follow_adapters(bus, self._catalog))
         self._door = NatsDoor(self._core, bus)

@@ -1,4 +1,4 @@
-"""Which live streams have lost their executor. Knows heartbeats and clocks, not tokens."""
+"""Which live streams have lost their executor. Knows heartbeats, clocks and a bus that was away, not tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Watched(Protocol):
     admitted_at: float
 
     def lose_executor(self) -> None:
-        """The executor is known to be dead."""
+        """Nothing that this stream waits for can be relied on to come."""
 
 
 class ExecutorWatch:
@@ -55,6 +55,14 @@ class ExecutorWatch:
         if beat.role == "executor" and beat.state == "starting":
             for stream in [stream for stream in self.live if stream.executor_id == beat.instance_id]:
                 stream.lose_executor()
+
+    def lose_all(self) -> None:
+        """The bus was away: chunks, or an answer of admission, may be missing, and the last chunk leaves no gap behind it.
+
+        Streams that wait for admission are told too: what they asked for may have begun to run meanwhile.
+        """
+        for stream in list(self.live):
+            stream.lose_executor()
 
     def is_ready(self, executor_id: str, now: float) -> bool:
         """Whether this executor lives and is not about to stop."""

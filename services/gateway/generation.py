@@ -36,7 +36,7 @@ class Tokens:
 
 
 class Lost:
-    """The executor is gone; nothing more will come from it."""
+    """Of this attempt no more chunks can be relied on to come."""
 
 
 class Generations:
@@ -115,7 +115,7 @@ class TokenStream:
             self._settle()
 
     def lose_executor(self) -> None:
-        """The executor is known to be dead."""
+        """The executor is dead, or the bus was away: what has not arrived will not come."""
         self._inbox.put_nowait(Lost())
 
     def fail(self, error: ApiError) -> None:
@@ -144,7 +144,8 @@ class TokenStream:
     async def _migrate(self, why: str) -> Tokens | None:
         ids = {"request_id": self.request.request_id, "attempt_id": self._attempt_id}
         log.warning("request.migrates", why=why, executor=self.executor_id, **ids)
-        self._owner.admission.cancel(self._attempt_id)
+        abandoned = self._attempt_id
+        self._owner.admission.cancel(abandoned)
         self._stop_listening()
         self.executor_id = ""
         if (finish_reason := self._finish_reason_so_far()) is not None:
@@ -156,6 +157,7 @@ class TokenStream:
             raise ApiError(502, f"The request could not be continued: {why}.", code="executor_lost")
         self._owner.counters["migrated_requests"] += 1
         await self._send_until(time.monotonic() + self._owner.migration_wait_s, _GONE | {"overloaded"})
+        self._owner.admission.cancel(abandoned)  # again: after a restart of the bus the executor may have missed the first
         return None
 
     def _is_executor_ready(self) -> bool:
