@@ -43,7 +43,9 @@ def max_tokens(profile: LatencyProfile, budget_ms: float, limit: int, context_to
     return low
 
 
-def make_profile(measured: list[tuple[int, float]], backward_ms_per_token: float = 0.0) -> LatencyProfile:
+def make_profile(
+    measured: list[tuple[int, float]], *, ms_per_context_token: float = 0.0, backward_ms_per_token: float = 0.0
+) -> LatencyProfile:
     """A profile from (tokens, ms) measurements: sorted, and made monotone, since noise must not make more tokens cheaper.
 
     Raises ValueError without measurements or with non-positive ones.
@@ -53,7 +55,9 @@ def make_profile(measured: list[tuple[int, float]], backward_ms_per_token: float
     points: list[tuple[int, float]] = []
     for tokens, ms in sorted(measured):
         points.append((tokens, max(ms, points[-1][1] if points else ms)))
-    return LatencyProfile(points=tuple(points), backward_ms_per_token=backward_ms_per_token)
+    return LatencyProfile(
+        points=tuple(points), ms_per_context_token=ms_per_context_token, backward_ms_per_token=backward_ms_per_token
+    )
 
 
 def corrected(profile: LatencyProfile, predicted_ms: float, measured_ms: float, weight: float = 0.05) -> LatencyProfile:

@@ -67,7 +67,7 @@ def random_case(seed: int) -> Case:
         for i in range(rng.choice([0, 1, 1, 3]))
     ]
     measured = list(itertools.accumulate((rng.uniform(0.1, 30) for _ in range(4)), initial=rng.uniform(1, 40)))
-    profile = make_profile(list(zip((1, 16, 64, 256, 1024), measured, strict=True)), rng.uniform(0.01, 1))
+    profile = make_profile(list(zip((1, 16, 64, 256, 1024), measured, strict=True)), backward_ms_per_token=rng.uniform(0.01, 1))
     limits = Limits(
         max_batch_tokens=rng.choice([16, 64, 512]),
         min_prefill_tokens=rng.choice([1, 32]),

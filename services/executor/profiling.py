@@ -12,6 +12,9 @@ from services.executor.batch import Segment, build_batch
 from services.executor.model import Decoder, KvCache
 
 POINTS = (1, 8, 16, 32, 64, 128, 256)
+CONTEXT_TOKENS = 1024
+NUM_SLOTS = CONTEXT_TOKENS + 1
+"""Cache slots that the measurement needs."""
 REPEATS = 3
 """The fastest of them counts: other processes only ever add time, and the online correction knows them."""
 BACKWARD_FACTOR = 2.0
@@ -20,18 +23,24 @@ BACKWARD_FACTOR = 2.0
 
 @torch.inference_mode()
 def measure_profile(decoder: Decoder, cache: KvCache, max_tokens: int) -> LatencyProfile:
-    """The latency profile from a few passes of each size, about two seconds; overwrites the cache's first slots."""
+    """The latency profile from a few passes of each size, about two seconds; overwrites NUM_SLOTS slots of the cache."""
     measured = []
     for num_tokens in (n for n in POINTS if n <= max_tokens):
         _pass_ms(decoder, cache, num_tokens)
         measured.append((num_tokens, min(_pass_ms(decoder, cache, num_tokens) for _ in range(REPEATS))))
+    with_context_ms = min(_pass_ms(decoder, cache, 1, CONTEXT_TOKENS) for _ in range(REPEATS + 1))
+    per_context_token = max(0.0, with_context_ms - measured[0][1]) / CONTEXT_TOKENS
     slope = (measured[-1][1] - measured[0][1]) / max(1, measured[-1][0] - measured[0][0])
-    return make_profile(measured, backward_ms_per_token=BACKWARD_FACTOR * max(slope, 1e-3))
+    return make_profile(
+        measured, ms_per_context_token=per_context_token, backward_ms_per_token=BACKWARD_FACTOR * max(slope, 1e-3)
+    )
 
 
-def _pass_ms(decoder: Decoder, cache: KvCache, num_tokens: int) -> float:
-    rows = range(num_tokens)
-    segment = Segment(tokens=[0] * num_tokens, positions=rows, context_slots=(), slots=rows, wants_logits="all")
+def _pass_ms(decoder: Decoder, cache: KvCache, num_tokens: int, context_tokens: int = 0) -> float:
+    rows = range(context_tokens, context_tokens + num_tokens)
+    segment = Segment(
+        tokens=[0] * num_tokens, positions=rows, context_slots=range(context_tokens), slots=rows, wants_logits="all"
+    )
     batch = build_batch([segment], decoder.device)
     started_at = time.perf_counter()
     decoder.logits(decoder.forward(batch, cache))[0, 0].item()

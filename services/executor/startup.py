@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from services.executor.loader import choose_dtype, load_decoder
 from services.executor.model import KvCache
 from services.executor.model_config import read_model_config
 from services.executor.profile_store import ProfileStore
-from services.executor.profiling import POINTS, measure_profile
+from services.executor.profiling import NUM_SLOTS, measure_profile
 from services.executor.scheduler import Limits
 
 log = structlog.get_logger()
@@ -32,10 +33,10 @@ async def make_engine(config: ExecutorConfig, model: str, profiles: ProfileStore
     folder = Path(config.model_dir)
     dtype = choose_dtype(config.dtype, read_model_config(folder), device)
     decoder = await on_device(lambda: load_decoder(folder, dtype, device))
-    key = f"{model}.{device.type}.{str(dtype).removeprefix('torch.')}.{torch.get_num_threads()}"
+    key = f"{platform.node()}.{model}.{device.type}.{str(dtype).removeprefix('torch.')}.{torch.get_num_threads()}"
     profile = await profiles.recall(key)
     if profile is None:
-        scratch = KvCache(decoder.config, POINTS[-1], dtype, device)
+        scratch = KvCache(decoder.config, NUM_SLOTS, dtype, device)
         profile = await on_device(lambda: measure_profile(decoder, scratch, config.max_batch_tokens))
         await profiles.keep(key, profile)
     log.info("executor.profile", key=key, points=profile.points, backward_ms_per_token=profile.backward_ms_per_token)
