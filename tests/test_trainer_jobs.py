@@ -8,7 +8,7 @@ import pytest
 from common.messages import Beat, ExecutorLoad, JobError, JobStatus, LatencyProfile, ServiceState
 from services.trainer import jobs, naming
 from services.trainer.jobs import JobRecord, SupersededError
-from services.trainer.placement import choose_executor, max_model_len
+from services.trainer.placement import choose_executor, max_training_len
 from services.trainer.progress import Position, next_action
 from services.trainer.spec import ApiError, JobSpec
 
@@ -175,10 +175,13 @@ def test_actions_of_a_job_with_two_epochs_of_ten(sent: int, done: int, checkpoin
     assert next_action(Position(sent, done, checkpointed), 10, 20, 2, stopping) == action
 
 
-def beat(name: str, num_jobs: int = 0, model: str = "base", max_len: int = 100, state: ServiceState = "ready") -> Beat:
+def beat(
+    name: str, num_jobs: int = 0, model: str = "base", max_len: int = 100, state: ServiceState = "ready", trains: int = 0
+) -> Beat:
     load = ExecutorLoad(
         model=model, adapters=(), max_model_len=max_len, page_size=16, num_pages=1, free_pages=1, num_running=0, num_waiting=0,
         waiting_prefill_tokens=0, context_tokens=0, promised_tpot_ms=(), latency=LatencyProfile(points=((1, 1.0),)),
+        max_training_tokens=trains,
     )  # fmt: skip
     gauges = {"jobs": float(num_jobs)}
     return Beat(role="executor", instance_id=name, state=state, sent_at=1.0, period_s=1.0, gauges=gauges, executor=load)
@@ -198,5 +201,13 @@ def test_the_least_busy_fitting_executor_is_chosen() -> None:
     assert choose_executor(beats, "base", 50, prefer="e") == "b"
     assert choose_executor(beats, "base", 5, prefer="") == "f"
     assert choose_executor(beats, "base", 101, prefer="") is None
-    assert max_model_len(beats, "base") == 100
-    assert max_model_len(beats, "none") is None
+    assert max_training_len(beats, "base") == 100
+    assert max_training_len(beats, "none") is None
+
+
+def test_what_an_executor_trains_on_may_be_less_than_what_it_serves() -> None:
+    beats = [beat("a", trains=30), beat("b", 1, trains=60), beat("c", 2, max_len=50)]
+    assert max_training_len(beats, "base") == 60
+    assert choose_executor(beats, "base", 40, prefer="a") == "b"
+    assert choose_executor(beats[1:], "base", 50, prefer="") == "b"
+    assert choose_executor(beats, "base", 61, prefer="") is None

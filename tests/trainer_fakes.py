@@ -82,6 +82,7 @@ class FakeExecutor:
         self.num_overloaded = 0
         self.fail_at: int | None = None
         self.slow_start = False
+        self.max_training_tokens = 0
         self.refusal: Rejected | None = None
         self.num_refused = 0
         self.lose_steps: set[int] = set()
@@ -127,7 +128,7 @@ class FakeExecutor:
             load = ExecutorLoad(
                 model=MODEL, adapters=(), max_model_len=4096, page_size=16, num_pages=1, free_pages=1, num_running=0,
                 num_waiting=0, waiting_prefill_tokens=0, context_tokens=0, promised_tpot_ms=(),
-                latency=LatencyProfile(points=((1, 1.0),)),
+                latency=LatencyProfile(points=((1, 1.0),)), max_training_tokens=self.max_training_tokens,
             )  # fmt: skip
             beat = Beat(
                 role="executor", instance_id=self.name, state=state, sent_at=time.time(), period_s=0.2,

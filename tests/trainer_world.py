@@ -114,10 +114,12 @@ class World:
         self.trainers.append(await RunningTrainer(await self._connect(), config).start())
         return self.trainers[-1]
 
-    async def executor(self, name: str = "x", permits: int | None = None, slow_start: bool = False) -> FakeExecutor:
+    async def executor(
+        self, name: str = "x", permits: int | None = None, *, slow_start: bool = False, max_training_tokens: int = 0
+    ) -> FakeExecutor:
         """Start an executor on a connection of its own; as processes do, with `slow_start` it says so first."""
         made = FakeExecutor(await self._connect(), name, permits)
-        made.slow_start = slow_start
+        made.slow_start, made.max_training_tokens = slow_start, max_training_tokens
         self.executors.append(await made.start())
         return made
 

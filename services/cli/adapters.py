@@ -12,6 +12,7 @@ from nats.js.errors import KeyNotFoundError, NoKeysError, ObjectNotFoundError
 from rich.table import Table
 
 from common import subjects
+from common.artifacts import read_object
 from common.bus import Bus
 from common.codec import MalformedMessageError, decode
 from common.messages import AdapterRecord
@@ -19,6 +20,7 @@ from services.cli.status import wide_console
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+READ_TIMEOUT_S = 120.0
 
 
 class AdapterError(ValueError):
@@ -115,6 +117,8 @@ def _record(data: bytes, key: str) -> AdapterRecord:
 async def _weights(bus: Bus, record: AdapterRecord) -> bytes:
     store = await bus.object_store(subjects.ARTIFACTS_STORE)
     try:
-        return (await store.get(record.artifact)).data or b""
+        return await read_object(store, record.artifact, READ_TIMEOUT_S)
     except ObjectNotFoundError as error:
         raise AdapterError(f"the weights of {record.name} ({record.artifact}) are not in the object store") from error
+    except TimeoutError as error:
+        raise AdapterError(f"the weights of {record.name} could not be read in {READ_TIMEOUT_S:g} s") from error

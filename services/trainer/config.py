@@ -17,7 +17,11 @@ class TrainerConfig(ServiceConfig):
     max_concurrent_jobs: int = 4
     """Jobs that one trainer runs at a time; more wait in the queue or run on other trainers."""
     max_sequence_length: int = 2048
-    """Longer training examples are errors; an executor's max_model_len bounds it too."""
+    """Longer training examples are errors; what executors say that they train on bounds it too."""
+    max_file_reads: int = 4
+    """A job whose training file cannot be read in so many tries has failed."""
+    file_retry_s: float = 1.0
+    """Pause after the first of these tries; it doubles each time."""
     max_steps_in_flight: int = 2
     """Optimizer steps sent but not done: enough to keep the executor busy, few enough to pause soon."""
     lease_s: float = 10.0
@@ -40,10 +44,10 @@ class TrainerConfig(ServiceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require((self.model_dir / "tokenizer.json").is_file(), "model_dir", "be a folder with tokenizer.json")
-        for name in ("max_concurrent_jobs", "max_steps_in_flight", "max_attempts"):
+        for name in ("max_concurrent_jobs", "max_steps_in_flight", "max_attempts", "max_file_reads"):
             require(getattr(self, name) >= 1, name, "be at least 1")
         require(self.max_sequence_length >= 2, "max_sequence_length", "be at least 2")
-        for name in ("renew_s", "resync_s", "request_timeout_s", "open_timeout_s", "stall_s"):
+        for name in ("renew_s", "resync_s", "request_timeout_s", "open_timeout_s", "stall_s", "file_retry_s"):
             require(getattr(self, name) > 0, name, "be positive")
         require(self.drain_s >= 0, "drain_s", "not be negative")
         require(self.lease_s >= 3 * self.renew_s, "lease_s", "be at least 3 * renew_s")

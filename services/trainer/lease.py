@@ -44,6 +44,22 @@ class Lease:
         self.pause_wished = record.wish == "pause"
         self.wake.set()
 
+    async def pause(self, timeout_s: float) -> None:
+        """Do nothing for so long; raises like `check` as soon as the job is not ours any more."""
+        deadline = time.monotonic() + timeout_s
+        while (rest := deadline - time.monotonic()) > 0:
+            await self.wait(rest)
+            self.check()
+
+    async def wait(self, timeout_s: float) -> None:
+        """Until something changes, at most so long."""
+        self.wake.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.wake.wait()
+        except TimeoutError:
+            pass
+
     async def change(self, change: Callable[[JobRecord], JobRecord]) -> JobRecord:
         """Change the record, if it is still ours, and return it. Raises SupersededError."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import nats.js.errors
 import structlog
 
 from common.messages import JobError
@@ -35,7 +36,7 @@ class JobRunner:
         """Validate a new job, train any other. Raises nats errors when the server does not answer."""
         spec = self.lease.record.spec
         try:
-            dataset = await self._around.load_dataset(spec)
+            dataset = await self._load_dataset()
             if self.validates:
                 await self._queue(dataset)
             else:
@@ -75,6 +76,21 @@ class JobRunner:
             await self.lease.change(lambda r: jobs.released(r, "validating_files" if self.validates else "queued"))
         except SupersededError as error:
             log.info("job.superseded", job_id=self.lease.job_id, now=str(error))
+
+    async def _load_dataset(self) -> Dataset:
+        """The job's training sequences; a file that cannot be read now is tried again. Raises DatasetError."""
+        config, file_id = self._around.config, self.lease.record.spec.training_file
+        for number in range(1, config.max_file_reads + 1):
+            try:
+                return await self._around.load_dataset(self.lease.record.spec, validates=self.validates)
+            except (TimeoutError, nats.js.errors.Error) as error:
+                reason = str(error) or type(error).__name__
+            self.lease.check()
+            text = f"Training file {file_id} could not be read (try {number} of {config.max_file_reads}): {reason}"
+            await self._journal.write(events.message(time.time(), text, "warn"))
+            if number < config.max_file_reads:
+                await self.lease.pause(config.file_retry_s * 2 ** (number - 1))
+        raise DatasetError(f"file {file_id} could not be read in {config.max_file_reads} tries; the last: {reason}")
 
     async def _queue(self, dataset: Dataset) -> None:
         total = Course.of(self.lease.job_id, self.lease.record.spec, dataset).plan.total_steps

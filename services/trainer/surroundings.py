@@ -10,6 +10,7 @@ from collections import Counter
 from nats.js.errors import ObjectNotFoundError
 
 from common import subjects
+from common.artifacts import read_object
 from common.bus import Bus
 from common.chat import ChatTokenizer
 from common.fleet import Fleet
@@ -18,7 +19,7 @@ from services.trainer.config import TrainerConfig
 from services.trainer.dataset import Dataset, DatasetError, read_dataset
 from services.trainer.event_log import EventLog
 from services.trainer.job_table import JobTable
-from services.trainer.placement import max_model_len
+from services.trainer.placement import max_training_len
 from services.trainer.spec import JobSpec
 
 
@@ -38,14 +39,16 @@ class Surroundings:
         """Last beats of the living executors."""
         return self.fleet.alive("executor", time.monotonic())
 
-    async def load_dataset(self, spec: JobSpec) -> Dataset:
-        """The training sequences of a job. Raises DatasetError."""
+    async def load_dataset(self, spec: JobSpec, *, validates: bool) -> Dataset:
+        """The training sequences of a job; those of a validated job are held against the executors of today no more.
+
+        Raises DatasetError; TimeoutError and nats errors when the file cannot be read now.
+        """
         store = await self.bus.object_store(subjects.FILES_STORE)
         try:
-            async with asyncio.timeout(self.config.open_timeout_s):
-                data = (await store.get(spec.training_file)).data or b""
+            data = await read_object(store, spec.training_file, self.config.open_timeout_s)
         except ObjectNotFoundError as error:
             raise DatasetError(f"file {spec.training_file} does not exist any more") from error
-        limits = (self.config.max_sequence_length, max_model_len(self.executors(), spec.model))
-        shortest = min(limit for limit in limits if limit is not None)
-        return await asyncio.to_thread(read_dataset, data, self.tokenizer, shortest)
+        trainable = max_training_len(self.executors(), spec.model) if validates else None
+        limit = min(self.config.max_sequence_length, trainable or self.config.max_sequence_length)
+        return await asyncio.to_thread(read_dataset, data, self.tokenizer, limit)

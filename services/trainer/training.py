@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import time
 from collections.abc import Mapping
@@ -163,7 +162,7 @@ class Training:
             if not told:
                 await self._say(f"Waiting for an executor that serves {self._course.spec.model}", "warn")
                 told = True
-            await self._wait(self._config.heartbeat_s)
+            await self._lease.wait(self._config.heartbeat_s)
 
     async def _lost(self, session: ExecutorSession, reason: str) -> None:
         """Count the loss; should the executor live after all, it may forget the job."""
@@ -201,12 +200,3 @@ class Training:
     async def _say(self, text: str, level: events.Level = "info", data: Mapping[str, Any] | None = None) -> None:
         log.info("job.event", job_id=self._lease.job_id, text=text)
         await self._journal.write(events.message(time.time(), text, level, data))
-
-    async def _wait(self, timeout_s: float) -> None:
-        """Until something changes, at most so long."""
-        self._lease.wake.clear()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._lease.wake.wait()
-        except TimeoutError:
-            pass
