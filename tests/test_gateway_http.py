@@ -154,6 +154,16 @@ async def test_stop_token_ids_end_the_answer_and_are_not_shown(connect: Connect,
         assert request.sampling.top_k == 5
 
 
+async def test_the_priority_reaches_the_executor(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir) as stage:
+        for path, body in (("chat/completions", {"messages": MESSAGES}), ("completions", {"prompt": "one"})):
+            for priority in (-3, 0, 7):
+                await stage.http.post(f"/v1/{path}", json=body | {"priority": priority})
+                assert stage.executor.requests[-1].priority == priority
+        await stage.http.post("/v1/completions", json={"prompt": "one"})
+        assert (len(stage.executor.requests), stage.executor.requests[-1].priority) == (7, 0)
+
+
 async def test_ignore_eos_runs_to_the_limit(connect: Connect, model_dir: Path) -> None:
     async with staged(connect, model_dir) as stage:
         num = 2 * len(stage.tokenizer.encode(REPLY)) + 3
@@ -231,5 +241,7 @@ async def test_the_documentation_shows_the_requests(connect: Connect, model_dir:
         document = (await stage.http.get("/openapi.json")).json()
         chat = document["paths"]["/v1/chat/completions"]["post"]
         assert chat["requestBody"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ChatRequest"}
-        assert "messages" in document["components"]["schemas"]["ChatRequest"]["required"]
+        fields = document["components"]["schemas"]["ChatRequest"]
+        assert "messages" in fields["required"]
+        assert "Lower values are prefilled earlier." in str(fields["properties"]["priority"])
         assert (await stage.http.get("/docs")).status_code == 200

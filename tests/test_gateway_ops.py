@@ -45,7 +45,8 @@ async def samples(stage: Stage) -> dict[str, dict[frozenset[tuple[str, str]], fl
 
 
 async def test_metrics_have_vllms_names(connect: Connect, model_dir: Path) -> None:
-    counters = {"drafts": 10.0, "draft_tokens": 40.0, "accepted_tokens": 25.0, "accepted_tokens_at_0": 9.0, "iterations": 77.0}
+    counters = {"drafts": 10.0, "draft_tokens": 40.0, "accepted_tokens": 25.0, "iterations": 77.0}
+    counters |= {"accepted_tokens_at_0": 9.0, "accepted_tokens_at_12": 1.0}
     async with staged(connect, model_dir, fake={"counters": counters, "gauges": {"pages in-use": 4.0}}) as stage:
         before = await samples(stage)
         assert before["vllm:prompt_tokens_total"] == {frozenset({("model_name", MODEL)}): 0}
@@ -65,7 +66,10 @@ async def test_metrics_have_vllms_names(connect: Connect, model_dir: Path) -> No
         assert found["vllm:spec_decode_num_drafts_total"] == {engine: 10}
         assert found["vllm:spec_decode_num_draft_tokens_total"] == {engine: 40}
         assert found["vllm:spec_decode_num_accepted_tokens_total"] == {engine: 25}
-        assert found["vllm:spec_decode_num_accepted_tokens_per_pos_total"] == {engine | {("position", "0")}: 9}
+        assert found["vllm:spec_decode_num_accepted_tokens_per_pos_total"] == {
+            engine | {("position", "0")}: 9,
+            engine | {("position", "12")}: 1,
+        }
         assert found["heddle_executor_iterations_total"] == {frozenset({("instance", "executor-1")}): 77}
         assert found["heddle_executor_pages_in_use"] == {frozenset({("instance", "executor-1")}): 4}
         verdicts = found["heddle_slo_requests_total"]

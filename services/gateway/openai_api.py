@@ -51,8 +51,7 @@ class GenerateRequest(Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     slo: SloFields | None = None
-    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
-    """Lower runs earlier."""
+    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31, description="Lower values are prefilled earlier.")] | None = None
     user: str | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None

@@ -26,7 +26,9 @@ def inference_routes(core: Core) -> APIRouter:
 
     @router.post("/v1/chat/completions", summary="Answer a conversation", openapi_extra=body_of(ChatRequest))
     async def chat_completions(request: Request) -> Response:
-        """OpenAI's chat completions, plus `slo`, `top_k`, `ignore_eos`, `stop_token_ids` and `priority`."""
+        """OpenAI's chat completions, plus `slo`, `top_k`, `ignore_eos`, `stop_token_ids` and `priority`: lower values are
+        prefilled earlier.
+        """
         return await _answer(core, request, decode_json(await request.body(), ChatRequest))
 
     @router.post("/v1/completions", summary="Continue a text", openapi_extra=body_of(CompletionRequest))
