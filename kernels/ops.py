@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kernels.attention import AttentionPlan, ragged_attention
+from kernels.linear import Linear
 from kernels.reference import (
     adamw,
     clip_grad_norm,
@@ -24,6 +25,7 @@ from kernels.segments import AttentionSegment, LoraSegment
 __all__ = [
     "AttentionPlan",
     "AttentionSegment",
+    "Linear",
     "LoraSegment",
     "adamw",
     "clip_grad_norm",

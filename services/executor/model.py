@@ -29,6 +29,16 @@ class LayerWeights:
     down_HF: Tensor
 
 
+class _Linears:
+    """The projections of one layer, ready to run."""
+
+    def __init__(self, weights: LayerWeights) -> None:
+        self.qkv = ops.Linear(weights.qkv_OH, weights.qkv_bias_O)
+        self.o = ops.Linear(weights.o_HO)
+        self.gate_up = ops.Linear(weights.gate_up_2FH)
+        self.down = ops.Linear(weights.down_HF)
+
+
 class KvCache:
     """Keys and values of all pages: per layer [S, K, D]; slot = page * page_size + offset."""
 
@@ -62,6 +72,8 @@ class Decoder:
         self.lm_head_VH = lm_head_VH
         self.dtype = embedding_VH.dtype
         self.device = embedding_VH.device
+        self._linears = [_Linears(weights) for weights in layers]
+        self._head = ops.Linear(lm_head_VH)
         self.cos_PD, self.sin_PD = _rotary_tables(config, self.dtype, self.device)
 
     def forward(self, batch: Batch, cache: KvCache) -> Tensor:
@@ -78,13 +90,13 @@ class Decoder:
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """Logits [R, V] of hidden states that `forward` returned."""
         normed = ops.rms_norm(hidden_RH, self.final_norm_H, self.config.rms_norm_eps)
-        return F.linear(normed, self.lm_head_VH)
+        return self._head(normed)
 
     def _layer(self, layer: int, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, batch: Batch, cache: KvCache) -> Tensor:
-        config, weights = self.config, self.layers[layer]
+        config, weights, linears = self.config, self.layers[layer], self._linears[layer]
         num_rows = x_TH.shape[0]
         y_TH = ops.rms_norm(x_TH, weights.input_norm_H, config.rms_norm_eps)
-        qkv_TO = F.linear(y_TH, weights.qkv_OH, weights.qkv_bias_O)
+        qkv_TO = linears.qkv(y_TH)
         batch.apply_adapters(layer, "qkv", qkv_TO, y_TH)
         q_TO, k_TO, v_TO = torch.split(qkv_TO, list(config.qkv_sizes), dim=1)
         q_TND = ops.rope_and_cache(
@@ -99,14 +111,14 @@ class Decoder:
         )
         out_TND = ops.ragged_attention(q_TND, cache.k[layer], cache.v[layer], batch.attention, config.attention_scale)
         out_TO = out_TND.reshape(num_rows, -1)
-        o_TH = F.linear(out_TO, weights.o_HO)
+        o_TH = linears.o(out_TO)
         batch.apply_adapters(layer, "o", o_TH, out_TO)
         m_TH = x_TH + o_TH
         z_TH = ops.rms_norm(m_TH, weights.post_norm_H, config.rms_norm_eps)
-        gate_up_T2F = F.linear(z_TH, weights.gate_up_2FH)
+        gate_up_T2F = linears.gate_up(z_TH)
         batch.apply_adapters(layer, "gate_up", gate_up_T2F, z_TH)
         h_TF = ops.silu_mul(gate_up_T2F)
-        down_TH = F.linear(h_TF, weights.down_HF)
+        down_TH = linears.down(h_TF)
         batch.apply_adapters(layer, "down", down_TH, h_TF)
         batch.save(layer, x=x_TH, q=q_TND, m=m_TH, gate_up=gate_up_T2F)
         return m_TH + down_TH
