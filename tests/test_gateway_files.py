@@ -5,17 +5,19 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import get_args
 
 import openai
 import pytest
 from openai.types import FileObject
 
 from common import subjects
+from common.bus import Bus
+from common.messages import FineTuningJob, JobPage, JobQuery, JobStatus
 from tests.fakes import write_tiny_model
 from tests.gateway_stage import Connect, staged
 
-ADAPTER = "ft:tiny::looms:abc/1"
-HYPERPARAMETERS = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 1.5}
+STATUSES: tuple[JobStatus, ...] = get_args(JobStatus)
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +25,52 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
+async def start_trainer(bus: Bus, *jobs: tuple[str, JobStatus]) -> None:
+    """A trainer with these jobs, (training file, status) each, newest first; it gives one job a page."""
+    known = [
+        FineTuningJob(
+            id=f"ftjob-{place}",
+            created_at=0,
+            model="tiny",
+            training_file=file_id,
+            status=status,
+            hyperparameters={},
+            lora={},
+            seed=0,
+        )
+        for place, (file_id, status) in enumerate(jobs)
+    ]
+
+    async def on_list(query: JobQuery) -> JobPage:
+        start = 1 + [job.id for job in known].index(query.after) if query.after else 0
+        return JobPage(data=tuple(known[start : start + 1]), has_more=start + 1 < len(known))
+
+    await bus.subscribe(subjects.finetune("list"), JobQuery, on_list)
+    await bus.client.flush()
+
+
+async def test_a_file_that_a_job_needs_is_kept(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir) as stage:
+        files = {status: await stage.openai.files.create(file=("a", b"x"), purpose="fine-tune") for status in STATUSES}
+        with pytest.raises(openai.InternalServerError) as untold:
+            await stage.openai.files.delete(files["succeeded"].id)
+        assert (untold.value.status_code, untold.value.code) == (503, "no_trainer")
+        await start_trainer(stage.bus, *((file.id, status) for status, file in files.items()))
+        ended = {"succeeded", "failed", "cancelled"}
+        for place, (status, file) in enumerate(files.items()):
+            if status in ended:
+                assert (await stage.openai.files.delete(file.id)).deleted
+                continue
+            with pytest.raises(openai.ConflictError, match=f"ftjob-{place} ") as refused:
+                await stage.openai.files.delete(file.id)
+            assert (refused.value.code, refused.value.param) == ("file_in_use", "file_id")
+        kept = {file.id for status, file in files.items() if status not in ended}
+        assert {file.id async for file in stage.openai.files.list()} == kept
+
+
 async def test_a_file_from_upload_to_deletion(connect: Connect, model_dir: Path) -> None:
     async with staged(connect, model_dir) as stage:
+        await start_trainer(stage.bus)
         content = json.dumps({"messages": []}).encode() + b"\n"
         made = await stage.openai.files.create(file=("tr\u00e4in.jsonl", content), purpose="fine-tune")
         FileObject.model_validate(made.model_dump(), strict=True)

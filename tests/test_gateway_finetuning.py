@@ -160,6 +160,9 @@ async def test_lists_of_jobs_events_and_checkpoints(connect: Connect, model_dir:
         assert page.data[1].error.code == "bad_file"
         events = (await jobs.list_events("ftjob-1")).data
         assert asked.pop() == ("events", JobQuery(job_id="ftjob-1", limit=20))
+        assert len((await jobs.list_events("ftjob-1", limit=1000)).data) == 2
+        assert asked.pop() == ("events", JobQuery(job_id="ftjob-1", limit=100))
+        assert (await stage.http.get("/v1/fine_tuning/jobs/ftjob-1/events", params={"limit": 1001})).status_code == 400
         for event in events:
             FineTuningJobEvent.model_validate(event.model_dump())
         assert (events[0].type, events[0].data, events[0].object) == ("metrics", {"train_loss": 0.5}, "fine_tuning.job.event")

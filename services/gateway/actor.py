@@ -58,11 +58,12 @@ class GatewayActor:
         tasks.create_task(follow_adapters(bus, self._catalog))
         self._door = NatsDoor(self._core, bus)
         await self._door.open()
+        trainer = Trainer(bus)
         routers = [
             inference_routes(self._core),
             ops_routes(self._core, self._fleet, redacted(config.nats_url)),
-            file_routes(FileStore(bus, config.max_file_bytes)),
-            finetuning_routes(Trainer(bus)),
+            file_routes(FileStore(bus, config.max_file_bytes), trainer),
+            finetuning_routes(trainer),
         ]
         self._http = HttpServer(config, build_app(config, routers))
         self._serving = tasks.create_task(self._http.run())

@@ -26,6 +26,7 @@ from starlette.responses import Response, StreamingResponse
 from common import subjects
 from common.bus import Bus
 from services.gateway.errors import ApiError, bad_request, unavailable
+from services.gateway.finetuning import Trainer
 from services.gateway.http_errors import json_response
 
 PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
@@ -125,7 +126,7 @@ class FileStore:
         return await self._bus.object_store(subjects.FILES_STORE)
 
 
-def file_routes(files: FileStore) -> APIRouter:
+def file_routes(files: FileStore, trainer: Trainer) -> APIRouter:
     """OpenAI's Files API."""
     router = APIRouter(prefix="/v1/files", tags=["Files"])
 
@@ -167,7 +168,13 @@ def file_routes(files: FileStore) -> APIRouter:
 
     @router.delete("/{file_id}", summary="Delete a file")
     async def delete(file_id: str) -> Response:
-        """Jobs that have read it already are not affected."""
+        """Refused with 409 while a job that has not ended trains on it: a job reads its file each time it starts or resumes.
+
+        Without a trainer that could tell, the answer is 503.
+        """
+        await files.get(file_id)
+        if (job_id := await trainer.user_of(file_id)) is not None:
+            raise ApiError(409, f"The job {job_id} trains on this file; cancel it first.", code="file_in_use", param="file_id")
         await files.delete(file_id)
         return json_response({"id": file_id, "object": "file", "deleted": True})
 

@@ -18,6 +18,9 @@ from services.gateway.openai_api import decode_json
 
 T = TypeVar("T")
 
+ENDED = frozenset({"succeeded", "failed", "cancelled"})
+MAX_PAGE = 100
+"""The trainer gives no more at once; clients that ask for more see `has_more`."""
 TIMEOUT_S = 30.0
 """Creating a job reads and checks its training file."""
 
@@ -56,6 +59,17 @@ class Trainer:
         except TooLargeError as error:
             raise ApiError(413, "The body is too large.", code="request_too_large") from error
 
+    async def user_of(self, file_id: str) -> str | None:
+        """Id of a job that has not ended and trains on this file. Raises ApiError, also 503 when no trainer can tell."""
+        after, has_more = "", True
+        while has_more:
+            page = await self.ask("list", JobQuery(after=after, limit=MAX_PAGE), JobPage)
+            for job in page.data:
+                if job.training_file == file_id and job.status not in ENDED:
+                    return job.id
+            after, has_more = page.data[-1].id if page.data else "", page.has_more and bool(page.data)
+        return None
+
 
 def finetuning_routes(trainer: Trainer) -> APIRouter:
     """OpenAI's fine-tuning API."""
@@ -87,8 +101,9 @@ def finetuning_routes(trainer: Trainer) -> APIRouter:
 
     @router.get("/{job_id}/events", summary="A job's events")
     async def events(job_id: str, after: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 20) -> Response:
-        """Newest first; `type` metrics has the training loss in `data`."""
-        found = await trainer.ask("events", JobQuery(job_id=job_id, after=after, limit=limit), EventPage)
+        """Newest first, at most 100 at once; `type` metrics has the training loss in `data`."""
+        query = JobQuery(job_id=job_id, after=after, limit=min(limit, MAX_PAGE))
+        found = await trainer.ask("events", query, EventPage)
         return json_response(_page([_object(event, "fine_tuning.job.event") for event in found.data], found.has_more))
 
     @router.get("/{job_id}/checkpoints", summary="A job's checkpoints")
