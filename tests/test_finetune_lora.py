@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from common.messages import LoraSpec
+from common.messages import AdapterRecord, LoraSpec
+from services.cli import adapters
 from services.executor.batch import Segment, build_batch
 from services.executor.lora import MODULES, InvalidAdapterError, LoraAdapter, LoraWeights, check_spec
 from services.executor.model import Decoder
@@ -54,9 +54,9 @@ def adapted_logits(decoder: Decoder, adapter: LoraAdapter, tokens: list[int]) ->
 
 
 def write_folder(adapter: LoraAdapter, folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(adapter.config_json("tiny"))
-    (folder / "adapter_model.safetensors").write_bytes(adapter.to_safetensors())
+    """The folder as `heddle adapters export` writes it."""
+    record = AdapterRecord(name=adapter.name, base_model="tiny", artifact="a", lora=adapter.spec, created_at=0.0)
+    adapters.write_folder(folder, record, adapter.to_safetensors())
     return folder
 
 
@@ -106,24 +106,6 @@ def test_half_precision_files_are_widened(decoder: Decoder) -> None:
     again = LoraAdapter.from_safetensors("again", adapter.spec, safetensors.torch.save(half), decoder.config)
     assert again.weights.flat.dtype == torch.float32
     assert torch.equal(again.weights.flat, adapter.weights.flat.bfloat16().float())
-
-
-def test_the_configuration_is_pefts(decoder: Decoder) -> None:
-    config = json.loads(random_adapter(decoder, SPECS["two targets"]).config_json("org/base"))
-    assert config.items() >= {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "org/base",
-        "inference_mode": True,
-        "r": 4,
-        "lora_alpha": 2.0,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": ["q_proj", "v_proj"],
-        "layers_to_transform": None,
-    }.items()  # fmt: skip
-    some = random_adapter(decoder, SPECS["two targets"], layers=(1, 2))
-    assert json.loads(some.config_json("org/base"))["layers_to_transform"] == [1, 2]
 
 
 def test_targets_of_a_fused_linear_update_their_own_columns(decoder: Decoder) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -166,25 +165,6 @@ class LoraAdapter:
     def to_safetensors(self) -> bytes:
         """The bytes of PEFT's adapter_model.safetensors."""
         return safetensors.torch.save({name: tensor.contiguous() for name, tensor in self.weights.tensors.items()})
-
-    def config_json(self, base_model: str) -> str:
-        """The text of PEFT's adapter_config.json."""
-        partial = self.layers != tuple(range(max(self.layers, default=-1) + 1))
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_model,
-            "inference_mode": True,
-            "r": self.spec.rank,
-            "lora_alpha": self.spec.alpha,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "init_lora_weights": True,
-            "target_modules": sorted(self.spec.target_modules),
-            "layers_to_transform": list(self.layers) if partial else None,
-        }
-        return json.dumps(config, indent=2)
 
     def _segment(self, linear: LoraLinear, rows: Tensor) -> ops.LoraSegment:
         return ops.LoraSegment(start=0, end=rows.shape[0], a_RI=linear.a_RI, b_OR=linear.b_OR, scale=self.scale)
