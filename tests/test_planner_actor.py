@@ -170,14 +170,19 @@ async def test_a_claim_makes_the_planner_forget_what_it_knew(bus: Bus, connect: 
         assert len((await executor.answer()).trees) == 1
 
 
-async def test_a_report_that_was_lost_costs_drafts_only(bus: Bus, connect: Connect) -> None:
+async def test_a_report_that_was_lost_costs_drafts_until_the_sequence_is_opened_again(bus: Bus, connect: Connect) -> None:
     executor = await FakeExecutor(await connect(), "e").start()
     async with running(bus, instance_id="p") as actor:
         await executor.report("p", 1, new=(opened(),))
         await executor.answer()
         await executor.report("p", 3, done=(progress((3, 4), 5),))
-        assert (await executor.answer()).trees == ()
+        answer = await executor.answer()
+        assert (answer.trees, answer.unknown) == ((), ("r",))
         assert actor.vitals().counters["lost_sequences"] == 1
+        again = OpenedSequence(request_id="r", tokens=(*LOOP, 1, 2, 3, 4), num_output=5, max_output=100)
+        await executor.report("p", 4, new=(again,), done=(progress((3, 4), 5),))
+        answer = await executor.answer()
+        assert (len(answer.trees), answer.unknown) == (1, ())
 
 
 async def test_a_malformed_report_does_not_stop_the_next(bus: Bus, connect: Connect) -> None:

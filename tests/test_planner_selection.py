@@ -14,7 +14,8 @@ from numpy.random import Generator
 from services.planner.control import draft_depth, draft_width, quota_limit, token_debt
 from services.planner.drafter import Pool
 from services.planner.selection import Demand, Floats, QuotaOrder, Selection, iteration_costs, select
-from services.planner.trees import cut, find_fault, join, split
+from services.planner.trees import cut, join, split
+from tests.planner_trees import find_fault
 
 UNLIMITED = 10**6
 ORDERS: tuple[QuotaOrder, ...] = ("cheapest", "slowest")

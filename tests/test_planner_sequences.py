@@ -20,7 +20,8 @@ from common.messages import (
 from services.planner.actor import make_planner
 from services.planner.config import PlannerConfig
 from services.planner.planner import Planner
-from services.planner.trees import find_fault
+from services.planner.sequences import MAX_UNKNOWN
+from tests.planner_trees import find_fault
 
 FLAT = LatencyProfile(points=((1, 30.0), (256, 31.0)))
 STEEP = LatencyProfile(points=((1, 30.0), (2, 60.0), (256, 7680.0)))
@@ -176,6 +177,38 @@ def test_a_sequence_whose_progress_does_not_add_up_is_dropped_and_may_be_opened_
     assert ours.answer(report(4, done=(progress((3,), 4, "a"),)), 0.0) == ()
     assert ours.table.counters["unknown_sequences"] == 1
     assert len(ours.answer(report(5, new=(opened("a"),)), 0.0)) == 1
+
+
+def test_sequences_that_have_to_be_opened_again_are_named() -> None:
+    """The report of iteration 2, with progress of a and the opening of c, was lost; d ends, so nobody drafts for it."""
+    ours = planner()
+    ours.answer(first := report(1, new=(opened("a"), opened("b"))), 0.0)
+    assert ours.unknown(first) == ()
+    done = (progress((2,), 3, "a"), progress((1,), 2, "b"), progress((1,), 2, "c"), progress((1,), 2, "d"))
+    ours.answer(second := report(3, done=done, closed=("d",)), 0.0)
+    assert ours.unknown(second) == ("a", "c")
+    again = (opened("a", num_output=3), opened("c", num_output=2))
+    drafted = ours.answer(third := report(4, new=again, done=done), 0.0)
+    assert {tree.request_id for tree in drafted} == {"a", "b", "c"}
+    assert ours.unknown(third) == ("d",)
+
+
+def test_unknown_sequences_are_named_without_a_budget_for_drafts_and_bit_by_bit() -> None:
+    ours = planner()
+    names = [str(i) for i in range(MAX_UNKNOWN + 5)]
+    seen: set[str] = set()
+    for i in range(2):
+        new = tuple(opened(name, num_output=2) for name in seen)
+        ours.answer(each := report(i, new=new, done=tuple(progress((1,), 2, name) for name in names), budget=0), 0.0)
+        assert len(ours.unknown(each)) == (MAX_UNKNOWN, 5)[i]
+        seen |= set(ours.unknown(each))
+    assert seen == set(names)
+
+
+def test_without_drafting_no_sequence_is_asked_for() -> None:
+    ours = planner(mode="none")
+    ours.answer(each := report(1, done=(progress((1,), 2, "ghost"),)), 0.0)
+    assert ours.unknown(each) == ()
 
 
 def test_a_sequence_without_news_gets_no_tree_and_goes_on_later() -> None:

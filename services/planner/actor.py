@@ -81,7 +81,13 @@ class PlannerActor:
         draft_ms = 1000 * (time.monotonic() - started_at)
         self._draft_ms_total += draft_ms
         self._mean_draft_ms += SMOOTHING * (draft_ms - self._mean_draft_ms)
-        answer = DraftTrees(planner_id=self._config.instance_id, iteration=report.iteration, trees=drafted, draft_ms=draft_ms)
+        answer = DraftTrees(
+            planner_id=self._config.instance_id,
+            iteration=report.iteration,
+            trees=drafted,
+            draft_ms=draft_ms,
+            unknown=self._planner.unknown(report),
+        )
         await self._bus.publish(subjects.executor_trees(report.executor_id), answer)
 
     async def _sweep(self) -> None:

@@ -69,6 +69,10 @@ class Planner:
         self._count(selection)
         return _trees(sequences, pools, selection)
 
+    def unknown(self, report: IterationReport) -> tuple[str, ...]:
+        """Sequences of a report just answered that have to be opened (again) to be drafted for."""
+        return () if self._mode is None else self.table.unknown(report)
+
     def _limits(self, num_nodes: int, num_requests: int) -> tuple[int, int]:
         shape = self._shape
         depth = control.draft_depth(

@@ -8,6 +8,8 @@ from collections import Counter
 from common.messages import IterationReport, OpenedSequence, SequenceProgress
 from services.planner.drafter import Drafter
 
+MAX_UNKNOWN = 32
+"""Unknown sequences named at a time: each is opened with all its tokens, and a report must fit into a message."""
 MAX_SILENT_REPORTS = 16
 """A sequence without news in so many reports is gone: decoding ones progress in each, cancelled ones just vanish."""
 
@@ -41,8 +43,8 @@ class _Executor:
 class SequenceTable:
     """All sequences by executor and request, kept in step with a drafter.
 
-    Where progress does not add up, a report was lost and with it tokens: the sequence is dropped, and its executor decodes it
-    without drafts until it opens it again.
+    Where progress does not add up, a report was lost and with it tokens: the sequence is dropped, named as
+    unknown, and decoded without drafts until its executor opens it again.
     """
 
     def __init__(self, drafter: Drafter) -> None:
@@ -67,6 +69,12 @@ class SequenceTable:
         for request_id in (*report.closed, *silent):
             self._close(report.executor_id, request_id)
         return {name: sequence for name, sequence in executor.sequences.items() if sequence.num_silent == 0}
+
+    def unknown(self, report: IterationReport) -> tuple[str, ...]:
+        """Sequences that go on after this report, which was taken in, but are not known: the first of them."""
+        known = self._executors[report.executor_id].sequences.keys() | set(report.closed)
+        names = dict.fromkeys(each.request_id for each in report.progress if each.request_id not in known)
+        return tuple(names)[:MAX_UNKNOWN]
 
     def drop_executor(self, executor_id: str) -> None:
         """Forget an executor and its sequences."""
