@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 import pytest
 
@@ -102,8 +104,29 @@ def test_checkpoints_are_listed_once_and_the_newest_is_resumed_from() -> None:
     ]
     assert (found.checkpoint, found.checkpoint_step, found.job.step) == ("a/step-4", 4, 4)
     assert found.checkpoints[0].fine_tuned_model_checkpoint == "ft:base::mine:1:ckpt-step-2"
-    probed = jobs.probed(found, "a/latest", 5)
-    assert (probed.checkpoint, probed.checkpoint_step, len(probed.checkpoints)) == ("a/latest", 5, 2)
+    saved = jobs.saved(found, "a/latest", 5)
+    assert (saved.checkpoint, saved.checkpoint_step, len(saved.checkpoints)) == ("a/latest", 5, 2)
+
+
+def test_objects_are_needed_while_users_see_them_or_the_job_resumes_from_them() -> None:
+    name = "ftjob-1/step-2"
+    found = jobs.checkpointed(record("running"), name, 2, {}, 7.0)
+    assert jobs.needed_objects(record("running")) == frozenset()
+    assert jobs.needed_objects(found) == {name, f"{name}.optimizer"}
+    interim = naming.interim_name("ftjob-1", 3, 0)
+    saved = jobs.saved(found, interim, 5)
+    assert jobs.needed_objects(saved) == {name, interim, f"{interim}.optimizer"}
+    last = jobs.checkpointed(saved, "ftjob-1/step-6", 6, {}, 8.0)
+    assert jobs.needed_objects(last) == {name, "ftjob-1/step-6", "ftjob-1/step-6.optimizer"}
+    assert jobs.needed_objects(jobs.succeeded(last, "ft:x", 1, 9.0)) == {name, "ftjob-1/step-6"}
+    for over in (jobs.cancel(last, 9.0), jobs.failed(last, JobError(code="c", message="m"), 9.0)):
+        assert (over.checkpoint, over.checkpoints, jobs.needed_objects(over)) == (None, (), frozenset())
+
+
+def test_interim_checkpoints_never_overwrite_the_one_to_resume_from() -> None:
+    names = [naming.interim_name("ftjob-1", lease, turn) for lease in (3, 4) for turn in range(4)]
+    assert all(name != following for name, following in itertools.pairwise(names))
+    assert len(set(names)) == 4
 
 
 def test_endings_release_the_job() -> None:

@@ -80,6 +80,7 @@ class FakeExecutor:
         self.slices_seen = 0
         self.max_queued = 64
         self.num_overloaded = 0
+        self.num_writes = 0
         self.fail_at: int | None = None
         self.slow_start = False
         self.max_training_tokens = 0
@@ -227,6 +228,7 @@ class FakeExecutor:
             await self.bus.publish(subjects.job_progress(job_id), done)
 
     async def _write(self, order: WriteCheckpoint) -> CheckpointWritten:
+        self.num_writes += 1
         step, state = self.steps[order.job_id], self.states[order.job_id].hex()
         data = json.dumps({"step": step, "state": state}).encode()
         store = await self.bus.object_store(subjects.ARTIFACTS_STORE)

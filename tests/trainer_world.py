@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from nats.js.errors import NotFoundError
+
 from common import subjects
 from common.bus import Bus, RemoteError
 from common.chat import ChatTokenizer
@@ -179,6 +181,14 @@ class World:
             (await (await self.bus.object_store(subjects.ARTIFACTS_STORE)).get(name)).data or b""
         )
         return stored
+
+    async def stored(self) -> set[str]:
+        """Names of all artifacts."""
+        try:
+            infos = await (await self.bus.object_store(subjects.ARTIFACTS_STORE)).list(ignore_deletes=True)
+        except NotFoundError:
+            return set()
+        return {info.name or "" for info in infos}
 
     async def end(self) -> None:
         """Stop all that still runs."""

@@ -12,6 +12,7 @@ from common.chat import ChatTokenizer
 from common.fleet import Fleet
 from common.messages import Beat
 from common.service import Vitals
+from services.trainer.artifacts import Artifacts
 from services.trainer.config import TrainerConfig
 from services.trainer.dispatcher import Dispatcher
 from services.trainer.endpoints import Endpoints
@@ -38,6 +39,7 @@ class TrainerActor:
             tokenizer=self._tokenizer,
             table=await JobTable.open(bus),
             events=await EventLog.open(bus),
+            artifacts=Artifacts(bus, self._config.open_timeout_s),
             fleet=self._fleet,
             counters=self._counters,
         )

@@ -34,6 +34,8 @@ class TrainerConfig(ServiceConfig):
     """For slices: they are only queued by the executor."""
     open_timeout_s: float = 60.0
     """For opening, checkpoints and closing, which move tensors."""
+    checkpoint_every_s: float = 60.0
+    """A job of long epochs writes a checkpoint to resume from this often; users see only those at an epoch's end."""
     stall_s: float = 60.0
     """Without a finished step for so long, ask the executor where it is: progress messages may be lost."""
     max_attempts: int = 5
@@ -47,7 +49,15 @@ class TrainerConfig(ServiceConfig):
         for name in ("max_concurrent_jobs", "max_steps_in_flight", "max_attempts", "max_file_reads"):
             require(getattr(self, name) >= 1, name, "be at least 1")
         require(self.max_sequence_length >= 2, "max_sequence_length", "be at least 2")
-        for name in ("renew_s", "resync_s", "request_timeout_s", "open_timeout_s", "stall_s", "file_retry_s"):
+        for name in (
+            "renew_s",
+            "resync_s",
+            "request_timeout_s",
+            "open_timeout_s",
+            "stall_s",
+            "file_retry_s",
+            "checkpoint_every_s",
+        ):
             require(getattr(self, name) > 0, name, "be positive")
         require(self.drain_s >= 0, "drain_s", "not be negative")
         require(self.lease_s >= 3 * self.renew_s, "lease_s", "be at least 3 * renew_s")

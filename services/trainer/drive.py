@@ -1,4 +1,4 @@
-"""The inner loop of a job: steps to an executor, progress back, a checkpoint at each epoch's end. Knows no job table."""
+"""The inner loop of a job: steps to an executor, progress back, checkpoints now and then. Knows no job table."""
 
 from __future__ import annotations
 
@@ -61,8 +61,11 @@ class Owner(Protocol):
     async def checkpoint_written(self, artifact: str, step: int) -> None:
         """A checkpoint holds the state before `step`."""
 
-    async def probe_written(self, artifact: str, step: int) -> None:
-        """So does this one, but only to resume from: it will be overwritten."""
+    async def saved(self, artifact: str, step: int) -> None:
+        """So does this one, but only to resume from: the next will replace it."""
+
+    async def progress_lost(self, step: int) -> None:
+        """All steps before `step` are done, and what was not told of them by now never will be."""
 
 
 class Drive:
@@ -72,6 +75,9 @@ class Drive:
         self._session, self._course, self._owner, self._config = session, course, owner, config
         self._position = Position(0, 0, 0)
         self._progressed_at = 0.0
+        self._saved_at = 0.0
+        self._saved = 0
+        self._num_saves = 0
 
     async def run(self, step: int, checkpointed: int) -> Literal["finish", "stop"]:
         """Train from `step` to the end, or until the owner wants to stop; either way a checkpoint holds the last step.
@@ -79,10 +85,13 @@ class Drive:
         Raises ExecutorLostError, JobRejectedError, and what the owner's check raises.
         """
         self._position = Position(step, step, checkpointed)
-        self._progressed_at = time.monotonic()
+        self._progressed_at = self._saved_at = time.monotonic()
+        self._saved = step
         while True:
             await self._absorb()
             match self._next():
+                case "send" | "wait" if self._is_save_due():
+                    await self._save()
                 case "send":
                     await self._send_step(self._position.sent)
                 case "wait":
@@ -124,6 +133,7 @@ class Drive:
         if written.step != step:
             raise ExecutorLostError(f"executor {self._session.executor_id} wrote step {written.step} instead of {step}")
         await self._owner.checkpoint_written(artifact, step)
+        self._saved, self._saved_at = step, time.monotonic()
         self._position = dataclasses.replace(self._position, checkpointed=step)
 
     async def _patiently(self, order: Callable[[], Awaitable[T]]) -> T:
@@ -151,10 +161,22 @@ class Drive:
         """Progress messages may be lost: a living executor that is silent for long is asked for a checkpoint; it has a step."""
         if self._session.inbox or time.monotonic() - self._progressed_at < self._config.stall_s:
             return
-        artifact = naming.probe_name(self._course.job_id)
-        step = (await self._patiently(lambda: self._session.checkpoint(artifact))).step
-        await self._owner.probe_written(artifact, step)
+        step = await self._save()
+        await self._owner.progress_lost(step)
         self._reached(step)
+
+    def _is_save_due(self) -> bool:
+        is_late = time.monotonic() - self._saved_at >= self._config.checkpoint_every_s
+        return is_late and self._position.done > self._saved
+
+    async def _save(self) -> int:
+        """Have the executor store what it has, whichever step that is by now: the steps in flight go on. Returns the step."""
+        artifact = naming.interim_name(self._course.job_id, self._session.order.lease, self._num_saves)
+        step = (await self._patiently(lambda: self._session.checkpoint(artifact))).step
+        await self._owner.saved(artifact, step)
+        self._num_saves += 1
+        self._saved, self._saved_at = step, time.monotonic()
+        return step
 
     def _reached(self, done: int) -> None:
         """At least so many steps are done; whoever did them was sent them."""

@@ -66,6 +66,7 @@ class Endpoints:
         if record.executor_id:
             order = CloseJob(job_id=record.job.id, lease=record.lease)
             await self._around.bus.publish(subjects.executor_slices(record.executor_id), order)
+        self._around.bus.spawn(self._around.artifacts.sweep(record))
         return record.job
 
     async def pause(self, query: JobQuery) -> FineTuningJob:

@@ -20,7 +20,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True, tag="job_record.1"):
     """Entry of the KV bucket `heddle_jobs`: the job as users see it, and who runs it.
 
     `owner` may work until `lease_expires_at`; `lease` grows with every claim and every executor, and fences both.
-    `checkpoint` is the artifact to resume from; it holds the state before step `checkpoint_step`.
+    `checkpoint` is the artifact to resume from; it holds the state before step `checkpoint_step`. It is one of `checkpoints`,
+    which users see and whose adapters are kept, or an interim one, which the next replaces.
     """
 
     job: FineTuningJob
@@ -112,12 +113,12 @@ def choose_claims(records: Iterable[JobRecord], owner: str, busy: Collection[str
 
 
 def cancel(record: JobRecord, now: float) -> JobRecord:
-    """The cancelled job; its owner notices that it lost it. Raises ApiError 409 when the job is over."""
+    """The cancelled job, its checkpoints gone; its owner notices that it lost it. Raises ApiError 409 when the job is over."""
     if record.job.status in FINAL:
         raise _wrong_state(record, "cancelled")
     executor_id = record.executor_id
     record = with_job(released(record, "cancelled"), finished_at=int(now))
-    return msgspec.structs.replace(record, executor_id=executor_id)
+    return msgspec.structs.replace(record, executor_id=executor_id, checkpoint=None, checkpoints=())
 
 
 def pause(record: JobRecord) -> JobRecord:
@@ -172,9 +173,19 @@ def checkpointed(record: JobRecord, artifact: str, step: int, metrics: dict[str,
     return with_job(record, step=step)
 
 
-def probed(record: JobRecord, artifact: str, step: int) -> JobRecord:
-    """A checkpoint to resume from that is not offered to users."""
+def saved(record: JobRecord, artifact: str, step: int) -> JobRecord:
+    """An interim checkpoint: to resume from, not offered to users."""
     return with_job(msgspec.structs.replace(record, checkpoint=artifact, checkpoint_step=step), step=step)
+
+
+def needed_objects(record: JobRecord) -> frozenset[str]:
+    """The objects in the artifact store that the job still needs: adapters that users see, and what to resume from."""
+    if record.job.status in ("failed", "cancelled"):
+        return frozenset()
+    adapters = {naming.artifact_name(record.job.id, listed.step_number) for listed in record.checkpoints}
+    newest = {record.checkpoint} if record.checkpoint else set[str]()
+    resumable = set[str]() if record.job.status == "succeeded" else {naming.optimizer_name(name) for name in newest}
+    return frozenset(adapters | newest | resumable)
 
 
 def succeeded(record: JobRecord, model: str, trained_tokens: int, now: float) -> JobRecord:
@@ -183,5 +194,6 @@ def succeeded(record: JobRecord, model: str, trained_tokens: int, now: float) ->
 
 
 def failed(record: JobRecord, error: JobError, now: float) -> JobRecord:
-    """The job ended with this error."""
-    return with_job(released(record, "failed"), error=error, finished_at=int(now))
+    """The job ended with this error; its checkpoints go."""
+    record = msgspec.structs.replace(released(record, "failed"), checkpoint=None, checkpoints=())
+    return with_job(record, error=error, finished_at=int(now))

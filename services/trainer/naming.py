@@ -18,14 +18,27 @@ def new_job_id(now: float) -> str:
     return f"{JOB_PREFIX}{_base36(int(now * 1000)):0>{_TIME_LENGTH}}{random_part}"
 
 
+def artifact_prefix(job_id: str) -> str:
+    """What the names of all of a job's objects start with."""
+    return f"{job_id}/"
+
+
 def artifact_name(job_id: str, step: int) -> str:
     """The object that holds the adapter before step `step`."""
-    return f"{job_id}/step-{step}"
+    return f"{artifact_prefix(job_id)}step-{step}"
 
 
-def probe_name(job_id: str) -> str:
-    """The object of checkpoints that were written only to learn how far an executor is."""
-    return f"{job_id}/latest"
+def interim_name(job_id: str, lease: int, turn: int) -> str:
+    """The object of a checkpoint that is only resumed from.
+
+    Turns alternate, and leases differ, so that the one to resume from is never overwritten: it would be lost with the executor.
+    """
+    return f"{artifact_prefix(job_id)}latest-{lease}-{turn % 2}"
+
+
+def optimizer_name(artifact: str) -> str:
+    """The object beside an artifact that executors resume from."""
+    return f"{artifact}.optimizer"
 
 
 def model_name(base_model: str, suffix: str | None, job_id: str) -> str:

@@ -47,11 +47,15 @@ class JobRunner:
             await self._fail(JobError(code="training_failed", message=str(error)))
 
     async def supervise(self) -> None:
-        """Run, unless the job is or becomes somebody else's."""
+        """Run, unless the job is or becomes somebody else's; what a job that is over leaves behind is deleted."""
         try:
             await self.run()
+            record = self.lease.record
         except SupersededError as error:
             log.info("job.superseded", job_id=self.lease.job_id, now=str(error))
+            record = error.record
+        if record.job.status in jobs.FINAL:
+            await self._around.artifacts.sweep(record)
 
     async def renew(self) -> None:
         """Prolong the lease and tell the progress; a lost lease is noticed by who works on the job."""

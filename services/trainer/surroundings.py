@@ -15,6 +15,7 @@ from common.bus import Bus
 from common.chat import ChatTokenizer
 from common.fleet import Fleet
 from common.messages import Beat
+from services.trainer.artifacts import Artifacts
 from services.trainer.config import TrainerConfig
 from services.trainer.dataset import Dataset, DatasetError, read_dataset
 from services.trainer.event_log import EventLog
@@ -32,6 +33,7 @@ class Surroundings:
     tokenizer: ChatTokenizer
     table: JobTable
     events: EventLog
+    artifacts: Artifacts
     fleet: Fleet
     counters: Counter[str]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import structlog
@@ -108,18 +108,26 @@ class Training:
     async def checkpoint_written(self, artifact: str, step: int) -> None:
         """Remember a checkpoint, and say so; most of them end an epoch."""
         metrics = events.step_metrics(self._last) if self._last and self._last.step + 1 == step else {}
-        await self._lease.change(lambda record: jobs.checkpointed(record, artifact, step, metrics, time.time()))
+        await self._record(lambda record: jobs.checkpointed(record, artifact, step, metrics, time.time()))
         epoch, rest = divmod(step, self._course.plan.steps_per_epoch)
         if rest == 0:
             await self._say(f"Epoch {epoch}/{self._course.plan.n_epochs} completed", data={"epoch": epoch, **metrics})
         await self._say(f"Checkpoint created at step {step}", data={"artifact": artifact, "step": step})
 
-    async def probe_written(self, artifact: str, step: int) -> None:
-        """Remember where to resume; what was done beyond the last message left no metrics."""
+    async def saved(self, artifact: str, step: int) -> None:
+        """Remember where to resume."""
+        await self._record(lambda record: jobs.saved(record, artifact, step))
+
+    async def progress_lost(self, step: int) -> None:
+        """What was done beyond the last message left no metrics."""
         if step > self.step:
             await self._say(f"The metrics of steps {self.step + 1} to {step} were lost", "warn")
         self.step = max(self.step, step)
-        await self._lease.change(lambda record: jobs.probed(record, artifact, step))
+
+    async def _record(self, change: Callable[[JobRecord], JobRecord]) -> None:
+        """A new checkpoint is to resume from; the one before is then in nobody's way."""
+        before = self._lease.record
+        await self._around.artifacts.delete_superseded(before, await self._lease.change(change))
 
     # --- executors ---------------------------------------------------------------------------------------------------
 
@@ -143,6 +151,7 @@ class Training:
     async def _begin(self, session: ExecutorSession, step: int) -> None:
         await self._lease.change(lambda record: jobs.with_job(record, status="running", step=step))
         await self._journal.rewind(step)
+        await self.progress_lost(step)
         self.step, self._opened = step, (time.time(), step)
         verb = "started" if step == 0 else f"continues after step {step}"
         await self._say(f"Training {verb} on executor {session.executor_id}", data={"executor_id": session.executor_id})
