@@ -7,7 +7,7 @@ bf16 by up to 8 times at one row; padded calls for 32 segments take half the tim
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -35,28 +35,43 @@ class AttentionPlan:
 
     def __init__(self, segments: Sequence[AttentionSegment]) -> None:
         self.segments = tuple(segments)
-        self._calls: dict[tuple[int, torch.dtype], list[_Call]] = {}
+        self._calls: dict[tuple[int, torch.dtype, int | None], list[_Call]] = {}
 
-    def calls(self, group: int, dtype: torch.dtype) -> list[_Call]:
+    def calls(self, group: int, dtype: torch.dtype, window: int | None = None) -> list[_Call]:
         """The padded calls, with masks for `group` query heads per key/value head; kept for the next layer."""
-        if (group, dtype) not in self._calls:
-            self._calls[group, dtype] = [_padded_call(segments, group, dtype) for segments in self._shares()]
-        return self._calls[group, dtype]
+        if (group, dtype, window) not in self._calls:
+            self._calls[group, dtype, window] = self._arrange(group, dtype, window)
+        return self._calls[group, dtype, window]
 
-    def _shares(self) -> list[list[AttentionSegment]]:
-        """Segments that share a call: all short, of one row or more, their key counts within a factor of two."""
-        shared: dict[tuple[bool, int], list[AttentionSegment]] = {}
-        alone: list[list[AttentionSegment]] = []
-        for segment in self.segments:
-            num_rows = segment.end - segment.start
-            if num_rows > MAX_SHARED_ROWS:
-                alone.append([segment])
-            else:
-                shared.setdefault((num_rows > 1, segment.slots_L.numel().bit_length()), []).append(segment)
-        return [*shared.values(), *alone]
+    def _arrange(self, group: int, dtype: torch.dtype, window: int | None) -> list[_Call]:
+        if window is None:
+            return [_padded_call(segments, group, dtype, None) for segments in _shares(self.segments)]
+        if all(segment.slots_L.numel() <= window for segment in self.segments):
+            return self.calls(group, dtype)
+        trimmed = [_trimmed(segment, window) for segment in self.segments]
+        return [_padded_call(segments, group, dtype, window) for segments in _shares(trimmed)]
 
 
-def _padded_call(segments: list[AttentionSegment], group: int, dtype: torch.dtype) -> _Call:
+def _trimmed(segment: AttentionSegment, window: int) -> AttentionSegment:
+    """Without the keys that not even the first row sees, which is the nearest to them."""
+    num_context = segment.slots_L.numel() - (segment.end - segment.start)
+    return replace(segment, slots_L=segment.slots_L[max(num_context - window + 1, 0) :])
+
+
+def _shares(segments: Sequence[AttentionSegment]) -> list[list[AttentionSegment]]:
+    """Segments that share a call: all short, of one row or more, their key counts within a factor of two."""
+    shared: dict[tuple[bool, int], list[AttentionSegment]] = {}
+    alone: list[list[AttentionSegment]] = []
+    for segment in segments:
+        num_rows = segment.end - segment.start
+        if num_rows > MAX_SHARED_ROWS:
+            alone.append([segment])
+        else:
+            shared.setdefault((num_rows > 1, segment.slots_L.numel().bit_length()), []).append(segment)
+    return [*shared.values(), *alone]
+
+
+def _padded_call(segments: list[AttentionSegment], group: int, dtype: torch.dtype, window: int | None) -> _Call:
     """Padding rows repeat a segment's last row, with the same result; padding keys repeat its first key, masked.
 
     Nothing of another sequence is read, as not even a mask stops a NaN.
@@ -70,7 +85,7 @@ def _padded_call(segments: list[AttentionSegment], group: int, dtype: torch.dtyp
     for i, segment in enumerate(segments):
         own_rows, own_keys = segment.end - segment.start, segment.slots_L.numel()
         slots[i, :own_keys], slots[i, own_keys:] = segment.slots_L, segment.slots_L[0]
-        mask[i, :own_rows, :own_keys] = segment_mask(segment)
+        mask[i, :own_rows, :own_keys] = segment_mask(segment, window)
         mask[i, own_rows:] = mask[i, own_rows - 1].clone()
     bias = None
     if not mask.all():
@@ -85,6 +100,7 @@ def ragged_attention(
     v_cache_SKD: Tensor,
     segments: AttentionPlan | Sequence[AttentionSegment],
     scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """The reference's ragged_attention; a plan saves arranging the segments again in every layer."""
     plan = segments if isinstance(segments, AttentionPlan) else AttentionPlan(segments)
@@ -92,7 +108,7 @@ def ragged_attention(
     num_kv_heads = k_cache_SKD.shape[1]
     group = num_heads // num_kv_heads
     out_TND = torch.zeros_like(q_TND)
-    for call in plan.calls(group, q_TND.dtype):
+    for call in plan.calls(group, q_TND.dtype, window):
         B = call.num_segments
         q = q_TND.index_select(0, call.rows).view(B, -1, num_kv_heads, group, head_dim)
         k, v = (

@@ -68,25 +68,40 @@ def rope_and_cache(
     return rope(q_TND, cos_TD, sin_TD)
 
 
-def segment_mask(segment: AttentionSegment) -> Tensor:
-    """bool [n, L]: all of the context, then the segment's own rows by its mask."""
+def segment_mask(segment: AttentionSegment, window: int | None = None) -> Tensor:
+    """bool [n, L]: all of the context, then the segment's own rows by its mask; of these, keys less than `window` away.
+
+    Distances are between positions: a row's depth below the context is the number of other own rows that it sees.
+    """
     num_rows, num_keys = segment.end - segment.start, segment.slots_L.numel()
     mask_nL = torch.ones(num_rows, num_keys, dtype=torch.bool, device=segment.slots_L.device)
     own = mask_nL[:, num_keys - num_rows :]
     own.copy_(own.tril() if segment.mask_nn is None else segment.mask_nn)
+    if window is not None:
+        positions_L = torch.arange(num_keys, device=mask_nL.device)
+        positions_L[num_keys - num_rows :] = num_keys - num_rows - 1 + own.sum(1)
+        mask_nL &= positions_L[num_keys - num_rows :, None] - positions_L < window
     return mask_nL
 
 
 def ragged_attention(
-    q_TND: Tensor, k_cache_SKD: Tensor, v_cache_SKD: Tensor, segments: Sequence[AttentionSegment], scale: float
+    q_TND: Tensor,
+    k_cache_SKD: Tensor,
+    v_cache_SKD: Tensor,
+    segments: Sequence[AttentionSegment],
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
-    """Semantics: out[s:e] = softmax(scale * q[s:e] k^T, masked) v over the segment's keys; rows of no segment are zero."""
+    """Semantics: out[s:e] = softmax(scale * q[s:e] k^T, masked) v over the segment's keys; rows of no segment are zero.
+
+    With a window, a row sees only keys at positions p with row's position - p < window.
+    """
     out_TND = torch.zeros_like(q_TND)
     for segment in segments:
         rows = slice(segment.start, segment.end)
         q_KWD = fold_heads(q_TND[rows], k_cache_SKD.shape[1])
         k_KLD, v_KLD = (cache.index_select(0, segment.slots_L).transpose(0, 1) for cache in (k_cache_SKD, v_cache_SKD))
-        p_KWL = _probabilities(q_KWD, k_KLD, segment_mask(segment), scale)
+        p_KWL = _probabilities(q_KWD, k_KLD, segment_mask(segment, window), scale)
         out_TND[rows] = unfold_heads(p_KWL.to(v_KLD.dtype) @ v_KLD, q_TND.shape[1])
     return out_TND
 

@@ -20,7 +20,7 @@ class AttentionSegment:
     slots_L: Tensor
     """int64 cache slots of all keys: the committed context, then the segment's own rows in row order."""
     mask_nn: Tensor | None = None
-    """bool [n, n] over the segment's own rows, True where row i may attend to row j; None is causal."""
+    """bool [n, n] over the segment's own rows, True where row i may attend to row j, itself or an ancestor; None is causal."""
 
     def __post_init__(self) -> None:
         num_rows = self.end - self.start

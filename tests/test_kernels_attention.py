@@ -68,7 +68,10 @@ def make_segments(batch: list[tuple[int, list[int] | int]], gap: int) -> tuple[l
     return segments, end + gap
 
 
-def oracle(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, segments: list[ops.AttentionSegment]) -> Tensor:
+def oracle(
+    q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, segments: list[ops.AttentionSegment], window: int = NUM_SLOTS
+) -> Tensor:
+    """Row by row; a row's keys in the order of their positions, of which it sees the last `window`."""
     out = torch.zeros_like(q_TND)
     group = q_TND.shape[1] // k_SKD.shape[1]
     for segment in segments:
@@ -76,7 +79,7 @@ def oracle(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, segments: list[ops.Atten
         context = segment.slots_L.numel() - num_rows
         own = torch.ones(num_rows, num_rows).tril().bool() if segment.mask_nn is None else segment.mask_nn
         for i in range(num_rows):
-            keys = [*range(context), *(context + j for j in range(num_rows) if own[i, j])]
+            keys = [*range(context), *(context + j for j in range(num_rows) if own[i, j])][-window:]
             slots = segment.slots_L[keys]
             for head in range(q_TND.shape[1]):
                 probs = (SCALE * (k_SKD[slots, head // group] @ q_TND[segment.start + i, head])).softmax(0)
@@ -106,6 +109,27 @@ def test_query_heads_share_the_keys_of_their_group(
     q = randn(num_rows, num_heads, HEAD_DIM)
     k, v = (randn(NUM_SLOTS, num_kv_heads, HEAD_DIM, seed=seed) for seed in (1, 2))
     assert_matches(implementation(q, k, v, segments, SCALE), oracle(q, k, v, segments))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.mark.parametrize("window", [1, 2, 3, 12, 13, 14, 101, NUM_SLOTS])
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_a_window_hides_keys_by_their_distance_in_positions(
+    batch: list[tuple[int, list[int] | int]], window: int, implementation: Callable[..., Tensor]
+) -> None:
+    segments, num_rows = make_segments(batch, gap=0)
+    q = randn(num_rows, 6, HEAD_DIM)
+    k, v = (randn(NUM_SLOTS, 2, HEAD_DIM, seed=seed) for seed in (1, 2))
+    assert_matches(implementation(q, k, v, segments, SCALE, window), oracle(q, k, v, segments, window))
+
+
+def test_a_window_makes_long_contexts_short_and_wide_windows_cost_nothing() -> None:
+    segments, _ = make_segments([(100, 1), (90, 1), (60, 1)], gap=0)
+    plan = ops.AttentionPlan(segments)
+    (call,) = plan.calls(3, torch.float32, 16)
+    assert call.slots.numel() == 3 * 16
+    assert call.bias is None
+    assert plan.calls(3, torch.float32, 101) is plan.calls(3, torch.float32)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
