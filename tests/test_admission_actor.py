@@ -79,7 +79,8 @@ class FakeExecutor:
         return self.refusal or Admitted(request_id=order.request.request_id, executor_id=self.executor_id)
 
     async def beat(self, state: ServiceState = "ready") -> None:
-        message = Beat(role="executor", instance_id=self.executor_id, state=state, sent_at=0.0, period_s=60.0, executor=LOAD)
+        now = time.time()
+        message = Beat(role="executor", instance_id=self.executor_id, state=state, sent_at=now, period_s=60.0, executor=LOAD)
         await self.bus.publish(subjects.beat("executor", self.executor_id), message)
         await self.bus.client.flush()
 

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from common.messages import Beat, ExecutorLoad, InferenceRequest, LatencyProfile, Rejected, ServiceState, Slo
-from services.admission.inflight import InFlight
+from services.admission.inflight import NUM_DELAYS, InFlight
 from services.admission.policy import Limits, Placement, admit, forecast, prefill_ms
 
 LIMITS = Limits(prefill_chunk=100, max_backlog_ms=1000.0, max_waiting=8)
@@ -220,7 +220,7 @@ def test_a_burst_between_heartbeats_spreads_over_executors() -> None:
         asked = request(50 + 10 * (i % 3), request_id=str(i), tpot_ms=200.0)
         decision = place(asked, *(in_flight.add_to(each) for each in beats))
         in_flight.send(decision.executor_id, asked)
-        in_flight.settle(decision.executor_id, asked.request_id, accepted=True)
+        in_flight.settle(decision.executor_id, asked.request_id, accepted=True, now=1.0)
         placed[decision.executor_id] += 1
     assert set(placed) == set("abc")
     assert max(placed.values()) <= 5
@@ -235,17 +235,48 @@ def test_in_flight_requests_are_added_to_the_load() -> None:
     assert in_flight.add_to(beat("other")) == beat("other")
 
 
-def test_a_beat_takes_over_what_was_accepted_before_it() -> None:
+@pytest.mark.parametrize("skew", [0.0, 1e9, -1e3])
+def test_a_beat_takes_over_what_was_accepted_before_it_was_sent(skew: float) -> None:
+    """Beats take 1 ms to arrive; the executor's clock is `skew` ahead of ours."""
     in_flight = InFlight()
+    in_flight.observe_beat("e", 9.0 + skew, 9.001)
     for name in ("accepted", "pending", "refused"):
         in_flight.send("e", request(request_id=name))
-    in_flight.settle("e", "accepted", accepted=True)
-    in_flight.settle("e", "refused", accepted=False)
+    in_flight.settle("e", "refused", accepted=False, now=9.5)
+    in_flight.settle("e", "accepted", accepted=True, now=9.6)
     assert len(in_flight) == 2
-    in_flight.observe_beat("e")
+    in_flight.observe_beat("e", 10.0 + skew, 10.001)
     assert len(in_flight) == 1, "the executor may not have seen the pending one"
-    in_flight.settle("e", "pending", accepted=True)
-    in_flight.observe_beat("e")
+    in_flight.settle("e", "pending", accepted=True, now=10.5)
+    in_flight.observe_beat("other", 11.0 + skew, 11.001)
+    assert len(in_flight) == 1
+    in_flight.observe_beat("e", 11.0 + skew, 11.001)
+    assert len(in_flight) == 0
+
+
+@pytest.mark.parametrize("skew", [0.0, 5.0, -5.0])
+def test_a_beat_sent_before_the_acceptance_and_heard_after_it_takes_nothing_over(skew: float) -> None:
+    in_flight = InFlight()
+    in_flight.observe_beat("e", 9.0 + skew, 9.001)
+    in_flight.send("e", request(tpot_ms=70.0))
+    in_flight.settle("e", "r", accepted=True, now=10.1)
+    in_flight.observe_beat("e", 10.0 + skew, 10.2)
+    updated = in_flight.add_to(beat()).executor
+    assert updated is not None
+    assert (updated.num_waiting, updated.promised_tpot_ms) == (1, (70.0,))
+    in_flight.observe_beat("e", 11.0 + skew, 11.3)
+    assert in_flight.add_to(beat()) == beat()
+
+
+def test_a_clock_that_was_set_back_is_forgiven_after_some_beats() -> None:
+    in_flight = InFlight()
+    in_flight.observe_beat("e", 1000.0, 0.0)
+    in_flight.send("e", request())
+    in_flight.settle("e", "r", accepted=True, now=0.5)
+    for i in range(1, NUM_DELAYS):
+        in_flight.observe_beat("e", float(i), float(i))
+    assert len(in_flight) == 1
+    in_flight.observe_beat("e", float(NUM_DELAYS), float(NUM_DELAYS))
     assert len(in_flight) == 0
 
 
@@ -255,5 +286,5 @@ def test_dead_executors_leave_nothing_in_flight() -> None:
     in_flight.send("living", request())
     in_flight.keep_only({"living"})
     assert len(in_flight) == 1
-    in_flight.settle("dead", "r", accepted=True)
+    in_flight.settle("dead", "r", accepted=True, now=1.0)
     assert len(in_flight) == 1

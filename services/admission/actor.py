@@ -71,8 +71,9 @@ class AdmissionActor:
 
     async def _on_beat(self, beat: Beat) -> None:
         if beat.role == "executor":
-            self._fleet.observe(beat, time.monotonic())
-            self._in_flight.observe_beat(beat.instance_id)
+            now = time.monotonic()
+            self._fleet.observe(beat, now)
+            self._in_flight.observe_beat(beat.instance_id, beat.sent_at, now)
 
     async def _on_request(self, request: InferenceRequest) -> Admitted | Rejected:
         if not request.arrived_at:
@@ -126,7 +127,8 @@ class AdmissionActor:
         except (BusError, MalformedMessageError) as error:
             answer = await self._give_up(request, executor_id, error)
         finally:
-            self._in_flight.settle(executor_id, request.request_id, accepted=isinstance(answer, Admitted))
+            accepted = isinstance(answer, Admitted)
+            self._in_flight.settle(executor_id, request.request_id, accepted=accepted, now=time.monotonic())
         return answer
 
     async def _give_up(self, request: InferenceRequest, executor_id: str, error: Exception) -> Rejected:
