@@ -175,6 +175,14 @@ class Stage:
             while not await self.inbox.ask(check):
                 await asyncio.sleep(0.005)
 
+    async def poll(self, check: Callable[[], object], act: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Returns when the check holds, whether or not a pass runs; acts until then."""
+        async with asyncio.timeout(TIMEOUT_S):
+            while not check():
+                if act is not None:
+                    await act()
+                await asyncio.sleep(0.005)
+
     def counters(self) -> dict[str, float]:
         """Counters of the next heartbeat that are not zero."""
         found: dict[str, float] = defaultdict(float)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common import subjects
 from common.bus import TooLargeError
-from common.messages import Admitted, Rejected, Slo
+from common.messages import Admitted, InferenceRequest, Rejected, Slo
 from services.executor.engine import Iteration
 from tests.executor_stage import MODEL, TIMEOUT_S, Connect, Gate, Stage, known_profile, running_executor, write_model
 from tests.tiny import NUM_TOKENS, PROMPTS, all_requests, tiny_request, truth
@@ -24,7 +26,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 async def stage(connect: Connect, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
     known_profile(monkeypatch)
-    async with running_executor(connect, model_dir, drain_grace_s=0.5, heartbeat_s=0.1) as stage:
+    async with running_executor(connect, model_dir) as stage:
         yield stage
 
 
@@ -54,7 +56,7 @@ async def test_streams_are_what_transformers_generates(stage: Stage) -> None:
 )
 async def test_what_cannot_run_is_refused(stage: Stage, fields: dict[str, Any], reason: str) -> None:
     values = {"request_id": "bad", "model": MODEL, "prompt_tokens": PROMPTS["r4"], "max_tokens": 4} | fields
-    refused = await stage.admit(type(all_requests()[0])(**values))
+    refused = await stage.admit(InferenceRequest(**values))
     assert isinstance(refused, Rejected)
     assert refused.reason == reason
     await assert_serves(stage)
@@ -78,16 +80,15 @@ async def test_a_cancelled_request_ends_within_one_iteration(stage: Stage) -> No
     gate = Gate(stage.engine)
     await stage.admit(tiny_request("r5", PROMPTS["r5"], 150))
     gate.let(3)
-    await stage.tokens_of("r5", 3)
+    await stage.poll(lambda: gate.num_started == 4)
     await stage.cancel("r5")
-    before = gate.num_started
     gate.let()
     end = await stage.end("r5")
     assert end.finish_reason == "cancelled"
     assert end.usage is not None
     assert len(await stage.output("r5")) == end.usage.completion_tokens <= 4
     await stage.settled()
-    assert gate.num_started == before
+    assert gate.num_started == 4
     assert stage.engine.pages.num_free == stage.engine.pages.num_pages
     assert stage.load.free_pages == stage.load.num_pages
     await stage.cancel("r5")
@@ -109,7 +110,7 @@ async def test_vitals_follow_requests(stage: Stage) -> None:
     assert stage.counters() == {"requests": 1}
     gate.let(2)
     await stage.tokens_of("r5", 2)
-    await stage.until(lambda: stage.load.num_running)
+    await stage.poll(lambda: stage.load.num_running)
     assert stage.load.num_waiting == 0
     assert stage.load.free_pages == 128 - 9
     gate.open()
@@ -212,14 +213,15 @@ async def test_a_draining_executor_finishes_what_runs(stage: Stage) -> None:
 
 
 async def test_what_outlives_the_grace_ends_with_an_error(stage: Stage) -> None:
+    stage.actor._config = dataclasses.replace(stage.actor._config, drain_grace_s=0.05)
     gate = Gate(stage.engine)
     await stage.admit(tiny_request("r4", PROMPTS["r4"], 150))
     draining = asyncio.create_task(stage.actor.drain())
     gate.let(3)
-    await stage.tokens_of("r4", 3)
-    gate_opener = asyncio.get_running_loop().call_later(1.0, gate.let, 1)
+    await stage.poll(lambda: gate.num_started == 4)
+    await asyncio.wait_for(stage.inbox._filled.wait(), TIMEOUT_S)
+    gate.open()
     await asyncio.wait_for(draining, TIMEOUT_S)
-    gate_opener.cancel()
     end = await stage.end("r4")
     assert end.finish_reason == "error"
     assert end.error == "the executor is shutting down"
@@ -228,8 +230,6 @@ async def test_what_outlives_the_grace_ends_with_an_error(stage: Stage) -> None:
 
 
 async def test_malformed_messages_are_answered_and_survived(stage: Stage) -> None:
-    from common import subjects
-
     for subject in (subjects.executor_admit(stage.executor_id), subjects.executor_slices(stage.executor_id)):
         await stage.client.client.request(subject, b"garbage", timeout=TIMEOUT_S)
     await stage.client.publish_raw(subjects.cancel("x"), b"garbage")

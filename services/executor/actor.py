@@ -49,7 +49,8 @@ class ExecutorActor:
         self._iteration_ms = 0.0
         self._num_failures = 0
         self._unknown: frozenset[str] = frozenset()
-        self._cancelled: list[str] = []
+        self._dropped: list[str] = []
+        """Requests that ended outside of a pass, which the planner is still to hear of."""
         self._planner = PlannerLink(config.instance_id, self._model, config.tree_wait_ms / 1e3)
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ class ExecutorActor:
         def cancel() -> None:
             chunk = self._engine.cancel(message.request_id)
             if chunk is not None:
-                self._cancelled.append(message.request_id)
+                self._dropped.append(message.request_id)
                 self._bus.spawn(self._send([chunk]))
 
         self._inbox.post(cancel)
@@ -145,7 +146,9 @@ class ExecutorActor:
         self._engine.counters["failed_iterations"] += 1
         if self._num_failures >= MAX_FAILURES:
             raise error
-        await self._send(self._engine.release_all(f"the pass failed: {type(error).__name__}"))
+        chunks = self._engine.release_all(f"the pass failed: {type(error).__name__}")
+        self._dropped += [chunk.request_id for chunk in chunks]
+        await self._send(chunks)
 
     async def _iterate(self) -> None:
         started_at = time.perf_counter()
@@ -167,8 +170,8 @@ class ExecutorActor:
 
     async def _report(self, iteration: Iteration) -> None:
         decoding = [sequence for sequence in self._engine.sequences.values() if sequence.is_decoding]
-        closed = (*self._cancelled, *(chunk.request_id for chunk in iteration.chunks if chunk.finish_reason))
-        self._cancelled.clear()
+        closed = (*self._dropped, *(chunk.request_id for chunk in iteration.chunks if chunk.finish_reason))
+        self._dropped.clear()
         if not decoding and not closed:
             return
         everyone = self._planner.takes_reopening()

@@ -43,7 +43,8 @@ class PlannerLink:
         self._fleet = Fleet()
         self._reopen = False
         self._reported = 0
-        self._reported_at = 0.0
+        self._reported_at: dict[int, float] = {}
+        """When the last iteration was reported, and those before it whose trees would still be on time."""
         self._misses = 0
         self._trees: DraftTrees | None = None
         self._arrived = asyncio.Event()
@@ -86,7 +87,9 @@ class PlannerLink:
             t_spec_ms=iteration_ms + self.mean_turnaround_ms,
             latency=latency,
         )
-        self._reported, self._reported_at = iteration, time.perf_counter()
+        now = time.perf_counter()
+        recent = {number: at for number, at in self._reported_at.items() if now - at <= self._max_wait_s}
+        self._reported, self._reported_at = iteration, recent | {iteration: now}
         self._trees = None
         self._arrived.clear()
         try:
@@ -99,7 +102,7 @@ class PlannerLink:
         if self.planner_id is None or self._reported != iteration:
             return None
         if self._trees is None and self._misses < MISSES_UNTIL_IMPATIENT:
-            left_s = self._reported_at + self._max_wait_s - time.perf_counter()
+            left_s = self._reported_at[iteration] + self._max_wait_s - time.perf_counter()
             try:
                 await asyncio.wait_for(self._arrived.wait(), max(left_s, 0.0))
             except TimeoutError:
@@ -107,12 +110,15 @@ class PlannerLink:
         return self._trees
 
     async def _on_trees(self, message: DraftTrees) -> None:
-        if message.iteration != self._reported or message.planner_id != self.planner_id:
+        reported_at = self._reported_at.get(message.iteration)
+        if reported_at is None or message.planner_id != self.planner_id:
             return
-        turnaround_ms = (time.perf_counter() - self._reported_at) * 1e3
+        turnaround_ms = (time.perf_counter() - reported_at) * 1e3
         if turnaround_ms <= self._max_wait_s * 1e3:
-            self._misses = 0
+            self._misses = 0  # also when a short iteration did not wait for them: the next one will
         self.mean_turnaround_ms += 0.1 * (turnaround_ms - self.mean_turnaround_ms)
+        if message.iteration != self._reported:
+            return
         self._trees = message
         self._arrived.set()
 

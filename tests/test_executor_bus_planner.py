@@ -1,0 +1,261 @@
+"""An executor and its planner over a real bus: claims, reports, trees, planners that are late, forget or die."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common import subjects
+from common.bus import Bus
+from common.messages import Beat, DraftTree, DraftTrees, IterationReport, PlannerClaim, PlannerGranted, ServiceState
+from services.executor.engine import Iteration
+from tests.executor_stage import Connect, Gate, Mailbox, Stage, known_profile, running_executor, write_model
+from tests.tiny import NUM_TOKENS, PROMPTS, tiny_request, truth
+
+DEPTH = 4
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    known_profile(monkeypatch)
+
+
+@dataclass(kw_only=True)
+class FakePlanner:
+    """Drafts what it knows to come; `answers` decides about each report."""
+
+    bus: Bus
+    planner_id: str
+    answers: Callable[[IterationReport], bool] = lambda report: True
+    forgets: set[str] = field(default_factory=set)
+    state: ServiceState = "ready"
+    claims: Mailbox[PlannerClaim] = field(default_factory=Mailbox)
+    reports: Mailbox[IterationReport] = field(default_factory=Mailbox)
+    known: dict[str, list[int]] = field(default_factory=dict)
+    num_prompt: dict[str, int] = field(default_factory=dict)
+
+    async def start(self) -> None:
+        """Listen."""
+        await self.bus.subscribe(subjects.CLAIM, PlannerClaim, self._on_claim, queue="planner")
+        await self.bus.subscribe(subjects.planner_report(self.planner_id), IterationReport, self._on_report)
+        await self.bus.client.flush()
+        await self.beat()
+
+    async def beat(self) -> None:
+        """One heartbeat; its period is short, so that silence is noticed soon."""
+        period_s = 0.1 if self.planner_id == "brief" else 60.0
+        beat = Beat(role="planner", instance_id=self.planner_id, state=self.state, sent_at=time.time(), period_s=period_s)
+        await self.bus.publish(subjects.beat("planner", self.planner_id), beat)
+
+    def opened(self, request_id: str) -> int:
+        """How often a sequence was opened here."""
+        return sum(sequence.request_id == request_id for report in self.reports for sequence in report.opened)
+
+    async def _on_claim(self, claim: PlannerClaim) -> PlannerGranted:
+        await self.claims.put(claim)
+        return PlannerGranted(planner_id=self.planner_id)
+
+    async def _on_report(self, report: IterationReport) -> None:
+        for sequence in report.opened:
+            self.known[sequence.request_id] = list(sequence.tokens)
+            self.num_prompt[sequence.request_id] = len(sequence.tokens) - sequence.num_output
+        for step in report.progress:
+            self.known[step.request_id] += step.tokens
+        for request_id in report.closed:
+            self.known.pop(request_id, None)
+        if self.answers(report):
+            await self.send(report)
+        await self.reports.put(report)
+
+    async def send(self, report: IterationReport) -> None:
+        """Answer a report."""
+        unknown, self.forgets = tuple(self.forgets), set()
+        trees = tuple(self._tree(name) for name in self.known if name not in unknown)
+        answer = DraftTrees(planner_id=self.planner_id, iteration=report.iteration, trees=trees, unknown=unknown)
+        await self.bus.publish(subjects.executor_trees(report.executor_id), answer)
+
+    def _tree(self, name: str) -> DraftTree:
+        tokens = self.known[name]
+        coming = truth()[name][len(tokens) - self.num_prompt[name] :][:DEPTH]
+        nodes = (tokens[-1], *coming)
+        parents, probs = tuple(range(-1, len(coming))), (1.0,) * len(nodes)
+        return DraftTree(request_id=name, length=len(tokens), tokens=nodes, parents=parents, probs=probs)
+
+
+@pytest.fixture
+async def planner(connect: Connect) -> FakePlanner:
+    return FakePlanner(bus=await connect(), planner_id="planner-1")
+
+
+@contextlib.asynccontextmanager
+async def claimed(connect: Connect, model_dir: Path, planner: FakePlanner, **settings: Any) -> AsyncIterator[Stage]:
+    """An executor that has claimed this planner."""
+    await planner.start()
+    async with running_executor(connect, model_dir, tree_wait_ms=2000.0, **settings) as stage:
+        await planner.beat()
+        await has_claimed(stage, planner)
+        yield stage
+
+
+async def has_claimed(stage: Stage, planner: FakePlanner) -> None:
+    """Returns when the executor drafts with this planner."""
+    await stage.until(lambda: stage.actor._planner.planner_id == planner.planner_id)
+
+
+async def serve(stage: Stage, *names: str) -> None:
+    """Requests of these names run to their ends, as transformers would have them."""
+    for name in names:
+        await stage.admit(tiny_request(name, PROMPTS[name], NUM_TOKENS))
+    for name in names:
+        assert await stage.output(name) == truth()[name]
+
+
+async def test_trees_of_a_claimed_planner_save_iterations(connect: Connect, model_dir: Path, planner: FakePlanner) -> None:
+    async with claimed(connect, model_dir, planner) as stage:
+        assert planner.claims == [PlannerClaim(executor_id="executor-1", model="tiny")]
+        await serve(stage, "r3", "r4")
+        await stage.settled()
+        assert stage.load.planner_id == "planner-1"
+        assert stage.counters()["accepted_tokens"] > NUM_TOKENS
+        assert stage.counters()["trees_invalid"] == 0
+        for name in ("r3", "r4"):
+            usage = (await stage.end(name)).usage
+            assert usage is not None
+            assert usage.verify_steps <= -(-(NUM_TOKENS - 1) // (DEPTH + 1)) + 1
+            assert usage.accepted_tokens >= usage.drafted_tokens - DEPTH > 0
+        assert {planner.opened(name) for name in ("r3", "r4")} == {1}
+        assert stage.actor.vitals().gauges["planner_turnaround_ms"] > 0
+        assert (await planner.reports.first(lambda report: "r4" in report.closed)).iteration > 0
+        assert planner.known == {}
+        assert all(report.token_budget > 0 and report.t_spec_ms > 0 for report in planner.reports)
+
+
+async def test_without_speculation_no_planner_is_claimed(connect: Connect, model_dir: Path, planner: FakePlanner) -> None:
+    await planner.start()
+    async with running_executor(connect, model_dir, speculation=False) as stage:
+        await planner.beat()
+        await serve(stage, "r3")
+        assert planner.claims == []
+        assert stage.load.planner_id == ""
+
+
+async def test_late_trees_are_not_waited_for_until_they_are_on_time_again(
+    connect: Connect, model_dir: Path, planner: FakePlanner
+) -> None:
+    planner.answers = lambda report: False
+    async with claimed(connect, model_dir, planner) as stage:
+        stage.actor._planner._max_wait_s = 0.2
+        started_at = time.monotonic()
+        await serve(stage, "r3")
+        assert time.monotonic() - started_at < 0.2 * (NUM_TOKENS - 1) / 2, "every iteration waited"
+        planner.answers = lambda report: True
+        stage.actor._planner._max_wait_s = 2.0
+        await serve(stage, "r4")
+        await stage.settled()
+        assert stage.counters()["accepted_tokens"] > 0
+
+
+async def test_trees_on_time_that_miss_a_short_iteration_are_waited_for_again(
+    connect: Connect, model_dir: Path, planner: FakePlanner
+) -> None:
+    """An impatient executor whose iterations are shorter than a turnaround would otherwise never hear of a good planner."""
+    planner.answers = lambda report: False
+    async with claimed(connect, model_dir, planner) as stage:
+        stage.actor._planner._max_wait_s = 0.05
+        gate = Gate(stage.engine)
+        await stage.admit(tiny_request("r3", PROMPTS["r3"], NUM_TOKENS))
+        gate.let(5)
+        await planner.reports.hold(5)
+        stage.actor._planner._max_wait_s = 10.0
+        gate.let(2)
+        reports = await planner.reports.hold(7)
+        await stage.poll(lambda: gate.num_started == 8)
+        await planner.send(reports[-2])
+        await stage.poll(lambda: stage.actor._planner._misses == 0)
+        planner.answers = lambda report: True
+        gate.open()
+        assert await stage.output("r3") == truth()["r3"]
+        usage = (await stage.end("r3")).usage
+        assert usage is not None
+        assert usage.accepted_tokens > 0
+
+
+async def test_a_forgotten_sequence_is_opened_again(connect: Connect, model_dir: Path, planner: FakePlanner) -> None:
+    async with claimed(connect, model_dir, planner) as stage:
+        gate = Gate(stage.engine)
+        await stage.admit(tiny_request("r3", PROMPTS["r3"], NUM_TOKENS))
+        planner.forgets = {"r3"}
+        gate.let()
+        await planner.reports.hold(1)
+        gate.let()
+        reports = await planner.reports.hold(2)
+        (again,) = reports[1].opened
+        assert again.tokens == (*PROMPTS["r3"], *truth()["r3"][: again.num_output])
+        assert again.num_output == 2
+        assert reports[1].progress == ()
+        gate.open()
+        assert await stage.output("r3") == truth()["r3"]
+        assert planner.opened("r3") == 2
+
+
+async def test_requests_of_a_failed_pass_are_closed_at_the_planner(
+    connect: Connect, model_dir: Path, planner: FakePlanner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with claimed(connect, model_dir, planner) as stage:
+        gate = Gate(stage.engine)
+        await stage.admit(tiny_request("r3", PROMPTS["r3"], NUM_TOKENS))
+        gate.let()
+        await planner.reports.hold(1)
+
+        def fail() -> Iteration:
+            monkeypatch.undo()
+            raise RuntimeError("no")
+
+        monkeypatch.setattr(stage.engine, "forward_pass", fail)
+        gate.open()
+        assert (await stage.end("r3")).finish_reason == "error"
+        await serve(stage, "r4")
+        await planner.reports.first(lambda report: "r3" in report.closed)
+        assert "r3" not in planner.known
+
+
+@pytest.mark.parametrize("death", ["silence", "restart"])
+async def test_streams_go_on_when_the_planner_dies_and_another_is_claimed(
+    connect: Connect, model_dir: Path, death: str, bus: Bus
+) -> None:
+    first = FakePlanner(bus=await connect(), planner_id="brief" if death == "silence" else "planner-1")
+    second = FakePlanner(bus=bus, planner_id="planner-2")
+    await first.start()
+    async with running_executor(connect, model_dir, tree_wait_ms=50.0) as stage:
+        gate = Gate(stage.engine)
+        await stage.poll(lambda: stage.actor._planner.planner_id == first.planner_id, first.beat)
+        await stage.admit(tiny_request("r3", PROMPTS["r3"], NUM_TOKENS))
+        gate.let(2)
+        await first.reports.hold(2)
+        first.answers = lambda report: False
+        if death == "restart":
+            first.state = "starting"
+            await first.beat()
+        await stage.poll(lambda: stage.actor._planner.planner_id is None)
+        await first.bus.drain()
+        gate.let(1)
+        seq = len(stage.chunks)
+        await stage.tokens_of("r3", seq + 1)
+        await second.start()
+        await stage.poll(lambda: stage.actor._planner.planner_id == "planner-2")
+        gate.open()
+        assert await stage.output("r3") == truth()["r3"]
+        assert second.opened("r3") == 1
+        assert second.reports[0].opened[0].num_decoded is not None
+        assert stage.counters()["accepted_tokens"] > 0
