@@ -39,7 +39,7 @@ class TrainerActor:
             tokenizer=self._tokenizer,
             table=await JobTable.open(bus),
             events=await EventLog.open(bus),
-            artifacts=Artifacts(bus, self._config.open_timeout_s),
+            artifacts=Artifacts(bus, self._config.request_timeout_s),
             fleet=self._fleet,
             counters=self._counters,
         )

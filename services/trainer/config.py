@@ -31,7 +31,7 @@ class TrainerConfig(ServiceConfig):
     resync_s: float = 30.0
     """The job table is read afresh this often, in case the server lost a watch."""
     request_timeout_s: float = 5.0
-    """For slices: they are only queued by the executor."""
+    """For slices, which the executor only queues, and for deletions of artifacts."""
     open_timeout_s: float = 60.0
     """For opening, checkpoints and closing, which move tensors."""
     checkpoint_every_s: float = 60.0
