@@ -68,10 +68,14 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any
         "tie_word_embeddings": True,
         "attn_implementation": "sdpa",
     } | overrides
-    config = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[family](**options)
-    classes = {"llama": transformers.LlamaForCausalLM, "qwen2": transformers.Qwen2ForCausalLM}
+    config_class, model_class = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }[family]
     torch.manual_seed(seed)
-    model = classes[family](config).eval()
+    model = model_class(config_class(**options)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):

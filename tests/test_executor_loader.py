@@ -63,16 +63,11 @@ def test_half_precision_checkpoints_are_widened(tmp_path: Path) -> None:
         ({"architectures": None}, "architectures"),
         ({"hidden_act": "gelu"}, "hidden_act: gelu"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope type llama3"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type linear"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 32}, "sliding_window"),
-        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32, "use_sliding_window": True}, "sliding_window"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers"),
         ({"vocab_size": [97]}, "vocab_size"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"rope_parameters": 7}, "rope"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
     ],
 )
@@ -148,6 +143,10 @@ def test_a_truncated_file_is_refused(folder: Path, keep: float) -> None:
         ({"tie_word_embeddings": False}, r"lm_head\.weight is missing"),
         ({"vocab_size": 98}, r"model\.embed_tokens\.weight has shape \(97, 32\), expected \(98, 32\)"),
         ({"intermediate_size": 44}, r"gate_proj\.weight has shape \(48, 32\), expected \(44, 32\)"),
+        ({"num_hidden_layers": 1}, r"model\.layers\.1\.\S+ is not part of"),
+        ({"attention_bias": True}, r"q_proj\.bias is missing"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, r"q_proj\.bias is missing"),
+        ({"architectures": ["Qwen3ForCausalLM"]}, r"q_norm\.weight is missing"),
         ({"num_key_value_heads": 1}, r"k_proj\.weight has shape \(16, 32\), expected \(8, 32\)"),
     ],
 )
@@ -155,6 +154,13 @@ def test_weights_that_do_not_fit_are_refused_by_tensor(folder: Path, fields: dic
     edit(folder / "config.json", **fields)
     with pytest.raises(UnsupportedModelError, match=tensor):
         load_decoder(folder, torch.float32, CPU)
+
+
+def test_tensors_that_the_configuration_has_no_place_for_are_refused(tmp_path: Path) -> None:
+    tiny_model("qwen3", **SHAPE).save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", architectures=["LlamaForCausalLM"])
+    with pytest.raises(UnsupportedModelError, match=r"tensor model\.layers\.0\.self_attn\.k_norm\.weight is not part of"):
+        load_decoder(tmp_path, torch.float32, CPU)
 
 
 def test_end_tokens_come_from_both_files(folder: Path) -> None:

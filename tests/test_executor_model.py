@@ -77,6 +77,9 @@ def assert_tree_logits(
         assert_logits(actual[node], oracle(model, [*context, *(tokens[i] for i in path)])[-1])
 
 
+uncached_pair = tiny_pair.__wrapped__
+"""For overrides that have no hash."""
+
 FAMILIES: dict[str, Callable[[], tuple[Any, Decoder]]] = {
     "tied": lambda: tiny_pair(tie_word_embeddings=True),
     "untied": lambda: tiny_pair(tie_word_embeddings=False),
@@ -84,6 +87,35 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Decoder]]] = {
     "one kv head": lambda: tiny_pair(num_key_value_heads=1, num_hidden_layers=3),
     "as many kv heads": lambda: tiny_pair(num_key_value_heads=4),
     "wide heads": lambda: tiny_pair(head_dim=20),
+    "llama3 rope": lambda: uncached_pair(
+        rope_parameters={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 0.5,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    ),
+    "linear rope": lambda: uncached_pair(rope_parameters={"rope_type": "linear", "factor": 4.0}),
+    "attention biases": lambda: tiny_pair(attention_bias=True),
+    "mistral": lambda: tiny_pair("mistral", sliding_window=None),
+    "mistral with a window": lambda: tiny_pair("mistral", sliding_window=3),
+    "mistral with a window over pages": lambda: tiny_pair("mistral", sliding_window=7, tie_word_embeddings=False),
+    "qwen2 with an idle window": lambda: tiny_pair("qwen2", sliding_window=3, max_window_layers=0),
+    "qwen2 with windows above": lambda: tiny_pair(
+        "qwen2", sliding_window=3, use_sliding_window=True, max_window_layers=1, num_hidden_layers=3
+    ),
+    "qwen3": lambda: tiny_pair("qwen3", head_dim=12),
+    "qwen3 with all it can have": lambda: tiny_pair(
+        "qwen3",
+        head_dim=12,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        num_hidden_layers=3,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=2,
+    ),
     "other theta": lambda: tiny_pair(rope_theta=500.0, rms_norm_eps=1e-3),
 }
 

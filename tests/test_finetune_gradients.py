@@ -117,7 +117,16 @@ def test_any_windows_give_pefts_gradients_in_fp64(family: str, seed: int, tmp_pa
     assert_gradients_match(grads, expected, FP64)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_key_value_heads": 6}, {"num_key_value_heads": 1, "tie_word_embeddings": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"attention_bias": True},
+        {"rope_parameters": {"rope_type": "linear", "factor": 3.0}},
+        {"num_key_value_heads": 6},
+        {"num_key_value_heads": 1, "tie_word_embeddings": False},
+    ],
+)
 def test_any_windows_give_pefts_gradients_in_fp32(options: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(**options)
     decoder = as_decoder(model, tmp_path)

@@ -186,5 +186,7 @@ class FinetuneJob:
 
 
 def new_job(job_id: str, spec: LoraSpec, seed: int, decoder: Decoder, cache: KvCache) -> FinetuneJob:
-    """A job at step 0. Raises InvalidAdapterError for an impossible specification."""
+    """A job at step 0. Raises InvalidAdapterError for an impossible specification or a model that cannot be trained."""
+    if (part := decoder.config.untrainable_part) is not None:
+        raise InvalidAdapterError(f"this model cannot be finetuned yet: its {part} have no backward pass")
     return FinetuneJob(job_id, LoraAdapter.initialized(job_id, spec, decoder.config, seed, decoder.device), decoder, cache)

@@ -41,23 +41,25 @@ def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Deco
     layers = [_load_layer(weights, f"model.layers.{i}.", config) for i in range(config.num_layers)]
     embedding = weights.get("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     head = embedding if config.tie_word_embeddings else weights.get("lm_head.weight", config.vocab_size, config.hidden_size)
-    return Decoder(config, embedding, layers, weights.get("model.norm.weight", config.hidden_size), head)
+    final_norm = weights.get("model.norm.weight", config.hidden_size)
+    weights.check_all_used("model.layers.")
+    return Decoder(config, embedding, layers, final_norm, head)
 
 
 def _load_layer(weights: _Weights, prefix: str, config: ModelConfig) -> LayerWeights:
     hidden, inner = config.hidden_size, config.intermediate_size
     q, k, v = config.qkv_sizes
     attention = prefix + "self_attn."
-    biases = None
-    if weights.has(attention + "q_proj.bias"):
-        biases = [weights.get(f"{attention}{name}_proj.bias", size) for name, size in (("q", q), ("k", k), ("v", v))]
+    parts = (("q", q), ("k", k), ("v", v))
+    biases = [weights.get(f"{attention}{name}_proj.bias", size) for name, size in parts] if config.qkv_bias else None
     return LayerWeights(
         input_norm_H=weights.get(prefix + "input_layernorm.weight", hidden),
-        qkv_OH=torch.cat(
-            [weights.get(f"{attention}{name}_proj.weight", size, hidden) for name, size in (("q", q), ("k", k), ("v", v))]
-        ),
+        qkv_OH=torch.cat([weights.get(f"{attention}{name}_proj.weight", size, hidden) for name, size in parts]),
         qkv_bias_O=None if biases is None else torch.cat(biases),
+        q_norm_D=weights.get(attention + "q_norm.weight", config.head_dim) if config.qk_norm else None,
+        k_norm_D=weights.get(attention + "k_norm.weight", config.head_dim) if config.qk_norm else None,
         o_HO=weights.get(attention + "o_proj.weight", hidden, q),
+        o_bias_H=weights.get(attention + "o_proj.bias", hidden) if config.o_bias else None,
         post_norm_H=weights.get(prefix + "post_attention_layernorm.weight", hidden),
         gate_up_2FH=torch.cat([weights.get(f"{prefix}mlp.{name}_proj.weight", inner, hidden) for name in ("gate", "up")]),
         down_HF=weights.get(prefix + "mlp.down_proj.weight", hidden, inner),
@@ -72,6 +74,7 @@ class _Weights:
         self._device = device
         self._folder = folder
         self._files: dict[str, Any] = {}
+        self._used: set[str] = set()
         for path in _weight_files(folder):
             try:
                 file: Any = safe_open(path, framework="pt", device="cpu")
@@ -79,10 +82,14 @@ class _Weights:
                 raise UnsupportedModelError(f"{path} is not a readable safetensors file: {error}") from error
             self._files.update(dict.fromkeys(file.keys(), file))
 
-    def has(self, name: str) -> bool:
-        return name in self._files
+    def check_all_used(self, prefix: str) -> None:
+        """Raises UnsupportedModelError for a tensor below `prefix` that the configuration has no place for."""
+        unused = [name for name in self._files if name.startswith(prefix) and name not in self._used]
+        if names := sorted(name for name in unused if not name.endswith("rotary_emb.inv_freq")):
+            raise UnsupportedModelError(f"{self._folder}: tensor {names[0]} is not part of what config.json describes")
 
     def get(self, name: str, *shape: int) -> Tensor:
+        self._used.add(name)
         if name not in self._files:
             raise UnsupportedModelError(f"{self._folder}: tensor {name} is missing")
         tensor: Tensor = self._files[name].get_tensor(name)

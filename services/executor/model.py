@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels import ops
 from services.executor.batch import Batch
 from services.executor.model_config import ModelConfig
+from services.executor.rope import rotary_tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,10 @@ class LayerWeights:
     input_norm_H: Tensor
     qkv_OH: Tensor
     qkv_bias_O: Tensor | None
+    q_norm_D: Tensor | None
+    k_norm_D: Tensor | None
     o_HO: Tensor
+    o_bias_H: Tensor | None
     post_norm_H: Tensor
     gate_up_2FH: Tensor
     down_HF: Tensor
@@ -34,7 +38,7 @@ class _Linears:
 
     def __init__(self, weights: LayerWeights) -> None:
         self.qkv = ops.Linear(weights.qkv_OH, weights.qkv_bias_O)
-        self.o = ops.Linear(weights.o_HO)
+        self.o = ops.Linear(weights.o_HO, weights.o_bias_H)
         self.gate_up = ops.Linear(weights.gate_up_2FH)
         self.down = ops.Linear(weights.down_HF)
 
@@ -74,7 +78,9 @@ class Decoder:
         self.device = embedding_VH.device
         self._linears = [_Linears(weights) for weights in layers]
         self._head = ops.Linear(lm_head_VH)
-        self.cos_PD, self.sin_PD = _rotary_tables(config, self.dtype, self.device)
+        self.cos_PD, self.sin_PD = rotary_tables(
+            config.rope, config.head_dim, config.max_position_embeddings, self.dtype, self.device
+        )
 
     def forward(self, batch: Batch, cache: KvCache) -> Tensor:
         """Hidden states [T, H] of all rows after the last layer, before the final norm.
@@ -99,9 +105,14 @@ class Decoder:
         qkv_TO = linears.qkv(y_TH)
         batch.apply_adapters(layer, "qkv", qkv_TO, y_TH)
         q_TO, k_TO, v_TO = torch.split(qkv_TO, list(config.qkv_sizes), dim=1)
+        q_TND = q_TO.view(num_rows, config.num_heads, config.head_dim)
+        k_TKD = k_TO.view(num_rows, config.num_kv_heads, config.head_dim)
+        if weights.q_norm_D is not None and weights.k_norm_D is not None:
+            q_TND = ops.rms_norm(q_TND, weights.q_norm_D, config.rms_norm_eps)
+            k_TKD = ops.rms_norm(k_TKD, weights.k_norm_D, config.rms_norm_eps)
         q_TND = ops.rope_and_cache(
-            q_TO.view(num_rows, config.num_heads, config.head_dim),
-            k_TO.view(num_rows, config.num_kv_heads, config.head_dim),
+            q_TND,
+            k_TKD,
             v_TO.view(num_rows, config.num_kv_heads, config.head_dim),
             cos_TD,
             sin_TD,
@@ -109,7 +120,9 @@ class Decoder:
             cache.v[layer],
             batch.slots_T,
         )
-        out_TND = ops.ragged_attention(q_TND, cache.k[layer], cache.v[layer], batch.attention, config.attention_scale)
+        out_TND = ops.ragged_attention(
+            q_TND, cache.k[layer], cache.v[layer], batch.attention, config.attention_scale, config.windows[layer]
+        )
         out_TO = out_TND.reshape(num_rows, -1)
         o_TH = linears.o(out_TO)
         batch.apply_adapters(layer, "o", o_TH, out_TO)
@@ -122,12 +135,3 @@ class Decoder:
         batch.apply_adapters(layer, "down", down_TH, h_TF)
         batch.save(layer, x=x_TH, q=q_TND, m=m_TH, gate_up=gate_up_T2F)
         return m_TH + down_TH
-
-
-def _rotary_tables(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [max positions, D], halves repeated, computed in fp32."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponents)
-    angles = torch.outer(torch.arange(config.max_position_embeddings).float(), frequencies)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype).to(device), angles.sin().to(dtype).to(device)
