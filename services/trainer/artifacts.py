@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable
 
 import nats.errors
 import structlog
 from nats.js.errors import NotFoundError
+from nats.js.object_store import ObjectStore
 
 from common import subjects
 from common.bus import Bus
@@ -25,28 +27,32 @@ class Artifacts:
 
     async def delete_superseded(self, before: JobRecord, after: JobRecord) -> None:
         """The job's record changed so: delete what only the old one needs."""
-        await self._delete(sorted(jobs.needed_objects(before) - jobs.needed_objects(after)))
+        if names := jobs.needed_objects(before) - jobs.needed_objects(after):
+            await self._try(after, lambda store: _delete(store, names))
 
     async def sweep(self, record: JobRecord) -> None:
         """The job is over: delete all that it stored but what the record still needs."""
+        await self._try(record, lambda store: _sweep(store, record))
+
+    async def _try(self, record: JobRecord, work: Callable[[ObjectStore], Awaitable[None]]) -> None:
+        """What fails here is only kept in vain; the sweep at the job's end tries again."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                stored = await (await self._bus.object_store(subjects.ARTIFACTS_STORE)).list(ignore_deletes=True)
-        except NotFoundError:  # the store is empty
-            return
+                await work(await self._bus.object_store(subjects.ARTIFACTS_STORE))
         except (nats.errors.Error, TimeoutError) as error:
-            log.warning("job.not_swept", job_id=record.job.id, error=str(error) or type(error).__name__)
-            return
-        own = {info.name for info in stored if info.name and info.name.startswith(naming.artifact_prefix(record.job.id))}
-        await self._delete(sorted(own - jobs.needed_objects(record)))
+            log.warning("artifacts.not_deleted", job_id=record.job.id, error=str(error) or type(error).__name__)
 
-    async def _delete(self, names: Iterable[str]) -> None:
-        store = await self._bus.object_store(subjects.ARTIFACTS_STORE)
-        for name in names:
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    await store.delete(name)
-            except NotFoundError:
-                continue
-            except (nats.errors.Error, TimeoutError) as error:
-                log.warning("artifact.not_deleted", artifact=name, error=str(error) or type(error).__name__)
+
+async def _sweep(store: ObjectStore, record: JobRecord) -> None:
+    try:
+        stored = await store.list(ignore_deletes=True)
+    except NotFoundError:  # the store is empty
+        return
+    own = {info.name for info in stored if info.name and info.name.startswith(naming.artifact_prefix(record.job.id))}
+    await _delete(store, own - jobs.needed_objects(record))
+
+
+async def _delete(store: ObjectStore, names: Iterable[str]) -> None:
+    for name in sorted(names):
+        with contextlib.suppress(NotFoundError):  # somebody else did
+            await store.delete(name)
