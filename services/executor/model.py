@@ -108,8 +108,8 @@ class Decoder:
         q_TND = q_TO.view(num_rows, config.num_heads, config.head_dim)
         k_TKD = k_TO.view(num_rows, config.num_kv_heads, config.head_dim)
         if weights.q_norm_D is not None and weights.k_norm_D is not None:
-            q_TND = ops.rms_norm(q_TND, weights.q_norm_D, config.rms_norm_eps)
-            k_TKD = ops.rms_norm(k_TKD, weights.k_norm_D, config.rms_norm_eps)
+            q_TND = _norm_heads(q_TND, weights.q_norm_D, config.rms_norm_eps)
+            k_TKD = _norm_heads(k_TKD, weights.k_norm_D, config.rms_norm_eps)
         q_TND = ops.rope_and_cache(
             q_TND,
             k_TKD,
@@ -135,3 +135,8 @@ class Decoder:
         batch.apply_adapters(layer, "down", down_TH, h_TF)
         batch.save(layer, x=x_TH, q=q_TND, m=m_TH, gate_up=gate_up_T2F)
         return m_TH + down_TH
+
+
+def _norm_heads(x_TND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Each head of each row is a row of the norm."""
+    return ops.rms_norm(x_TND.reshape(-1, x_TND.shape[2]), weight_D, eps).view(x_TND.shape)
