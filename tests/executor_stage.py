@@ -30,6 +30,7 @@ from common.messages import (
     StepDone,
     TokenChunk,
 )
+from common.service import _Workers
 from services.executor import startup
 from services.executor.actor import ExecutorActor
 from services.executor.config import ExecutorConfig
@@ -169,14 +170,8 @@ class Stage:
                 pass
             await self.inbox.ask(lambda: None)
 
-    async def until(self, check: Callable[[], object]) -> None:
-        """Returns when the check holds, which is made between passes."""
-        async with asyncio.timeout(TIMEOUT_S):
-            while not await self.inbox.ask(check):
-                await asyncio.sleep(0.005)
-
     async def poll(self, check: Callable[[], object], act: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Returns when the check holds, whether or not a pass runs; acts until then."""
+        """Returns when the check holds; acts until then."""
         async with asyncio.timeout(TIMEOUT_S):
             while not check():
                 if act is not None:
@@ -210,12 +205,14 @@ async def running_executor(connect: Connect, model_dir: Path, **settings: Any) -
     }
     config = ExecutorConfig(**defaults | settings)
     bus, client = await connect(), await connect()
-    actor, ready = ExecutorActor(config), asyncio.Event()
+    actor, ready, stop = ExecutorActor(config), asyncio.Event(), asyncio.Event()
 
     async def live() -> None:
-        async with asyncio.TaskGroup() as tasks:
+        async with _Workers() as tasks:
             await actor.start(bus, tasks)
             ready.set()
+            await stop.wait()
+            await tasks.cancel_all()
 
     ended = asyncio.create_task(live())
     stage = Stage(actor=actor, bus=bus, client=client, executor_id=config.instance_id, ended=ended)
@@ -233,8 +230,8 @@ async def running_executor(connect: Connect, model_dir: Path, **settings: Any) -
         await bus.client.flush()
         yield stage
     finally:
-        ended.cancel()
-        await asyncio.wait((ended,))
+        stop.set()
+        await asyncio.wait((ended,), timeout=TIMEOUT_S)
         actor._thread.shutdown()
 
 

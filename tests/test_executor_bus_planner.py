@@ -110,7 +110,7 @@ async def claimed(connect: Connect, model_dir: Path, planner: FakePlanner, **set
 
 async def has_claimed(stage: Stage, planner: FakePlanner) -> None:
     """Returns when the executor drafts with this planner."""
-    await stage.until(lambda: stage.actor._planner.planner_id == planner.planner_id)
+    await stage.poll(lambda: stage.actor._planner.planner_id == planner.planner_id)
 
 
 async def serve(stage: Stage, *names: str) -> None:
@@ -161,7 +161,12 @@ async def test_late_trees_are_not_waited_for_until_they_are_on_time_again(
         assert time.monotonic() - started_at < 0.2 * (NUM_TOKENS - 1) / 2, "every iteration waited"
         planner.answers = lambda report: True
         stage.actor._planner._max_wait_s = 2.0
-        await serve(stage, "r4")
+        gate = Gate(stage.engine)
+        await stage.admit(tiny_request("r4", PROMPTS["r4"], NUM_TOKENS))
+        gate.let(1)
+        await stage.poll(lambda: stage.actor._planner._misses == 0)
+        gate.open()
+        assert await stage.output("r4") == truth()["r4"]
         await stage.settled()
         assert stage.counters()["accepted_tokens"] > 0
 

@@ -55,7 +55,7 @@ async def test_streams_are_what_transformers_generates(stage: Stage) -> None:
     [({"model": "nobody"}, "unknown_model"), ({"max_tokens": 250}, "too_long"), ({"prompt_tokens": (97,)}, "invalid")],
 )
 async def test_what_cannot_run_is_refused(stage: Stage, fields: dict[str, Any], reason: str) -> None:
-    values = {"request_id": "bad", "model": MODEL, "prompt_tokens": PROMPTS["r4"], "max_tokens": 4} | fields
+    values: dict[str, Any] = {"request_id": "bad", "model": MODEL, "prompt_tokens": PROMPTS["r4"], "max_tokens": 4} | fields
     refused = await stage.admit(InferenceRequest(**values))
     assert isinstance(refused, Rejected)
     assert refused.reason == reason

@@ -165,9 +165,9 @@ class Engine:
 
     @torch.inference_mode()
     def backward_pass(self) -> BackwardWork:
-        """Run the backward work of the current iteration's plan, and optimizer steps that it completes."""
+        """Run the plan's backward work and the optimizer steps that it completes; tells of these and of failed jobs."""
         plan, self._plan = self._plan, None
-        if plan is None or not plan.backward:
+        if plan is None:
             return BackwardWork()
         started_at = self._clock()
         work = self.training.backward(plan.backward)

@@ -66,16 +66,14 @@ class TrainingLink:
                 log.warning("job.unreported", job=event.job_id, error=str(error) or type(error).__name__)
 
     async def _on_order(self, order: OpenJob | TrainingSlice | WriteCheckpoint | CloseJob) -> Any:
-        held = self._training.lease(order.job_id)
-        if held is not None and order.lease < held:
-            return Rejected(reason="stale_lease", message=f"job {order.job_id} is held under lease {held}")
+        if stale := self._stale(order.job_id, order.lease):
+            return stale
         match order:
             case OpenJob():
                 return await self._open(order)
             case CloseJob():
-                await self._inbox.ask(lambda: self._training.close(order.job_id))
-                return JobClosed(job_id=order.job_id)
-            case _ if held != order.lease:
+                return await self._inbox.ask(lambda: self._close(order))
+            case _ if self._training.lease(order.job_id) != order.lease:
                 return Rejected(reason="not_found", message=f"job {order.job_id} is not open here under lease {order.lease}")
             case TrainingSlice():
                 return await self._inbox.ask(lambda: self._accept(order))
@@ -85,8 +83,8 @@ class TrainingLink:
     async def _open(self, order: OpenJob) -> JobOpened | Rejected:
         if order.base_model != self._model:
             return Rejected(reason="unknown_model", message=f"this executor serves {self._model}, not {order.base_model}")
-        if self._training.num_jobs >= self._config.max_jobs and self._training.lease(order.job_id) is None:
-            return Rejected(reason="overloaded", message=f"{self._config.max_jobs} jobs are open", retry_after_ms=5000)
+        if refused := self._full(order.job_id):
+            return refused
         checkpoint = None
         try:
             if order.checkpoint is not None:
@@ -100,9 +98,32 @@ class TrainingLink:
             return Rejected(reason="overloaded", message=message, retry_after_ms=1000)
         except InvalidAdapterError as error:
             return Rejected(reason="invalid", message=str(error))
-        await self._inbox.ask(lambda: self._training.open(job, order.lease))
-        log.info("job.opened", job=order.job_id, lease=order.lease, step=job.step)
-        return JobOpened(job_id=order.job_id, executor_id=self._config.instance_id, step=job.step)
+        return await self._inbox.ask(lambda: self._hold(job, order.lease))
+
+    def _hold(self, job: FinetuneJob, lease: int) -> JobOpened | Rejected:
+        """Making the job took a while: other orders may have come first."""
+        if refused := self._stale(job.job_id, lease) or self._full(job.job_id):
+            return refused
+        self._training.open(job, lease)
+        log.info("job.opened", job=job.job_id, lease=lease, step=job.step)
+        return JobOpened(job_id=job.job_id, executor_id=self._config.instance_id, step=job.step)
+
+    def _stale(self, job_id: str, lease: int) -> Rejected | None:
+        held = self._training.lease(job_id)
+        if held is None or lease >= held:
+            return None
+        return Rejected(reason="stale_lease", message=f"job {job_id} is held under lease {held}")
+
+    def _full(self, job_id: str) -> Rejected | None:
+        if self._training.num_jobs < self._config.max_jobs or self._training.lease(job_id) is not None:
+            return None
+        return Rejected(reason="overloaded", message=f"{self._config.max_jobs} jobs are open", retry_after_ms=5000)
+
+    def _close(self, order: CloseJob) -> JobClosed | Rejected:
+        if stale := self._stale(order.job_id, order.lease):
+            return stale
+        self._training.close(order.job_id)
+        return JobClosed(job_id=order.job_id)
 
     def _make(self, order: OpenJob, checkpoint: bytes | None) -> FinetuneJob:
         job = new_job(order.job_id, order.lora, order.seed, self._training.decoder, self._training.cache)
