@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.triton_ops.lang import cdiv, constexpr, jit, next_power_of_2, scalar, tl
 
 HEADS = 8
-"""Heads of one program: with D = 128 in half precision, 2 KiB, 16 bytes for each of 128 threads."""
+"""Heads of one program: with D = 128 in half precision, two accesses of 16 bytes for each thread of 2 warps."""
 
 
 @jit
@@ -102,7 +102,9 @@ def rope_and_cache(
         strides = (q_TND.stride(0), k_TKD.stride(0), v_TKD.stride(0))
         grid = (num_rows, cdiv(num_heads + num_kv_heads, HEADS))
         shape = {"N": num_heads, "K": num_kv_heads, "D": head_dim}
-        _rope_and_cache_kernel[grid](*tensors, *strides, **shape, BLOCK_HALF=next_power_of_2(head_dim // 2), HEADS=HEADS)
+        _rope_and_cache_kernel[grid](
+            *tensors, *strides, **shape, BLOCK_HALF=next_power_of_2(head_dim // 2), HEADS=HEADS, num_warps=2
+        )
     return out_TND
 
 

@@ -1,0 +1,144 @@
+"""Ragged attention in Triton against the reference in fp64: every kind of segment, alone and in one launch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tests.triton_stage as stage
+from kernels import reference
+from kernels.segments import AttentionSegment
+from kernels.triton_ops import ragged_attention as module
+from kernels.triton_ops.attention_tiles import AttentionTiles, attention_tiles
+from kernels.triton_ops.ragged_attention import ragged_attention
+from tests.helpers import assert_matches, randn
+from tests.test_kernels_attention import (
+    BATCHES,
+    BINARY,
+    CHAIN,
+    HEAD_DIM,
+    NUM_SLOTS,
+    ROOT,
+    SCALE,
+    STAR,
+    ancestors,
+    make_segments,
+)
+
+WIDE_TREE = [-1, *(node // 3 for node in range(40))]
+
+
+def tiles_of(segments: list[AttentionSegment], group: int) -> AttentionTiles:
+    placed = [
+        AttentionSegment(
+            start=segment.start, end=segment.end, slots_L=segment.slots_L.to(stage.DEVICE), mask_nn=segment.mask_nn
+        )
+        for segment in segments
+    ]
+    return attention_tiles(placed, group)
+
+
+def check(segments: list[AttentionSegment], num_rows: int, dtype: torch.dtype, heads: tuple[int, int], head_dim: int) -> None:
+    q = randn(num_rows, heads[0], head_dim, dtype=dtype)
+    k, v = (randn(NUM_SLOTS, heads[1], head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    unused = torch.ones(NUM_SLOTS, dtype=torch.bool)
+    unused[torch.cat([segment.slots_L for segment in segments])] = False
+    k[unused] = v[unused] = torch.nan
+    narrow_q, narrow_k, narrow_v = (stage.put(x, dtype) for x in (q, k, v))
+    out = ragged_attention(narrow_q, narrow_k, narrow_v, tiles_of(segments, heads[0] // heads[1]), SCALE)
+    assert_matches(out.cpu(), reference.ragged_attention(q, k, v, segments, SCALE))
+
+
+@pytest.mark.parametrize("dtype", stage.DTYPES)
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_every_kind_of_segment(batch: list[tuple[int, list[int] | int]], dtype: torch.dtype) -> None:
+    segments, num_rows = make_segments(batch, gap=1)
+    check(segments, num_rows, dtype, (6, 2), HEAD_DIM)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (3, 1), (9, 3)], ids=str)
+@pytest.mark.parametrize("head_dim", [8, 24])
+def test_heads_and_sizes(heads: tuple[int, int], head_dim: int) -> None:
+    segments, num_rows = make_segments(BATCHES["all four at once"], gap=0)
+    check(segments, num_rows, torch.float32, heads, head_dim)
+
+
+@pytest.mark.parametrize("context", [0, 1, 15, 16, 17, 31, 32, 33])
+@pytest.mark.parametrize("rows", [1, CHAIN, 6, WIDE_TREE], ids=["decode", "chain", "rows", "wide tree"])
+def test_lengths_at_the_edges_of_blocks_and_splits(
+    context: int, rows: list[int] | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch)
+    segments, num_rows = make_segments([(context, rows), (40, 1), (3, STAR)], gap=0)
+    check(segments, num_rows, torch.float32, (3, 1), HEAD_DIM)
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 16 keys, splits of 32, large tiles of 32 rows, so that short contexts have many."""
+    monkeypatch.setattr(module, "KEYS", 16)
+    for name, value in {"SPLIT_KEYS": 32, "LARGE_BLOCK": 32}.items():
+        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(f"kernels.triton_ops.attention_tiles.{name}", value)
+
+
+def test_a_tree_that_fills_one_split_and_begins_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    segments, num_rows = make_segments([(29, BINARY), (31, CHAIN), (95, ROOT), (96, 2)], gap=0)
+    assert tiles_of(segments, 2).max_splits == 4
+    check(segments, num_rows, torch.float32, (2, 1), HEAD_DIM)
+
+
+def test_launches_do_not_depend_on_the_number_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    launches: list[str] = []
+
+    class Counted:
+        """Stands for a kernel and notes its launches."""
+
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(module, name)
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            launches.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("_ragged_attention_kernel", "_combine_kernel"):
+        monkeypatch.setattr(module, name, Counted(name))
+    one: list[tuple[int, list[int] | int]] = [(40, 1)]
+    many: list[tuple[int, list[int] | int]] = [(40, 1), (41, 1), (10, BINARY), (0, 30), (70, STAR), (5, 12)]
+    for batch in (one, many):
+        launches.clear()
+        segments, num_rows = make_segments(batch, gap=0)
+        check(segments, num_rows, torch.float32, (2, 1), HEAD_DIM)
+        assert launches == ["_ragged_attention_kernel", "_combine_kernel"]
+
+
+def test_a_request_gets_the_same_result_alone_and_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    segments, num_rows = make_segments([(70, 1), (12, BINARY), (0, 30)], gap=0)
+    q, k, v = (
+        stage.put(randn(n, h, HEAD_DIM, seed=n), torch.float32) for n, h in ((num_rows, 2), (NUM_SLOTS, 1), (NUM_SLOTS, 1))
+    )
+    together = ragged_attention(q, k, v, tiles_of(segments, 2), SCALE)
+    for segment in segments:
+        rows = slice(segment.start, segment.end)
+        alone = ragged_attention(q, k, v, tiles_of([segment], 2), SCALE)
+        assert torch.equal(alone[rows], together[rows])
+
+
+def test_bits_of_the_ancestor_mask() -> None:
+    segments, _ = make_segments([(0, WIDE_TREE)], gap=0)
+    masks = tiles_of(segments, 1).masks.cpu().view(len(WIDE_TREE), 2)
+    for i in range(len(WIDE_TREE)):
+        bits = [bool(int(masks[i, j // 32]) >> (j % 32) & 1) for j in range(len(WIDE_TREE))]
+        assert bits == ancestors(WIDE_TREE)[i].tolist()
+
+
+def test_no_segments_and_tiles_of_other_heads() -> None:
+    q, k = stage.put(randn(3, 6, 8), torch.float32), stage.put(randn(9, 2, 8), torch.float32)
+    assert not ragged_attention(q, k, k, None, SCALE).any()
+    segments, _ = make_segments([(1, 1)], gap=0)
+    with pytest.raises(ValueError, match="2 heads in a group"):
+        ragged_attention(q, k, k, tiles_of(segments, 2), SCALE)
+    with pytest.raises(ValueError, match="no segments"):
+        attention_tiles([], 1)

@@ -1,0 +1,107 @@
+"""Segmented LoRA in Triton, forward and both backward passes, against the reference in fp64: mixes of adapters and ranks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import tests.triton_stage as stage
+from kernels import reference
+from kernels.segments import LoraSegment
+from kernels.triton_ops import segmented_lora as module
+from kernels.triton_ops.segmented_lora import segmented_lora, segmented_lora_backward, segmented_lora_weight_backward
+from tests.helpers import assert_matches, randn
+
+NUM_ROWS, INPUTS, OUTPUTS = 40, 48, 136
+ZIPF = [0, 20, 30, 35, 38, 39, 40]
+MIXES: dict[str, list[tuple[int, int, int]]] = {
+    "none": [],
+    "one for all": [(0, 40, 0)],
+    "distinct": [(i, i + 1, i) for i in range(12)],
+    "zipf": [(start, end, i) for i, (start, end) in enumerate(itertools.pairwise(ZIPF))],
+    "skewed": [(0, 39, 0), (39, 40, 1)],
+    "tile edges and idle rows": [(0, 16, 1), (17, 32, 2), (32, 39, 3)],
+    "identical in several places": [(0, 3, 2), (5, 9, 2), (9, 27, 2)],
+    "no rows": [(4, 4, 0)],
+    "no rows beside some": [(4, 4, 0), (4, 6, 3)],
+}
+RANKS = (4, 1, 8, 17)
+
+
+def segments_of(mix: list[tuple[int, int, int]], dtype: torch.dtype, device: torch.device) -> list[LoraSegment]:
+    """Adapter i has rank RANKS[i % 4]; the numbers are exact in half precision."""
+    segments = []
+    for start, end, i in mix:
+        rank = RANKS[i % len(RANKS)]
+        a_RI = randn(rank, INPUTS, dtype=torch.bfloat16, seed=10 + i) / 8
+        b_OR = randn(OUTPUTS, rank, dtype=torch.bfloat16, seed=50 + i) / 4
+        matrices = {"a_RI": a_RI.to(device, dtype), "b_OR": b_OR.to(device, dtype)}
+        segments.append(LoraSegment(start=start, end=end, scale=0.5 + i / 4, **matrices))
+    return segments
+
+
+CPU = torch.device("cpu")
+both = pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+
+
+@both
+@pytest.mark.parametrize("dtype", stage.DTYPES)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, None], ids=["fp32 adapter", "same type"])
+def test_forward_and_input_gradient(
+    mix: list[tuple[int, int, int]], dtype: torch.dtype, adapter_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "COLUMNS", 32)
+    monkeypatch.setattr(module, "PART_COLUMNS", 64)
+    x, y = randn(NUM_ROWS, INPUTS, dtype=dtype), randn(NUM_ROWS, OUTPUTS, dtype=dtype, seed=1)
+    oracle = segments_of(mix, torch.float64, CPU)
+    subject = segments_of(mix, adapter_dtype or dtype, stage.DEVICE)
+    narrow_x, narrow_y = stage.put(x, dtype), stage.put(y, dtype)
+    forward, backward = stage.put(y, dtype), stage.put(x, dtype)
+    segmented_lora(forward, narrow_x, subject)
+    segmented_lora_backward(backward, narrow_y, subject)
+    expected_forward, expected_backward = y.clone(), x.clone()
+    reference.segmented_lora(expected_forward, x, oracle)
+    reference.segmented_lora_backward(expected_backward, y, oracle)
+    assert_matches(forward.cpu(), expected_forward)
+    assert_matches(backward.cpu(), expected_backward)
+
+
+@both
+def test_weight_gradients(mix: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PART_COLUMNS", 128)
+    x, dy = randn(NUM_ROWS, INPUTS, dtype=torch.float32), randn(NUM_ROWS, OUTPUTS, dtype=torch.float32, seed=1)
+    oracle, subject = segments_of(mix, torch.float64, CPU), segments_of(mix, torch.float32, stage.DEVICE)
+    expected = [(torch.ones_like(segment.a_RI), torch.ones_like(segment.b_OR)) for segment in oracle]
+    actual = [(torch.ones_like(segment.a_RI), torch.ones_like(segment.b_OR)) for segment in subject]
+    reference.segmented_lora_weight_backward(expected, dy, x, oracle)
+    segmented_lora_weight_backward(actual, stage.put(dy, torch.float32), stage.put(x, torch.float32), subject)
+    for wanted, found in zip(expected, actual, strict=True):
+        for i in range(2):
+            assert_matches(found[i].cpu(), wanted[i])
+
+
+def test_a_row_gets_the_same_update_alone_and_in_a_batch() -> None:
+    segments = segments_of(MIXES["zipf"], torch.float32, stage.DEVICE)
+    x = stage.put(randn(NUM_ROWS, INPUTS), torch.float32)
+    together, alone = (torch.zeros(NUM_ROWS, OUTPUTS, device=stage.DEVICE) for _ in range(2))
+    segmented_lora(together, x, segments)
+    for segment in segments:
+        segmented_lora(alone, x, [segment])
+    assert torch.equal(together, alone)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    segments = segments_of([(0, 2, 0), (2, 4, 1)], torch.float32, stage.DEVICE)
+    x, y = torch.zeros(NUM_ROWS, INPUTS, device=stage.DEVICE), torch.zeros(NUM_ROWS, OUTPUTS, device=stage.DEVICE)
+    with pytest.raises(ValueError, match="of 48 -> 48"):
+        segmented_lora(x, x, segments)
+    with pytest.raises(ValueError, match="rows 2 to 4 of 3"):
+        segmented_lora(y[:3], x[:3], segments)
+    halves = segments_of([(2, 4, 1)], torch.float16, stage.DEVICE)
+    with pytest.raises(ValueError, match="beside"):
+        segmented_lora(y, x, [segments[0], *halves])
+    shared = (torch.zeros_like(segments[0].a_RI), torch.zeros_like(segments[0].b_OR))
+    with pytest.raises(ValueError, match="share a gradient"):
+        segmented_lora_weight_backward([shared, shared], y, x, segments)
