@@ -56,6 +56,7 @@ async def _follow(watcher: Any, record_type: type[T], on_change: Callable[[dict[
             try:
                 records[entry.key] = decode(entry.value, record_type)
             except MalformedMessageError as error:
+                records.pop(entry.key, None)
                 log.warning("records.malformed", key=entry.key, error=str(error))
         if is_replayed:
             await on_change(dict(records))

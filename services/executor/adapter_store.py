@@ -54,7 +54,7 @@ class AdapterStore:
             store = await self._bus.object_store(subjects.ARTIFACTS_STORE)
             data = await read_object(store, record.artifact, READ_TIMEOUT_S)
             adapter = LoraAdapter.from_safetensors(record.name, record.lora, data, self._decoder.config, self._decoder.device)
-        except (NatsError, TimeoutError, ValueError) as error:
+        except (NatsError, TimeoutError, ValueError, RuntimeError, MemoryError) as error:  # the last two: too large
             log.error("adapter.unusable", adapter=record.name, error=str(error) or type(error).__name__)
             return False
         self._on_load(record.name, adapter)

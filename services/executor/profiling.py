@@ -25,11 +25,13 @@ BACKWARD_FACTOR = 2.0
 def measure_profile(decoder: Decoder, cache: KvCache, max_tokens: int) -> LatencyProfile:
     """The latency profile from a few passes of each size, about two seconds; overwrites NUM_SLOTS slots of the cache."""
     measured = []
-    for num_tokens in (n for n in POINTS if n <= max_tokens):
+    max_positions = decoder.config.max_position_embeddings
+    for num_tokens in (n for n in POINTS if n <= min(max_tokens, max_positions)):
         _pass_ms(decoder, cache, num_tokens)
         measured.append((num_tokens, min(_pass_ms(decoder, cache, num_tokens) for _ in range(REPEATS))))
-    with_context_ms = min(_pass_ms(decoder, cache, 1, CONTEXT_TOKENS) for _ in range(REPEATS + 1))
-    per_context_token = max(0.0, with_context_ms - measured[0][1]) / CONTEXT_TOKENS
+    num_context = min(CONTEXT_TOKENS, max_positions - 1)
+    with_context_ms = min(_pass_ms(decoder, cache, 1, num_context) for _ in range(REPEATS + 1))
+    per_context_token = max(0.0, with_context_ms - measured[0][1]) / max(1, num_context)
     slope = (measured[-1][1] - measured[0][1]) / max(1, measured[-1][0] - measured[0][0])
     return make_profile(
         measured, ms_per_context_token=per_context_token, backward_ms_per_token=BACKWARD_FACTOR * max(slope, 1e-3)

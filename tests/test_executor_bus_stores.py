@@ -1,0 +1,188 @@
+"""What an executor keeps in and reads from the bus's buckets: adapters of the fleet, latency profiles."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from common import subjects
+from common.bus import Bus
+from common.codec import decode, encode
+from common.messages import AdapterRecord, Admitted, LatencyProfile, LoraSpec, Rejected
+from services.executor import startup
+from services.executor.lora import LoraAdapter
+from tests.executor_stage import MODEL, Connect, Gate, Stage, known_profile, running_executor, write_model
+from tests.helpers import random_adapter
+from tests.tiny import NUM_TOKENS, PROFILE, PROMPTS, serve, tiny_engine, tiny_pair, tiny_request, truth
+
+SPEC = LoraSpec(rank=2, alpha=4.0)
+REQUEST = tiny_request("r3", PROMPTS["r3"], NUM_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+async def stage(connect: Connect, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
+    known_profile(monkeypatch)
+    async with running_executor(connect, model_dir) as stage:
+        yield stage
+
+
+def make_adapter(seed: int = 0) -> LoraAdapter:
+    return random_adapter(tiny_pair()[1], SPEC, seed=seed)
+
+
+def expected(adapter: LoraAdapter) -> list[int]:
+    """What an engine says with this adapter, which is not what the base model says."""
+    engine = tiny_engine(tiny_pair()[1])
+    engine.adapters["a"] = adapter
+    tokens = serve(tiny_pair()[1], REQUEST, adapters={"r3": "a"}, engine=engine).streams.tokens["r3"]
+    assert tokens != truth()["r3"]
+    return tokens
+
+
+async def store(bus: Bus, data: bytes, artifact: str = "ft:a") -> None:
+    await (await bus.object_store(subjects.ARTIFACTS_STORE)).put(artifact, data)
+
+
+async def announce(bus: Bus, name: str = "ft:a", **fields: Any) -> None:
+    values: dict[str, Any] = {"artifact": "ft:a", "base_model": MODEL, "lora": SPEC, "created_at": 1.0} | fields
+    record = encode(AdapterRecord(name=name, **values))
+    await (await bus.key_value(subjects.ADAPTERS_BUCKET)).put(subjects.adapter_key(name), record)
+
+
+async def has(stage: Stage, *names: str) -> None:
+    """Returns when these adapters, and no others, are served."""
+    await stage.poll(lambda: set(stage.engine.adapters) == set(names))
+
+
+async def say(stage: Stage, model: str, request_id: str) -> list[int] | Rejected:
+    answer = await stage.admit(msgspec.structs.replace(REQUEST, model=model, request_id=request_id))
+    return await stage.output(request_id) if isinstance(answer, Admitted) else answer
+
+
+async def test_an_announced_adapter_is_served_and_a_deleted_one_refused(stage: Stage) -> None:
+    first, second = make_adapter(1), make_adapter(2)
+    await store(stage.client, first.to_safetensors())
+    await announce(stage.client)
+    await has(stage, "ft:a")
+    await stage.settled()
+    assert stage.load.adapters == ("ft:a",)
+    assert await say(stage, "ft:a", "1") == expected(first)
+    await store(stage.client, second.to_safetensors(), "ft:a2")
+    await announce(stage.client, artifact="ft:a2")
+    before = stage.engine.adapters["ft:a"]
+    await stage.poll(lambda: stage.engine.adapters["ft:a"] is not before)
+    assert await say(stage, "ft:a", "2") == expected(second)
+    await (await stage.client.key_value(subjects.ADAPTERS_BUCKET)).delete(subjects.adapter_key("ft:a"))
+    await has(stage)
+    refused = await say(stage, "ft:a", "3")
+    assert isinstance(refused, Rejected)
+    assert refused.reason == "unknown_model"
+    assert await say(stage, MODEL, "4") == truth()["r3"]
+
+
+async def test_a_running_request_keeps_an_adapter_that_is_deleted(stage: Stage) -> None:
+    adapter = make_adapter()
+    await store(stage.client, adapter.to_safetensors())
+    await announce(stage.client)
+    await has(stage, "ft:a")
+    gate = Gate(stage.engine)
+    saying = asyncio.create_task(say(stage, "ft:a", "1"))
+    gate.let(3)
+    await stage.tokens_of("1", 3)
+    await (await stage.client.key_value(subjects.ADAPTERS_BUCKET)).delete(subjects.adapter_key("ft:a"))
+    gate.open()
+    assert await saying == expected(adapter)
+
+
+async def test_adapters_are_served_from_the_start(
+    connect: Connect, model_dir: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_profile(monkeypatch)
+    await store(bus, make_adapter().to_safetensors())
+    await announce(bus)
+    await announce(bus, "missing", artifact="nowhere")
+    await announce(bus, "foreign", base_model="another")
+    await (await bus.key_value(subjects.ADAPTERS_BUCKET)).put("garbage", b"\xc1")
+    async with running_executor(connect, model_dir) as stage:
+        assert await say(stage, "ft:a", "1") == expected(make_adapter())
+        assert set(stage.engine.adapters) == {"ft:a"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"artifact": "nowhere"},
+        {"artifact": "garbage"},
+        {"lora": LoraSpec(rank=0)},
+        {"lora": LoraSpec(rank=3)},
+        {"lora": LoraSpec(rank=10**15)},
+        {"lora": LoraSpec(target_modules=("lm_head",))},
+        {"base_model": "another"},
+    ],
+    ids=str,
+)
+async def test_an_unusable_adapter_is_left_out_until_it_is_repaired(stage: Stage, fields: dict[str, Any]) -> None:
+    await store(stage.client, make_adapter().to_safetensors())
+    await store(stage.client, b"garbage", "garbage")
+    await announce(stage.client, "broken", **fields)
+    await announce(stage.client, "good")
+    await has(stage, "good")
+    await announce(stage.client, "broken")
+    await has(stage, "good", "broken")
+    assert await say(stage, "broken", "1") == expected(make_adapter())
+
+
+async def test_a_missing_artifact_that_comes_late_is_found_when_the_watch_is_renewed(
+    connect: Connect, model_dir: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_profile(monkeypatch)
+    monkeypatch.setattr("common.records.REFRESH_S", 0.2)
+    await announce(bus)
+    async with running_executor(connect, model_dir) as stage:
+        await has(stage)
+        await store(bus, make_adapter().to_safetensors())
+        await has(stage, "ft:a")
+
+
+async def test_a_second_start_recalls_the_profile(
+    connect: Connect, model_dir: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_executor(connect, model_dir, max_batch_tokens=32) as stage:
+        measured = stage.engine.profile
+    assert [tokens for tokens, _ in measured.points] == [1, 8, 16, 32]
+    assert measured.backward_ms_per_token > 0
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(startup, "measure_profile", fail)
+    async with running_executor(connect, model_dir, instance_id="executor-2") as stage:
+        assert stage.engine.profile == measured
+        assert await say(stage, MODEL, "1") == truth()["r3"]
+
+
+async def test_a_profile_that_cannot_be_read_is_measured_again(
+    connect: Connect, model_dir: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_profile(monkeypatch)
+    async with running_executor(connect, model_dir):
+        pass
+    bucket = await bus.key_value(subjects.PROFILES_BUCKET)
+    (key,) = await bucket.keys()
+    for bad in (b"garbage", encode({"points": "none"})):
+        await bucket.put(key, bad)
+        async with running_executor(connect, model_dir) as stage:
+            assert stage.engine.profile == PROFILE
+        kept = (await bucket.get(key)).value
+        assert kept is not None
+        assert decode(kept, LatencyProfile) == PROFILE
