@@ -25,6 +25,8 @@ from common.telemetry import configure_logging
 log = structlog.get_logger()
 C = TypeVar("C", bound=ServiceConfig)
 R = TypeVar("R")
+CANCEL_AGAIN_S = 0.5
+"""Time that a task has to end after a cancellation before it is told again."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -99,9 +101,18 @@ async def _unless_stopped(work: Coroutine[Any, Any, R], stop: asyncio.Event) -> 
     if task.done():
         stopping.cancel()
         return task.result()
-    task.cancel()
-    await asyncio.wait([task])
+    await _cancel_all({task})
     return None
+
+
+async def _cancel_all(tasks: set[asyncio.Task[Any]]) -> None:
+    """Return when none of them runs any more. They are told again if need be: Python 3.11's wait_for, which the NATS client
+    awaits its replies with, may drop a cancellation that arrives together with the reply.
+    """
+    while running := {task for task in tasks if not task.done()}:
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
 
 
 def loggable(config: ServiceConfig) -> dict[str, Any]:
@@ -118,9 +129,7 @@ def redacted(url: str) -> str:
 
 
 class _Workers(asyncio.TaskGroup):
-    """A task group whose tasks can be told to stop, again if need be: Python 3.11's wait_for, which the NATS client awaits
-    its replies with, may drop a cancellation that arrives together with the reply.
-    """
+    """A task group whose tasks can be told to stop, and that ends when one of them fails though others lose a cancellation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,10 +144,20 @@ class _Workers(asyncio.TaskGroup):
 
     async def cancel_all(self) -> None:
         """Return when no task runs any more."""
-        while self._running:
-            for task in self._running:
-                task.cancel()
-            await asyncio.wait(self._running, timeout=0.5)
+        await _cancel_all(self._running)
+
+    async def __aexit__(self, *error: Any) -> None:
+        """As TaskGroup's, which cancels its tasks once when one fails, and would wait for ever for one that missed it."""
+        insisting = asyncio.ensure_future(self._insist()) if error[0] is not None else None
+        try:
+            await super().__aexit__(*error)
+        finally:
+            if insisting is not None:
+                insisting.cancel()
+
+    async def _insist(self) -> None:
+        await asyncio.sleep(CANCEL_AGAIN_S)
+        await self.cancel_all()
 
 
 class _Heart:
