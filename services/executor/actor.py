@@ -74,7 +74,7 @@ class ExecutorActor:
     async def drain(self) -> None:
         """Refuse new work, finish running requests within the grace, then end the rest with an error."""
         self._draining = True
-        await self._inbox.ask(self._engine.training.close_all)
+        await self._training.drain()
         try:
             async with asyncio.timeout(self._config.drain_grace_s):
                 while self._engine.sequences:

@@ -22,7 +22,8 @@ class ProfileStore:
         """The profile kept under this key; None if there is none that can be read."""
         try:
             entry = await (await self._bus.key_value(subjects.PROFILES_BUCKET)).get(_safe(key))
-            return decode(entry.value or b"", LatencyProfile)
+            profile = decode(entry.value or b"", LatencyProfile)
+            return profile if profile.points else None
         except (NotFoundError, MalformedMessageError):
             return None
 

@@ -50,12 +50,18 @@ class TrainingLink:
         self._training = training
         self._inbox = inbox
         self._on_device = on_device
+        self._is_draining = False
 
     async def start(self) -> None:
         """Accept orders from now on."""
         subject = subjects.executor_slices(self._config.instance_id)
         orders: Any = OpenJob | TrainingSlice | WriteCheckpoint | CloseJob
         await self._bus.subscribe(subject, orders, self._on_order, concurrent=True)
+
+    async def drain(self) -> None:
+        """Open no more jobs, and forget those that are open: their trainer goes on elsewhere from the last checkpoint."""
+        self._is_draining = True
+        await self._inbox.ask(self._training.close_all)
 
     async def publish(self, events: Sequence[TrainingEvent]) -> None:
         """Tell trainers of finished steps and failed jobs."""
@@ -98,6 +104,8 @@ class TrainingLink:
             return Rejected(reason="overloaded", message=message, retry_after_ms=1000)
         except InvalidAdapterError as error:
             return Rejected(reason="invalid", message=str(error))
+        except (RuntimeError, MemoryError) as error:  # torch reports a lack of memory as RuntimeError
+            return Rejected(reason="invalid", message=f"the job does not fit: {error}")
         return await self._inbox.ask(lambda: self._hold(job, order.lease))
 
     def _hold(self, job: FinetuneJob, lease: int) -> JobOpened | Rejected:
@@ -115,6 +123,8 @@ class TrainingLink:
         return Rejected(reason="stale_lease", message=f"job {job_id} is held under lease {held}")
 
     def _full(self, job_id: str) -> Rejected | None:
+        if self._is_draining:
+            return Rejected(reason="draining", message="this executor is shutting down", retry_after_ms=1000)
         if self._training.num_jobs < self._config.max_jobs or self._training.lease(job_id) is not None:
             return None
         return Rejected(reason="overloaded", message=f"{self._config.max_jobs} jobs are open", retry_after_ms=5000)
