@@ -38,7 +38,7 @@ def _adamw_kernel(
     if ALIGNED:
         p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
         m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
-        first = tl.multiple_of(first, BLOCK)
+        first, size = tl.multiple_of(first, BLOCK), tl.multiple_of(size, 16)
     offs = first + tl.arange(0, BLOCK)
     mask = offs < size
     dtype = dtype_ptr.dtype.element_ty
@@ -86,6 +86,6 @@ def adamw(
         eps,
         learning_rate / (1 - beta1**step),
         (1 - beta2**step) ** 0.5,
-        ALIGNED=all(x.data_ptr() % 16 == 0 for tensors in lists for x in tensors),
+        ALIGNED=all(x.data_ptr() % 16 == 0 and x.numel() % 16 == 0 for tensors in lists for x in tensors),
         BLOCK=BLOCK,
     )
