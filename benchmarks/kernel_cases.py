@@ -20,6 +20,7 @@ from kernels.triton_ops.rms_norm import rms_norm
 from kernels.triton_ops.rope_and_cache import rope_and_cache
 from kernels.triton_ops.segmented_lora import segmented_lora, segmented_lora_backward
 from kernels.triton_ops.silu_mul import silu_mul, silu_mul_backward
+from kernels.triton_ops.window_attention_backward import window_attention_backward
 
 REL_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """dtype -> the norm of the error over the norm of the oracle, which may round as often as the kernel does."""
@@ -83,6 +84,7 @@ class Cases:
             yield self._attention(f"decode x {num_decodes}", [(self.sizes.context - 1, 1)] * num_decodes)
         yield self._attention("prefill", [(0, self.sizes.prefill)])
         yield self._attention("decode, chunk, window", [(self.sizes.context // 2, 1)] * 16 + [(64, 512), (0, 256)])
+        yield self._window()
         for num_adapters in self.sizes.adapters:
             yield from self._lora(num_adapters)
         yield self._commit()
@@ -147,6 +149,18 @@ class Cases:
             peer=(lambda: F.scaled_dot_product_attention(*dense, is_causal=rows > 1, scale=scale, enable_gqa=True))
             if len(batch) == 1 else None,
             num_bytes=(2 * num_slots * K * D + 2 * start * N * D) * self.dtype.itemsize, num_flops=4 * N * D * pairs,
+        )  # fmt: skip
+
+    def _window(self) -> Case:
+        """The window is the last quarter of the prefill's length."""
+        N, K, D, end = self.sizes.heads, self.sizes.kv_heads, self.sizes.head_dim, self.sizes.prefill
+        W, scale = end // 4, self.sizes.head_dim**-0.5
+        inputs = self._randn(W, N, D), self._randn(W, N, D), self._randn(end, K, D), self._randn(end, K, D)
+        pairs = W * (end - W) + W * (W + 1) // 2
+        return Case(
+            kernel="window_attention_backward", shape=f"{W} rows, {end} keys", num_flops=14 * N * D * pairs,
+            run=lambda: window_attention_backward(*inputs, end - W, scale),
+            oracle=lambda: reference.window_attention_backward(*inputs, end - W, scale),
         )  # fmt: skip
 
     def _lora(self, num_adapters: int) -> Iterator[Case]:

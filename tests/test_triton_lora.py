@@ -46,17 +46,25 @@ CPU = torch.device("cpu")
 both = pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 
 
+TYPES = [
+    (torch.float32, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.float16, torch.float16),
+    pytest.param(torch.bfloat16, torch.bfloat16, marks=stage.BF16.marks),
+    pytest.param(torch.bfloat16, torch.float32, marks=stage.BF16.marks),
+]
+
+
 @both
-@pytest.mark.parametrize("dtype", stage.DTYPES)
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, None], ids=["fp32 adapter", "same type"])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), TYPES, ids=str)
 def test_forward_and_input_gradient(
-    mix: list[tuple[int, int, int]], dtype: torch.dtype, adapter_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+    mix: list[tuple[int, int, int]], dtype: torch.dtype, adapter_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "COLUMNS", 32)
     monkeypatch.setattr(module, "PART_COLUMNS", 64)
     x, y = randn(NUM_ROWS, INPUTS, dtype=dtype), randn(NUM_ROWS, OUTPUTS, dtype=dtype, seed=1)
     oracle = segments_of(mix, torch.float64, CPU)
-    subject = segments_of(mix, adapter_dtype or dtype, stage.DEVICE)
+    subject = segments_of(mix, adapter_dtype, stage.DEVICE)
     narrow_x, narrow_y = stage.put(x, dtype), stage.put(y, dtype)
     forward, backward = stage.put(y, dtype), stage.put(x, dtype)
     segmented_lora(forward, narrow_x, subject)

@@ -1,0 +1,72 @@
+"""A script that compiles every kernel for Hopper, which needs no GPU: launches become compilations.
+
+Prints a line per compiled kernel: its name, bytes of shared memory, matrix instructions of a warpgroup.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from benchmarks.kernel_cases import Cases, Sizes
+from kernels.segments import LoraSegment
+from kernels.triton_ops.rms_norm import rms_norm_backward
+from kernels.triton_ops.segmented_lora import segmented_lora_weight_backward
+from kernels.triton_ops.tree_accept import tree_accept
+
+HOPPER = ("cuda", 90, 32)
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+SIZES = Sizes(
+    rows=(2,), hidden=4096, intermediate=14336, vocabulary=1000, context=1200, decodes=(1,), prefill=160, adapters=(2,),
+    layers=1, moved=4,
+)  # fmt: skip
+
+
+def compile_launch(kernel: Any, *values: Any, grid: object, warmup: bool, **named: Any) -> None:
+    """Stands for the launch of a kernel: compiles it for its arguments' types and alignment."""
+    names = [parameter.name for parameter in kernel.params]
+    bound = dict(zip(names, values, strict=False)) | {name: named.pop(name) for name in names if name in named}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], object] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+    for i, parameter in enumerate(kernel.params):
+        value = bound[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[i,] = "constexpr", value
+            continue
+        signature[parameter.name] = type_name(value)
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[i,] = [["tt.divisibility", 16]]
+    compiler = importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget(*HOPPER)
+    source = compiler.ASTSource(kernel, signature, constants, attributes)
+    compiled = compiler.compile(source, target=target, options=named)
+    print(kernel.__name__, compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma"))
+
+
+def type_name(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}"
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def main() -> None:
+    importlib.import_module("triton.runtime.jit").JITFunction.run = compile_launch
+    for case in Cases(SIZES, torch.bfloat16, torch.device("cpu")):
+        case.run()
+    beyond_the_benchmark()
+
+
+def beyond_the_benchmark() -> None:
+    x, nodes = torch.zeros(2, 4096, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int64)
+    a_RI, b_OR = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((16, 4096), (4096, 16)))
+    segments = [LoraSegment(start=0, end=2, a_RI=a_RI, b_OR=b_OR, scale=1.0)]
+    rms_norm_backward(x, x, x[0], 1e-5)
+    segmented_lora_weight_backward([(a_RI.clone(), b_OR.clone())], x, x, segments)
+    tree_accept(nodes, nodes, nodes, torch.tensor([0, 8]), 8)
+
+
+if __name__ == "__main__":
+    main()
