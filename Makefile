@@ -6,7 +6,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: up test test-slow test-gpu bench lint check format model lock clean help
+.PHONY: up test test-slow test-gpu bench bench-gpu lint check format model lock clean help
 
 up: $(INSTALLED)  ## start everything; options in ARGS="--port 8123"
 	@exec $(BIN)/heddle up $(ARGS)
@@ -18,10 +18,13 @@ test-slow: $(INSTALLED) model  ## the proofs that take minutes
 	$(BIN)/pytest -m slow $(ARGS)
 
 test-gpu: $(INSTALLED) model  ## what needs an accelerator
-	$(BIN)/pytest -m gpu $(ARGS)
+	$(BIN)/pytest -m "gpu or not slow" -k "triton or gpu" $(ARGS)
 
 bench: $(INSTALLED) model  ## what the README's table shows, on this machine; about ten minutes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_slice $(ARGS)
+
+bench-gpu: $(INSTALLED)  ## every Triton kernel against its reference, then its speed; needs an NVIDIA GPU and the extra `gpu`
+	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_kernels $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy, on code and tests
 	$(BIN)/ruff check
