@@ -1,4 +1,4 @@
-# python nats_client.py nats://127.0.0.1:4222 "What is a loom?"
+# python nats_client.py NATS_URL PROMPT: the URL is another at each start, `heddle up` and `heddle status --json` tell it
 import asyncio
 import sys
 

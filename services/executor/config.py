@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 from common.config import ServiceConfig, require
 
@@ -51,4 +52,6 @@ class ExecutorConfig(ServiceConfig):
             self.max_tree_nodes >= 0 and self.max_draft_tokens >= 0, "max_tree_nodes and max_draft_tokens", "not be negative"
         )
         require(self.tree_wait_ms >= 0, "tree_wait_ms", "not be negative")
+        cores = os.cpu_count() or 1
+        require(self.threads <= cores, "threads", f"not be more than this machine's {cores} cores")
         require(0 <= self.min_finetune_share < 1, "min_finetune_share", "be in [0, 1)")
