@@ -50,6 +50,7 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="infer.1")
     stop_token_ids: tuple[int, ...] = ()
     num_generated: int = 0
     priority: int = 0
+    """Lower is prefilled earlier."""
     arrived_at: float = 0.0
 
 
@@ -169,7 +170,8 @@ class PlannerGranted(msgspec.Struct, frozen=True, kw_only=True, tag="granted.1")
 class OpenedSequence(msgspec.Struct, frozen=True, kw_only=True):
     """A sequence that starts to decode, or that a new planner has not seen: all its tokens so far.
 
-    `num_decoded` of its tokens were committed during its `decode_ms`; None: all output but the first, which prefill gives.
+    `num_decoded` of its tokens came since its first one on this executor, the start of SequenceProgress.decode_ms; None: all
+    output but the first, which prefill gives.
     """
 
     request_id: str
