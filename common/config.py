@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import types
 import typing
@@ -15,8 +16,15 @@ from common.messages import Role
 T = TypeVar("T", bound="ServiceConfig")
 
 
+EXIT_CONFIG = os.EX_CONFIG
+"""Exit status of a process that cannot run with what it was given: whoever supervises it need not try again."""
+
+
 class ConfigError(ValueError):
-    """A setting is unknown, unreadable or out of range; the message names its variable."""
+    """What the process was told to run with cannot work: a setting (named in the message), the model's folder, the device.
+
+    To start again without a change would end the same way.
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,14 +61,22 @@ def load_config(config_type: type[T], role: Role, environ: Mapping[str, str] = o
     hints = typing.get_type_hints(config_type)
     for variable in environ:
         if variable.startswith(own) and variable.removeprefix(own).lower() not in fields:
-            raise ConfigError(f"unknown setting {variable}; known: {', '.join(own + name.upper() for name in fields)}")
+            raise ConfigError(_unknown(variable, [own + name.upper() for name in fields]))
     values: dict[str, Any] = {}
     for name in fields:
         for variable in (own + name.upper(), "HEDDLE_" + name.upper()):
             if variable in environ:
                 values[name] = _parse(environ[variable], hints[name], variable)
                 break
-    return config_type(**values)
+    try:
+        return config_type(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (settings: {own}<FIELD>, or HEDDLE_<FIELD>)") from error
+
+
+def _unknown(variable: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(variable, known, n=1)
+    return f"unknown setting {variable}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
 
 
 def _parse(text: str, hint: Any, variable: str) -> Any:

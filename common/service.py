@@ -18,7 +18,7 @@ from nats import micro
 
 from common import subjects
 from common.bus import Bus
-from common.config import ConfigError, ServiceConfig, load_config
+from common.config import EXIT_CONFIG, ConfigError, ServiceConfig, load_config
 from common.messages import Beat, ExecutorLoad, Role, ServiceState
 from common.telemetry import configure_logging
 
@@ -54,15 +54,25 @@ class Actor(Protocol):
 
 
 def main(role: Role, config_type: type[C], make_actor: Callable[[C], Actor]) -> None:
-    """Entry point of `python -m services.<role>`: runs until SIGTERM or SIGINT. Exits with 2 on a configuration error."""
+    """Entry point of `python -m services.<role>`: runs until SIGTERM or SIGINT.
+
+    A configuration error, now or while the actor starts, is one line on stderr and exit status EXIT_CONFIG.
+    """
+    refusals: list[str] = []
     try:
         config = load_config(config_type, role)
-    except ConfigError as error:
-        print(f"heddle {role}: {error}", file=sys.stderr)
-        sys.exit(2)
-    configure_logging(role, config.instance_id, config.log_level, config.log_format)
-    log.info("service.starting", config=loggable(config))
-    uvloop.run(serve(role, config, make_actor(config)))
+        configure_logging(role, config.instance_id, config.log_level, config.log_format)
+        log.info("service.starting", config=loggable(config))
+        uvloop.run(serve(role, config, make_actor(config)))
+    except* ConfigError as group:  # an actor's errors come in groups, and a group's handler cannot exit
+        refusals = [" ".join(str(error).split()) for error in _leaves(group)]
+    if refusals:
+        print(f"heddle {role}: {refusals[0]}", file=sys.stderr)
+        sys.exit(EXIT_CONFIG)
+
+
+def _leaves(group: BaseExceptionGroup[ConfigError]) -> list[ConfigError]:
+    return [leaf for e in group.exceptions for leaf in (_leaves(e) if isinstance(e, BaseExceptionGroup) else [e])]
 
 
 async def serve(role: Role, config: ServiceConfig, actor: Actor) -> None:

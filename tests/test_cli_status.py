@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -31,7 +31,7 @@ BODY = {
 }
 
 
-@contextmanager
+@contextlib.contextmanager
 def gateway(status: int, body: str, key: str | None = None) -> Iterator[str]:
     """An HTTP server that gives one answer to GET /status, and 401 without the key."""
 
@@ -80,8 +80,10 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
 def test_a_gateway_with_a_key_is_asked_with_it() -> None:
     with gateway(200, json.dumps(BODY), key="secret") as url:
         assert fetch(url, "secret")[0].model == "little"
-        with pytest.raises(StatusError, match="401"):
+        with pytest.raises(StatusError, match=r"does not accept this API key \(status 401\)"):
             fetch(url, "wrong")
+        with pytest.raises(StatusError, match=r"asks for an API key .* --api-key or in HEDDLE_API_KEY"):
+            fetch(url)
 
 
 @pytest.mark.parametrize(("status", "body"), [(500, "{}"), (200, "not json"), (200, "{}"), (200, '{"services": 1}')])
@@ -123,14 +125,29 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["upp"], ["up", "--port", "0"], ["up", "--executors", "x"], ["up", "--dtype", "int4"]]
+    "arguments",
+    [
+        [],
+        ["upp"],
+        ["up", "--nats", "x", "--nats-port", "1"],
+        ["up", "--port", "0"],
+        ["up", "--executors", "x"],
+        ["up", "--dtype", "int4"],
+    ],
 )
-def test_a_wrong_command_line_is_status_2(arguments: list[str]) -> None:
+def test_a_wrong_command_line_is_status_2_and_says_what_is_wrong_first(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
+    fault, hint = capsys.readouterr().err.splitlines()
+    assert fault.startswith("heddle up: argument --" if arguments[:1] == ["up"] else "heddle: ")
+    assert "--help" in hint
 
 
-def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["version"])
+@pytest.mark.parametrize("argument", ["version", "--version"])
+def test_version_is_printed(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        main([argument])
     assert capsys.readouterr().out.startswith("heddle 0.")

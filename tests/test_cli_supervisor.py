@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from common.config import EXIT_CONFIG
 from services.cli.supervisor import Backoff, Child, ChildSpec, Supervisor, describe_exit
 
 QUICK = Backoff(first_s=0.001, longest_s=0.002)
@@ -101,6 +102,28 @@ async def test_a_child_that_never_starts_is_given_up_with_its_last_words(tmp_pat
     assert str(keeper.failure).endswith("no such model\nno such model\nno such model")
 
 
+async def test_a_child_that_cannot_run_with_its_configuration_is_not_started_again(tmp_path: Path) -> None:
+    speech = Speech()
+    async with supervisor(speech) as keeper:
+        child = keeper.add(shell(tmp_path, f"echo starting; echo heddle executor: no such device >&2; exit {EXIT_CONFIG}"))
+        await asyncio.wait_for(keeper.failed.wait(), 10)
+    assert str(keeper.failure) == f"executor: no such device (log: {child.spec.log})"
+    assert (child.num_exits, speech.lines) == (1, [])
+
+
+async def test_a_child_that_takes_long_to_stop_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.cli.supervisor.WAITING_S", 0.02)
+    up, speech = pipe(tmp_path, "up"), Speech()
+    keeper = Supervisor(speech, QUICK)
+    child = keeper.add(shell(tmp_path, 'trap "" TERM; echo up > "$HERE/up"; while :; do sleep 0.01; done', "executor-1"))
+    await asyncio.to_thread(up.read_text)
+    stopping = asyncio.create_task(keeper.stop([[child]], 60))
+    await speech.wait_for(1)
+    assert speech.lines == ["waiting for executor-1 to finish running work, at most 60 s more"]
+    keeper.kill()
+    await asyncio.wait_for(stopping, 10)
+
+
 async def test_a_command_that_does_not_exist_is_given_up_at_once(tmp_path: Path) -> None:
     async with supervisor(Speech()) as keeper:
         keeper.add(ChildSpec(name="child", command=("/no/such/program",), log=tmp_path / "log"))
@@ -154,10 +177,9 @@ async def test_stopping_during_a_restart_leaves_nothing_behind(tmp_path: Path) -
 async def test_a_terminal_s_interrupt_does_not_reach_children(tmp_path: Path) -> None:
     async with supervisor(Speech()) as keeper:
         up = pipe(tmp_path, "up")
-        child = keeper.add(shell(tmp_path, 'echo up > "$HERE/up"; exec sleep 60'))
-        await asyncio.to_thread(up.read_text)
-        assert child.process is not None
-        assert os.getpgid(child.process.pid) == child.process.pid != os.getpgid(0)
+        keeper.add(shell(tmp_path, 'echo $$ > "$HERE/up"; exec sleep 60'))
+        pid = int(await asyncio.to_thread(up.read_text))
+        assert os.getpgid(pid) == pid != os.getpgid(0)
 
 
 ORPHANS = """

@@ -151,12 +151,13 @@ def test_a_state_directory_that_cannot_be_is_refused(tmp_path: Path) -> None:
 IDLE_SERVICE = """
 import asyncio, importlib, os, sys
 from common.bus import Bus
+from common.config import ConfigError
 from common.service import Vitals, main
 
 class Idle:
     async def start(self, bus: Bus, tasks: asyncio.TaskGroup) -> None:
         if os.environ.get("BREAK") == role:
-            sys.exit("broken on purpose")
+            raise {"config": ConfigError, "crash": LookupError}[os.environ["HOW"]]("broken\\non purpose")
     async def drain(self) -> None:
         with open(os.environ["STOPPED"], "a") as file:
             print(role, file=file)
@@ -222,9 +223,11 @@ async def ping_all(nats_url: str) -> set[str]:
 
 
 def test_a_whole_life(tmp_path: Path, folder: Path) -> None:
-    with heddle_up(tmp_path, folder, "--planners", "2") as process:
+    nats_port = free_port()
+    with heddle_up(tmp_path, folder, "--planners", "2", "--nats-port", str(nats_port)) as process:
         shown = read_until(process, "Ctrl-C stops all of it")
         nats_url = next(line.split()[1] for line in shown.splitlines() if line.strip().startswith("NATS"))
+        assert nats_url == f"nats://127.0.0.1:{nats_port}"
         assert asyncio.run(ping_all(nats_url)) == {f"heddle-{role}" for role in ROLES}
         with heddle_up(tmp_path, folder) as second:
             read_until(second, f"in use by process {process.pid}")
@@ -253,10 +256,31 @@ def test_a_server_that_dies_is_back_on_its_port_with_what_it_stored(tmp_path: Pa
 
 
 def test_a_service_that_cannot_start_ends_it_all_with_its_last_words(tmp_path: Path, folder: Path) -> None:
-    with heddle_up(tmp_path, folder, BREAK="trainer") as process:
-        shown = read_until(process, "broken on purpose")
+    with heddle_up(tmp_path, folder, BREAK="trainer", HOW="crash") as process:
+        shown = read_until(process, "on purpose")
         assert process.wait(20) == 1
     assert "trainer-1 exited with status 1, 3 times before it was ready" in shown
+
+
+@pytest.mark.parametrize(
+    ("env", "reason"),
+    [
+        ({"BREAK": "executor", "HOW": "config"}, "heddle: executor: broken on purpose (log: "),
+        (
+            {"HEDDLE_PLANNER_MODES": "none"},
+            "heddle: planner: unknown setting HEDDLE_PLANNER_MODES; did you mean HEDDLE_PLANNER_MODE? (log: ",
+        ),
+        ({"HEDDLE_EXECUTOR_PAGE_SIZE": "many"}, "heddle: executor: HEDDLE_EXECUTOR_PAGE_SIZE='many' is not a valid int (log: "),
+    ],
+)
+def test_a_configuration_that_cannot_work_ends_it_all_at_once_with_one_line(
+    tmp_path: Path, folder: Path, env: dict[str, str], reason: str
+) -> None:
+    with heddle_up(tmp_path, folder, **env) as process:
+        shown = read_until(process, "heddle: ")
+        assert process.wait(20) == 1
+    assert shown.splitlines()[-1].startswith(reason)
+    assert "restarting" not in shown
 
 
 def test_an_external_server_is_used_and_left_running(tmp_path: Path, folder: Path, nats_server: NatsServer) -> None:

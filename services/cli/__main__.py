@@ -7,7 +7,6 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 
 from common.bus import Bus, BusError
 from common.nats_server import NatsServerError
@@ -17,7 +16,7 @@ from services.cli.health import HealthError, check
 from services.cli.layout import UpOptions
 from services.cli.models import ModelError
 from services.cli.nats_once import NatsUnreachableError, connect_once
-from services.cli.parser import ROLES, build_parser
+from services.cli.parser import ROLES, build_parser, version_line
 from services.cli.preflight import UpError
 from services.cli.status import StatusError, fetch, show
 from services.cli.supervisor import StartupError
@@ -83,7 +82,7 @@ def _health(options: argparse.Namespace) -> None:
 
 
 def _version(_: argparse.Namespace) -> None:
-    print(f"heddle {version('heddle')}")
+    print(version_line())
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

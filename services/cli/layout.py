@@ -32,6 +32,8 @@ class UpOptions:
     threads: int | None = None
     kv_cache_tokens: int | None = None
     nats: str | None = None
+    nats_port: int | None = None
+    """Where our own NATS server listens; None: wherever there is room."""
     key_variable: str | None = None
     """The environment variable that holds the gateway's API key; None: no key."""
     log_format: str | None = None

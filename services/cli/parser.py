@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from common.messages import Role
 
@@ -27,7 +28,7 @@ examples:
 
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction["_Parser"]
 
 
 def default_state_dir(environ: Mapping[str, str] = os.environ) -> Path:
@@ -37,12 +38,13 @@ def default_state_dir(environ: Mapping[str, str] = os.environ) -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; its result has `command` and that command's options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="heddle",
         description="Serves an LLM with a latency target per request, and finetunes LoRA adapters in the same iterations.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_ShowVersion, help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     _add_up(_add(commands, "up", "start a NATS server and all five services; Ctrl-C stops them"))
     _add_status(_add(commands, "status", "show the running services and their load"))
@@ -51,6 +53,30 @@ def build_parser() -> argparse.ArgumentParser:
     _add_health(_add(commands, "health", "exit with 0 if a service of this machine is ready, for containers"))
     _add(commands, "version", "print the version")
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong first and where help is; argparse would print all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """As ArgumentParser.error, with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` lists what there is\n")
+
+
+class _ShowVersion(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**(options | {"nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}))
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(version_line())
+        parser.exit()
+
+
+def version_line() -> str:
+    """What `heddle --version` prints."""
+    return f"heddle {version('heddle')}"
 
 
 class _Style(argparse.ArgumentDefaultsHelpFormatter):
@@ -62,7 +88,7 @@ class _Style(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def _add(commands: Commands, name: str, summary: str) -> argparse.ArgumentParser:
+def _add(commands: Commands, name: str, summary: str) -> _Parser:
     return commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", formatter_class=_Style)
 
 
@@ -75,7 +101,11 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     place.add_argument("--host", default="127.0.0.1", help="address the gateway listens on; 0.0.0.0 for all")
     place.add_argument("--port", type=_within(1, 65535), default=8000, help="port the gateway listens on")
     place.add_argument("--state-dir", type=_path, default=default_state_dir(), help="NATS data and logs; one `heddle up` each")
-    place.add_argument("--nats", metavar="URL", help="use this NATS server or cluster (with JetStream) and start none")
+    server = place.add_mutually_exclusive_group()
+    server.add_argument("--nats", metavar="URL", help="use this NATS server or cluster (with JetStream) and start none")
+    server.add_argument(
+        "--nats-port", type=_within(1, 65535), metavar="N", help="port of the NATS server (default: a free one)"
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", default=DEFAULT_MODEL, help="a name, a folder, a .gguf file or a hub name (owner/name)")
@@ -115,7 +145,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=_path, metavar="DIR", help="write here instead of into the cache; new or empty")
 
 
-def _add_adapters(parser: argparse.ArgumentParser) -> None:
+def _add_adapters(parser: _Parser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
     listing = _add(actions, "list", "list the adapters that the system serves")
     export = _add(actions, "export", "write one adapter as a Hugging Face PEFT folder")

@@ -26,15 +26,15 @@ def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises UpError when the gateway could not listen there."""
+def check_port(host: str, port: int, option: str = "--port") -> None:
+    """Raises UpError, naming the option that chose the port, when nothing could listen there."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise UpError(f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port") from error
+        raise UpError(f"port {port} on {host} cannot be used ({error.strerror}); choose another with {option}") from error
 
 
 @contextlib.contextmanager

@@ -11,6 +11,9 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+REFUSALS = (401, 403)
+"""Statuses of a gateway that is there, and has not been given its key."""
+
 
 class StatusError(RuntimeError):
     """The gateway cannot be reached or does not answer as one."""
@@ -38,11 +41,18 @@ def fetch(url: str, api_key: str | None = None, timeout_s: float = 5.0) -> tuple
     """The gateway's status, validated and as it came. Raises StatusError."""
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        response = httpx.get(f"{url.rstrip('/')}/status", headers=headers, timeout=timeout_s).raise_for_status()
-        body = response.json()
+        response = httpx.get(f"{url.rstrip('/')}/status", headers=headers, timeout=timeout_s)
+        if response.status_code in REFUSALS:
+            raise StatusError(_refused(url, api_key, response.status_code))
+        body = response.raise_for_status().json()
         return msgspec.convert(body, Status), body
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise StatusError(f"no Heddle gateway answers at {url}: {error or type(error).__name__}") from error
+
+
+def _refused(url: str, api_key: str | None, status: int) -> str:
+    fault = "does not accept this API key" if api_key else "asks for an API key"
+    return f"the gateway at {url} {fault} (status {status}): give its key with --api-key or in HEDDLE_API_KEY"
 
 
 def show(url: str, api_key: str | None, as_json: bool) -> None:

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
+from common.config import EXIT_CONFIG
 from services.cli.parent_death import die_with_parent
 
 STARTUP_EXITS = 3
 """A child that exits so often before all are ready will not start at all."""
+WAITING_S = 2.0
+"""A child that takes longer to stop is named, so that nobody wonders what the wait is for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +76,14 @@ class Child:
             )
         return self.process
 
+    @property
+    def is_running(self) -> bool:
+        """Whether its process has been started and has not ended."""
+        return self.process is not None and self.process.returncode is None
+
     def signal(self, number: int) -> None:
         """Send a signal to the child's whole group, if it runs."""
-        if self.process is not None and self.process.returncode is None:
+        if self.process is not None and self.is_running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
 
@@ -116,7 +124,11 @@ class Supervisor:
         for stage in stages:
             for child in stage:
                 child.signal(signal.SIGTERM)
-            await _wait(stage, grace_s)
+            await _wait(stage, min(WAITING_S, grace_s))
+            if names := [child.spec.name for child in stage if child.is_running]:
+                left_s = max(grace_s - WAITING_S, 0.0)
+                self._say(f"waiting for {', '.join(names)} to finish running work, at most {left_s:.0f} s more")
+                await _wait(stage, left_s)
             for child in stage:
                 child.signal(signal.SIGKILL)
             await _wait(stage, 5.0)
@@ -136,12 +148,21 @@ class Supervisor:
                 self._give_up(child, f"cannot be started: {error}")
                 return
             child.num_exits += 1
+            if not self._all_ready and status == EXIT_CONFIG:
+                self._refuse(child)
+                return
             if not self._all_ready and child.num_exits >= STARTUP_EXITS:
                 self._give_up(child, f"{describe_exit(status)}, {child.num_exits} times before it was ready")
                 return
             delay_s = self._backoff.delay_s(delay_s, time.monotonic() - started_at)
             self._say(f"{child.spec.name} {describe_exit(status)}; restarting in {delay_s:g} s (log: {child.spec.log})")
             await asyncio.sleep(delay_s)
+
+    def _refuse(self, child: Child) -> None:
+        """It has said in its last line why it cannot run with what it was given; another attempt would say the same."""
+        reason = child.log_tail(1).removeprefix("heddle ")
+        self.failure = StartupError(f"{reason} (log: {child.spec.log})")
+        self.failed.set()
 
     def _give_up(self, child: Child, reason: str) -> None:
         self.failure = StartupError(f"{child.spec.name} {reason}. The end of {child.spec.log}:\n{child.log_tail()}")

@@ -37,6 +37,8 @@ def up(options: UpOptions) -> None:
     configure_logging("heddle", "up", "error", "console")
     started_at = time.monotonic()
     check_port(options.host, options.port)
+    if options.nats_port is not None:
+        check_port("127.0.0.1", options.nats_port, "--nats-port")
     with locked(options.state_dir):
         options.log_dir.mkdir(parents=True, exist_ok=True)
         model = prepare_model(options.model, options.served_model_name)
@@ -76,13 +78,14 @@ class _Run:
             await self._unless_stopped(self._tend_logs())
         finally:
             if self._services:
-                say("stopping; Ctrl-C again kills at once")
+                say("stopping: requests that run may finish; Ctrl-C again stops at once")
             stages = [[child for role, child in self._services if role == stage] for stage in reversed(START_ORDER)]
             await self._supervisor.stop([*stages, self._nats], GRACE_S)
             say("stopped")
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
+            say("stopping at once")
             self._supervisor.kill()
         self._stop.set()
 
@@ -119,7 +122,7 @@ class _Run:
         print(screen(self._options, self._model, redacted(nats_url), names, elapsed_s), flush=True)
 
     async def _start_nats(self) -> str:
-        server = NatsServer(self._options.state_dir / "nats")
+        server = NatsServer(self._options.state_dir / "nats", self._options.nats_port or 0)
         self._nats.append(self._add(ChildSpec(name="nats", command=server.command(), log=self._options.log_dir / "nats.log")))
         deadline = time.monotonic() + NATS_START_S
         while not server.answers():
