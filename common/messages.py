@@ -26,12 +26,28 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How the next token is drawn. `temperature` 0 is greedy; random numbers are a function of (seed, position)."""
+    """How the next token is drawn. `temperature` 0 is greedy; random numbers are a function of (seed, position).
+
+    Order: min_tokens, logit_bias, penalties, temperature, min_p, top_k, top_p. `logit_bias` are pairs of token and bias.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    """So many output tokens come before any that ends the request."""
     seed: int = 0
+
+
+MAX_LOGIT_BIAS = 1024
+"""Tokens that one request may bias."""
+MAX_TOP_LOGPROBS = 20
+"""Alternatives per token whose log probabilities a request may ask for."""
 
 
 class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="infer.1"):
@@ -49,6 +65,10 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="infer.1")
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     num_generated: int = 0
+    logprobs: int | None = None
+    """Log probabilities of each output token and of so many of the most probable ones; None: of none."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens, its first and the `num_generated` last ones excepted: all its rows are computed."""
     priority: int = 0
     """Lower is prefilled earlier."""
     arrived_at: float = 0.0
@@ -89,12 +109,29 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     decode_ms: float = 0.0
 
 
+class Logprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Log probabilities of consecutive tokens under the unprocessed distribution; a probability of zero is -9999.
+
+    `chosen[i]` is token i's own; its `num_top` most probable alternatives, best first, are at i * num_top of the other two.
+    """
+
+    chosen: tuple[float, ...]
+    num_top: int = 0
+    top_tokens: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
 class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, tag="chunk.1"):
-    """Tokens committed in one iteration. `seq` counts from 0 without gaps; the last chunk has a finish reason and usage."""
+    """Tokens committed in one iteration. `seq` counts from 0 without gaps; the last chunk has a finish reason and usage.
+
+    `logprobs` are of its tokens. `prompt_logprobs` come before the first token, in chunks of their own, in the prompt's order.
+    """
 
     request_id: str
     seq: int
     tokens: tuple[int, ...] = ()
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None

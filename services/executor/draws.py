@@ -1,22 +1,29 @@
-"""Which drawn token belongs to which row of which sequence. Knows rows and positions, not probabilities."""
+"""Which tokens and log probabilities belong to which rows of which sequence. Knows rows, positions and paths, not chances."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 
+from torch import Tensor
+
+from common.messages import Logprobs
 from services.executor.assembly import Work
+from services.executor.logprobs import score, score_blocks
 from services.executor.sampling import Draws
 
 
 class WorkDraws:
     """The target's tokens after the rows of one sequence that wanted logits, drawn when they are looked up."""
 
-    def __init__(self, draws: Draws | None, first_row: int, work: Work) -> None:
+    def __init__(
+        self, work: Work, draws: Draws | None, first_row: int, hidden_RH: Tensor, logits: Callable[[Tensor], Tensor]
+    ) -> None:
         following = [position + 1 for position in work.segment.positions]
         self._positions = {"all": following, "last": following[-1:], "none": []}[work.segment.wants_logits]
         self._draws, self._first_row = draws, first_row
-        self._sampling = work.sequence.request.sampling
+        self._segment, self._sequence, self._is_decode = work.segment, work.sequence, work.is_decode
+        self._hidden_RH, self._logits = hidden_RH, logits
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -24,15 +31,53 @@ class WorkDraws:
     def __getitem__(self, row: int) -> int:
         if self._draws is None or not 0 <= row < len(self._positions):
             raise IndexError(row)
-        return self._draws.token(self._first_row + row, self._sampling, self._positions[row])
+        sequence, process = self._sequence, self._sequence.processor
+        change = None if process is None else lambda logits_V: process.apply(logits_V, self._output_before(row))
+        return self._draws.token(self._first_row + row, sequence.request.sampling, self._positions[row], change)
 
     def __iter__(self) -> Iterator[int]:
         return (self[row] for row in range(len(self)))
 
+    def logprobs(self, path: Seq[int], tokens: Seq[int]) -> Logprobs | None:
+        """Of the committed tokens that were drawn along this path of nodes; None if nobody asks."""
+        num_top = self._sequence.request.logprobs
+        if num_top is None or self._draws is None:
+            return None
+        rows = [self._first_row + node for node in (0, *path)[: len(tokens)]]
+        return score(self._draws.logits_RV[rows], tokens, num_top)
 
-def drawn_by(works: Seq[Work], draws: Draws | None) -> list[WorkDraws]:
-    """The draws of each sequence; rows of a pass's logits are in the order of its segments."""
+    def prompt_logprobs(self) -> Iterator[Logprobs]:
+        """Of the prompt tokens after the rows of a prefill chunk that were not told yet, in pieces; none if nobody asks.
+
+        Raises NonFiniteLogitsError.
+        """
+        sequence, start = self._sequence, self._segment.positions[0]
+        num_top = sequence.request.prompt_logprobs
+        if num_top is None or self._is_decode:
+            return
+        first, end = max(start, sequence.num_scored - 1), min(start + len(self._hidden_RH), sequence.num_prompt - 1)
+        following = sequence.tokens[first + 1 : end + 1]
+        for scores in score_blocks(self._logits, self._hidden_RH[first - start : end - start], following, num_top):
+            sequence.num_scored += len(scores.chosen)
+            yield scores
+
+    def _output_before(self, row: int) -> list[int]:
+        """The output that the token after this row follows: what is committed, then the row's ancestors in the tree."""
+        parents, path, node = self._segment.parents, [], row
+        while parents is not None and node > 0:
+            path.append(self._segment.tokens[node])
+            node = parents[node]
+        return self._sequence.output + path[::-1]
+
+
+def drawn_by(
+    works: Seq[Work], draws: Draws | None, starts: Seq[int], hidden_TH: Tensor, logits: Callable[[Tensor], Tensor]
+) -> list[WorkDraws]:
+    """The draws of each sequence, whose rows begin at `starts`; `draws` holds the rows that wanted logits, in this order."""
     found: list[WorkDraws] = []
-    for work in works:
-        found.append(WorkDraws(draws, sum(len(earlier) for earlier in found), work))
+    first_row = 0
+    for work, start in zip(works, starts, strict=False):  # windows of finetuning follow
+        hidden_RH = hidden_TH[start : start + len(work.segment.tokens)]
+        found.append(WorkDraws(work, draws, first_row, hidden_RH, logits))
+        first_row += len(found[-1])
     return found

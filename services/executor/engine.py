@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -26,7 +27,9 @@ from common.messages import (
 )
 from services.executor.assembly import Assembly, Work
 from services.executor.batch import build_batch
+from services.executor.commit import Moves, commit, verify
 from services.executor.draws import WorkDraws, drawn_by
+from services.executor.logits import processor_of
 from services.executor.lora import LoraAdapter
 from services.executor.model import Decoder, KvCache
 from services.executor.pages import PageAllocator
@@ -35,7 +38,7 @@ from services.executor.sampling import Draws, NonFiniteLogitsError
 from services.executor.scheduler import IterationPlan, Limits, plan_iteration
 from services.executor.sequences import Sequence
 from services.executor.training import BackwardWork, Training
-from services.executor.verify import InvalidTreeError, Verdict, accept, check_tree
+from services.executor.verify import InvalidTreeError, Verdict, check_tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,14 +110,17 @@ class Engine:
         if len(self.sequences) >= self.max_sequences:
             return Rejected(reason="overloaded", message=f"{self.max_sequences} requests are running", retry_after_ms=500)
         ends = () if request.ignore_eos else self.decoder.config.eos_token_ids
+        stop_ids = frozenset((*ends, *request.stop_token_ids))
+        prompt = request.prompt_tokens[: len(request.prompt_tokens) - request.num_generated]
         self.sequences[request.request_id] = Sequence(
             request=request,
             tokens=list(request.prompt_tokens),
             table=self.pages.table(),
             adapter=self.adapters[adapter_name] if adapter_name else None,
-            stop_ids=frozenset((*ends, *request.stop_token_ids)),
+            stop_ids=stop_ids,
             first_token_due_at=first_token_due_at or None,
             num_output=request.num_generated,
+            processor=processor_of(request.sampling, prompt, stop_ids, self.decoder.config.vocab_size),
         )
         self.counters["requests"] += 1
         return None
@@ -153,7 +159,7 @@ class Engine:
         self.num_iterations += 1
         self._plan = plan
         if not segments:
-            return self._finish_iteration([], None, plan, 0)
+            return self._finish_iteration([], [], plan, 0)
         batch = build_batch(segments, self.decoder.device)
         hidden_TH = self.decoder.forward(batch, self.cache)
         for window, start in zip(windows, batch.starts[len(works) :], strict=True):
@@ -161,7 +167,8 @@ class Engine:
         draws = Draws(self.decoder.logits(hidden_TH[batch.logit_rows])) if len(batch.logit_rows) else None
         if len(batch.tokens_T) == plan.num_tokens:  # else pages were short, and the prediction was for another pass
             self.profile = corrected(self.profile, plan.forward_ms, (self._clock() - now) * 1e3)
-        return self._finish_iteration(works, draws, plan, sum(len(window.segment.tokens) for window in windows))
+        drawn = drawn_by(works, draws, batch.starts, hidden_TH, self.decoder.logits)
+        return self._finish_iteration(works, drawn, plan, sum(len(window.segment.tokens) for window in windows))
 
     @torch.inference_mode()
     def backward_pass(self) -> BackwardWork:
@@ -177,17 +184,19 @@ class Engine:
 
     def release_all(self, error: str) -> list[TokenChunk]:
         """End every request with an error, for example when a pass failed."""
-        return [self._finish(sequence, (), "error", error) for sequence in list(self.sequences.values())]
+        return [self._finish(sequence, (), "error", error=error) for sequence in list(self.sequences.values())]
 
     # --- parts of an iteration -------------------------------------------------------------------------------------
 
-    def _finish_iteration(self, works: list[Work], draws: Draws | None, plan: IterationPlan, num_training: int) -> Iteration:
+    def _finish_iteration(
+        self, works: list[Work], drawn_by_work: list[WorkDraws], plan: IterationPlan, num_training: int
+    ) -> Iteration:
         now = self._clock()
-        moves: tuple[list[int], list[int]] = ([], [])
+        moves = Moves()
         chunks: list[TokenChunk] = []
         progress: list[SequenceProgress] = []
         counts: Counter[str] = Counter()
-        for work, drawn in zip(works, drawn_by(works, draws), strict=True):
+        for work, drawn in zip(works, drawn_by_work, strict=True):
             if work.is_decode:
                 counts["decode"] += 1
                 counts["draft"] += len(work.segment.tokens) - 1
@@ -195,17 +204,21 @@ class Engine:
                 counts["prefill"] += len(work.segment.tokens)
                 work.sequence.num_computed += len(work.segment.tokens)
             try:
-                verdict = self._verify(work, drawn, moves) if work.is_decode else Verdict((), tuple(drawn))
+                chunks += [self._chunk(work.sequence, (), prompt_logprobs=scores) for scores in drawn.prompt_logprobs()]
+                verdict = verify(work, drawn, moves, self.counters) if work.is_decode else Verdict((), tuple(drawn))
             except NonFiniteLogitsError as error:
-                chunks.append(self._finish(work.sequence, (), "error", str(error)))
+                chunks.append(self._finish(work.sequence, (), "error", error=str(error)))
                 continue
             if verdict.tokens:
-                chunk, step = self._commit(work, verdict, now)
-                chunks.append(chunk)
-                progress += [step] if work.is_decode else []
-        if moves[0]:
+                done = commit(work, verdict, now, self.counters)
+                finish = self._finish if done.reason else self._chunk
+                chunks.append(
+                    finish(work.sequence, done.tokens, done.reason, logprobs=drawn.logprobs(verdict.path, done.tokens))
+                )
+                progress += [done.progress] if work.is_decode else []
+        if moves.sources:
             device = self.decoder.device
-            self.cache.move(torch.tensor(moves[0], device=device), torch.tensor(moves[1], device=device))
+            self.cache.move(torch.tensor(moves.sources, device=device), torch.tensor(moves.targets, device=device))
         for kind in ("decode", "draft", "prefill"):
             self.counters[f"{kind}_tokens"] += counts[kind]
         self.counters["finetune_tokens"] += num_training
@@ -228,44 +241,8 @@ class Engine:
         is_running = work.sequence.request_id in self.sequences
         return is_running and not work.is_decode and work.sequence.is_decoding
 
-    def _verify(self, work: Work, drawn: WorkDraws, moves: tuple[list[int], list[int]]) -> Verdict:
-        """Accept a path of the tree and note which cache rows must move behind the root."""
-        sequence, segment = work.sequence, work.segment
-        verdict = accept(segment.tokens, segment.parents or (-1,), drawn)
-        for place, node in enumerate(verdict.path, start=1):
-            if place != node:
-                moves[0].append(segment.slots[node])
-                moves[1].append(segment.slots[place])
-        sequence.num_computed += 1 + len(verdict.path)
-        sequence.tree = None
-        sequence.verify_steps += 1
-        sequence.drafted_tokens += len(segment.tokens) - 1
-        if len(segment.tokens) > 1:
-            self.counters["drafts"] += 1
-        return verdict
-
-    def _commit(self, work: Work, verdict: Verdict, now: float) -> tuple[TokenChunk, SequenceProgress]:
-        sequence = work.sequence
-        before = len(sequence.tokens)
-        reason = sequence.commit(verdict.tokens, now)
-        tokens = tuple(sequence.tokens[before:])
-        accepted_len = min(len(verdict.path), len(tokens))
-        sequence.accepted_tokens += accepted_len
-        self.counters["accepted_tokens"] += accepted_len
-        self.counters.update(f"accepted_tokens_at_{i}" for i in range(accepted_len))
-        self.counters["generated_tokens"] += len(tokens)
-        progress = SequenceProgress(
-            request_id=sequence.request_id,
-            tokens=tokens,
-            num_drafted=len(work.segment.tokens) - 1 if work.is_decode else 0,
-            accepted_len=accepted_len,
-            num_output=sequence.num_output,
-            decode_ms=sequence.decode_ms(now),
-        )
-        return self._finish(sequence, tokens, reason) if reason else self._chunk(sequence, tokens), progress
-
     def _chunk(
-        self, sequence: Sequence, tokens: tuple[int, ...], reason: FinishReason | None = None, error: str | None = None
+        self, sequence: Sequence, tokens: tuple[int, ...], reason: FinishReason | None = None, **fields: Any
     ) -> TokenChunk:
         sequence.next_seq += 1
         return TokenChunk(
@@ -274,14 +251,12 @@ class Engine:
             tokens=tokens,
             finish_reason=reason,
             usage=sequence.usage(self._clock()) if reason else None,
-            error=error,
             executor_id=self._executor_id,
+            **fields,
         )
 
-    def _finish(
-        self, sequence: Sequence, tokens: tuple[int, ...], reason: FinishReason, error: str | None = None
-    ) -> TokenChunk:
+    def _finish(self, sequence: Sequence, tokens: tuple[int, ...], reason: FinishReason | None, **fields: Any) -> TokenChunk:
         self.pages.release(sequence.table)
         del self.sequences[sequence.request_id]
         self.counters[f"finished_{reason}"] += 1
-        return self._chunk(sequence, tokens, reason, error)
+        return self._chunk(sequence, tokens, reason, **fields)

@@ -5,6 +5,8 @@ The same request draws the same token at the same position alone, in a batch, un
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,24 +30,36 @@ class Draws:
     """Tokens drawn from the rows of one pass. A row costs nothing until its token is asked for, greedy ones apart."""
 
     def __init__(self, logits_RV: Tensor) -> None:
-        self._logits_RV = logits_RV
+        self.logits_RV = logits_RV
         highest_R, greedy_R = logits_RV.max(dim=-1)
         self._greedy: list[int] = greedy_R.tolist()
         self._is_finite: list[bool] = torch.isfinite(highest_R).tolist()
 
-    def token(self, row: int, sampling: Sampling, position: int) -> int:
-        """The token for the absolute position `position`. Raises NonFiniteLogitsError, naming the row."""
+    def token(self, row: int, sampling: Sampling, position: int, change: Callable[[Tensor], Tensor] | None = None) -> int:
+        """The token for the absolute position `position`, from the row's logits as `change` makes them.
+
+        Raises NonFiniteLogitsError, naming the row.
+        """
         if not self._is_finite[row]:
             raise NonFiniteLogitsError(f"logits of row {row} are not finite")
-        if sampling.temperature <= 0.0:
-            return self._greedy[row]
-        return _draw(self._logits_RV[row], sampling, uniform(sampling.seed, position))
+        if change is None:
+            if sampling.temperature <= 0.0:
+                return self._greedy[row]
+            return _draw(self.logits_RV[row], sampling, uniform(sampling.seed, position))
+        logits_V = change(self.logits_RV[row])
+        highest, greedy = logits_V.max(dim=-1)
+        if not bool(torch.isfinite(highest)):
+            raise NonFiniteLogitsError(f"no token is possible in row {row}")
+        return int(greedy) if sampling.temperature <= 0.0 else _draw(logits_V, sampling, uniform(sampling.seed, position))
 
 
 def target_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [V] (float64) that `sampling` draws from: temperature, then top_k, then top_p, as vLLM orders them."""
+    """The distribution [V] (float64) that `sampling` draws from: temperature, min_p, top_k, top_p, in vLLM's order."""
     wide_V = logits_V.double()
     probs_V = torch.softmax((wide_V - wide_V.max()) / sampling.temperature, dim=-1)
+    if sampling.min_p > 0.0:
+        probs_V[probs_V < sampling.min_p * probs_V.max()] = 0.0
+        probs_V /= probs_V.sum()
     num_kept = sampling.top_k if 0 < sampling.top_k < probs_V.numel() else probs_V.numel()
     if num_kept == probs_V.numel() and sampling.top_p >= 1.0:
         return probs_V

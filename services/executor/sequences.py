@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from common.messages import DraftTree, FinishReason, InferenceRequest, OpenedSequence, Usage
+from services.executor.logits import LogitsProcessor
 from services.executor.lora import LoraAdapter
 from services.executor.pages import PageTable
 from services.executor.scheduler import SequenceView
@@ -24,7 +25,10 @@ class Sequence:
     stop_ids: frozenset[int]
     first_token_due_at: float | None
     num_output: int
+    processor: LogitsProcessor | None = None
     num_computed: int = 0
+    num_scored: int = 1
+    """Prompt tokens whose log probabilities were told; the first one has none."""
     next_seq: int = 0
     first_token_at: float | None = None
     num_first: int = 0
@@ -37,6 +41,16 @@ class Sequence:
     def request_id(self) -> str:
         """The request's id."""
         return self.request.request_id
+
+    @property
+    def num_prompt(self) -> int:
+        """Prompt tokens that are no output of an earlier executor."""
+        return len(self.request.prompt_tokens) - self.request.num_generated
+
+    @property
+    def output(self) -> list[int]:
+        """The output so far, an earlier executor's included."""
+        return self.tokens[self.num_prompt :]
 
     @property
     def num_uncomputed(self) -> int:
@@ -104,7 +118,7 @@ class Sequence:
     def usage(self, now: float) -> Usage:
         """Counts for the final chunk."""
         return Usage(
-            prompt_tokens=len(self.request.prompt_tokens) - self.request.num_generated,
+            prompt_tokens=self.num_prompt,
             completion_tokens=self.num_output,
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,
