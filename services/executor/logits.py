@@ -37,7 +37,7 @@ class LogitsProcessor:
             seen, factor = torch.cat((self._prompt, found)), sampling.repetition_penalty
             old = changed_V[seen]  # a token of both is there twice, but written with the same value
             changed_V[seen] = torch.where(old > 0, old / factor, old * factor)
-        changed_V[found] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+        changed_V[found] -= sampling.frequency_penalty * counts.double() + sampling.presence_penalty
         return changed_V.clamp_(max=torch.finfo(torch.float64).max)
 
 
