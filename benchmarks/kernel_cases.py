@@ -220,9 +220,9 @@ class Cases:
         x, head = self._randn(T, hidden) / hidden**0.5, self._randn(V, hidden)
         labels, weights = torch.randint(V, (T,), device=self.device), torch.ones(T, device=self.device)
 
-        def result(op: Callable[..., tuple[Tensor, int, Tensor]]) -> tuple[Tensor, ...]:
-            loss, _, dhidden = op(x, head, labels, weights)
-            return loss, dhidden
+        def result(op: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
+            losses, _, dhidden = op(x, head, labels, weights)
+            return losses, dhidden
 
         ours, spec = (lambda: result(linear_cross_entropy)), (lambda: result(reference.linear_cross_entropy))
         num_flops = 4 * T * hidden * V

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kernels.attention import AttentionPlan, ragged_attention
 from kernels.linear import Linear
+from kernels.lora import LoraPlan, segmented_lora
 from kernels.reference import (
     adamw,
     clip_grad_norm,
@@ -13,7 +14,6 @@ from kernels.reference import (
     rms_norm_backward,
     rope_and_cache,
     rope_backward,
-    segmented_lora,
     segmented_lora_backward,
     segmented_lora_weight_backward,
     silu_mul,
@@ -26,6 +26,7 @@ __all__ = [
     "AttentionPlan",
     "AttentionSegment",
     "Linear",
+    "LoraPlan",
     "LoraSegment",
     "adamw",
     "clip_grad_norm",

@@ -165,19 +165,17 @@ def silu_mul_backward(dz_TF: Tensor, gate_up_T2F: Tensor) -> Tensor:
 
 
 def segmented_lora(y_TO: Tensor, x_TI: Tensor, segments: Sequence[LoraSegment]) -> None:
-    """Semantics: y[s:e] += scale * (x[s:e] @ a^T) @ b^T, in place, in the adapter's type; y is rounded once."""
+    """Semantics: y[s:e, c] += scale * (x[s:e] @ a^T) @ b^T, in place, in the adapter's type; y is rounded once."""
     for segment in segments:
-        rows = slice(segment.start, segment.end)
-        low_nR = x_TI[rows].to(segment.a_RI.dtype) @ segment.a_RI.mT
-        y_TO[rows].add_(low_nR @ segment.b_OR.mT, alpha=segment.scale)
+        low_nR = x_TI[segment.rows].to(segment.a_RI.dtype) @ segment.a_RI.mT
+        y_TO[segment.rows, segment.columns].add_(low_nR @ segment.b_OR.mT, alpha=segment.scale)
 
 
 def segmented_lora_backward(dx_TI: Tensor, dy_TO: Tensor, segments: Sequence[LoraSegment]) -> None:
-    """Semantics: dx[s:e] += scale * (dy[s:e] @ b) @ a, in place: the transposed adapter."""
+    """Semantics: dx[s:e] += scale * (dy[s:e, c] @ b) @ a, in place: the transposed adapter."""
     for segment in segments:
-        rows = slice(segment.start, segment.end)
-        low_nR = dy_TO[rows].to(segment.b_OR.dtype) @ segment.b_OR
-        dx_TI[rows].add_(low_nR @ segment.a_RI, alpha=segment.scale)
+        low_nR = dy_TO[segment.rows, segment.columns].to(segment.b_OR.dtype) @ segment.b_OR
+        dx_TI[segment.rows].add_(low_nR @ segment.a_RI, alpha=segment.scale)
 
 
 def segmented_lora_weight_backward(
@@ -185,29 +183,31 @@ def segmented_lora_weight_backward(
 ) -> None:
     """Semantics, for grads (da_RI, db_OR) of each segment, in place: da += scale * (dy b)^T x; db += scale * dy^T (x a^T)."""
     for (da_RI, db_OR), segment in zip(grads, segments, strict=True):
-        rows = slice(segment.start, segment.end)
-        dy, x = dy_TO[rows].to(da_RI.dtype), x_TI[rows].to(da_RI.dtype)
+        dy, x = dy_TO[segment.rows, segment.columns].to(da_RI.dtype), x_TI[segment.rows].to(da_RI.dtype)
         da_RI.addmm_((dy @ segment.b_OR).mT, x, alpha=segment.scale)
         db_OR.addmm_(dy.mT, x @ segment.a_RI.mT, alpha=segment.scale)
 
 
-def linear_cross_entropy(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, weights_T: Tensor) -> tuple[Tensor, int, Tensor]:
-    """Loss sum(weight * cross entropy of hidden @ head^T), hits of the argmax, and the loss's gradient in hidden.
+def linear_cross_entropy(
+    hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, weights_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row weight * cross entropy of hidden @ head^T, whether the argmax is the label, and the sum's gradient in hidden.
 
-    The head is frozen. Rows of weight 0 cost nothing; the logits of LOGIT_ROWS rows exist at a time.
+    The head is frozen. Rows of weight 0 cost nothing and hit nothing; the logits of LOGIT_ROWS rows exist at a time.
     """
     wide = _wide(hidden_TH.dtype)
-    loss, num_correct = torch.zeros((), dtype=wide, device=hidden_TH.device), 0
+    loss_T = torch.zeros(hidden_TH.shape[0], dtype=wide, device=hidden_TH.device)
+    hits_T = torch.zeros(hidden_TH.shape[0], dtype=torch.bool, device=hidden_TH.device)
     dhidden_TH = torch.zeros_like(hidden_TH)
     for rows in torch.split(weights_T.nonzero().squeeze(1), LOGIT_ROWS):
         labels, weights = labels_T[rows].unsqueeze(1), weights_T[rows].unsqueeze(1).to(wide)
         logits = (hidden_TH[rows] @ head_VH.mT).to(wide)
-        num_correct += int((logits.argmax(-1, keepdim=True) == labels).sum())
+        hits_T[rows] = (logits.argmax(-1, keepdim=True) == labels).squeeze(1)
         log_probs = logits.log_softmax(-1)
-        loss -= (weights * log_probs.gather(1, labels)).sum()
+        loss_T[rows] = -(weights * log_probs.gather(1, labels)).squeeze(1)
         dlogits = log_probs.exp_().scatter_add_(1, labels, -torch.ones_like(weights))
         dhidden_TH[rows] = (weights * (dlogits.to(head_VH.dtype) @ head_VH)).to(hidden_TH.dtype)
-    return loss, num_correct, dhidden_TH
+    return loss_T, hits_T, dhidden_TH
 
 
 def commit_kv(k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], src_slots: Tensor, dst_slots: Tensor) -> None:

@@ -32,10 +32,25 @@ class AttentionSegment:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSegment:
-    """Rows [start, end) of the batch that share one adapter: its two matrices for one linear, and alpha / rank."""
+    """Rows [start, end) of the batch that share one adapter: its two matrices for one target of a linear, and alpha / rank.
+
+    Several targets may lie side by side in a fused linear's output: this one's columns are the rows of `b_OR`, from `column`.
+    Of one list, segments with rows in common have no column in common.
+    """
 
     start: int
     end: int
     a_RI: Tensor
     b_OR: Tensor
     scale: float
+    column: int = 0
+
+    @property
+    def rows(self) -> slice:
+        """The segment's rows."""
+        return slice(self.start, self.end)
+
+    @property
+    def columns(self) -> slice:
+        """The output's columns that it updates."""
+        return slice(self.column, self.column + self.b_OR.shape[0])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.messages import LoraSpec, OptimizerStep, TrainingSlice
 from services.executor.batch import Segment, build_batch
@@ -97,6 +99,33 @@ def random_adapter(decoder: Decoder, spec: LoraSpec, *, layers: Sequence[int] | 
     weights = LoraWeights(spec, decoder.config, layers=layers, dtype=dtype)
     weights.flat.copy_(0.3 * randn(*weights.flat.shape, seed=seed))
     return LoraAdapter("adapter", spec, weights)
+
+
+class OperatorCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the torch operators that run inside the `with` block and do work: views and reads of sizes do none.
+
+    On a GPU each is one launch, or a fixed number of them.
+    """
+
+    VIEWS = (
+        "alias as_strided detach expand lift_fresh permute select slice split split_with_sizes squeeze t transpose unsafe_split"
+        " unsqueeze view _unsafe_view _reshape_alias unbind chunk is_pinned"
+    )
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.by_name: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        """All operators."""
+        return self.by_name.total()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in self.VIEWS.split():
+            self.by_name[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def random_tokens(decoder: Decoder, num_tokens: int, seed: int = 0) -> list[int]:

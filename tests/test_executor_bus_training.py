@@ -29,7 +29,6 @@ from common.messages import (
 )
 from services.executor import training_link
 from services.executor.lora import LoraAdapter
-from services.executor.training_sequence import TrainingSequence
 from tests.executor_stage import TIMEOUT_S, Connect, Gate, Stage, known_profile, open_job, running_executor, write_model
 from tests.tiny import NUM_TOKENS, PROMPTS, random_prompt, tiny_request, truth
 
@@ -289,15 +288,15 @@ async def test_a_job_whose_loss_is_not_finite_fails_alone(stage: Stage) -> None:
     assert stage.load.free_pages == stage.load.num_pages
 
 
-@pytest.mark.parametrize("method", ["head", "__init__"])
-async def test_a_job_that_runs_out_of_memory_fails_alone(stage: Stage, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+@pytest.mark.parametrize("function", ["training.heads", "training_sequence.TrainingSequence.__init__"])
+async def test_a_job_that_runs_out_of_memory_fails_alone(stage: Stage, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     await opened(stage)
 
     def fail(*_: Any) -> None:
         raise MemoryError("no more")
 
     with monkeypatch.context() as broken:
-        broken.setattr(TrainingSequence, method, fail)
+        broken.setattr(f"services.executor.{function}", fail)
         await accepted(stage, make_slice(0))
         (failed,) = await stage.progress.hold(1)
     assert failed == JobFailed(job_id="job", lease=1, message="no more")

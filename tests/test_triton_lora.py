@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -37,8 +38,8 @@ def segments_of(mix: list[tuple[int, int, int]], dtype: torch.dtype, device: tor
         rank = RANKS[i % len(RANKS)]
         a_RI = randn(rank, INPUTS, dtype=torch.bfloat16, seed=10 + i) / 8
         b_OR = randn(OUTPUTS, rank, dtype=torch.bfloat16, seed=50 + i) / 4
-        matrices = {"a_RI": a_RI.to(device, dtype), "b_OR": b_OR.to(device, dtype)}
-        segments.append(LoraSegment(start=start, end=end, scale=0.5 + i / 4, **matrices))
+        a_RI, b_OR = a_RI.to(device, dtype), b_OR.to(device, dtype)
+        segments.append(LoraSegment(start=start, end=end, a_RI=a_RI, b_OR=b_OR, scale=0.5 + i / 4))
     return segments
 
 
@@ -90,6 +91,29 @@ def test_weight_gradients(mix: list[tuple[int, int, int]], monkeypatch: pytest.M
             assert_matches(found[i].cpu(), wanted[i])
 
 
+def test_targets_side_by_side_update_their_own_columns() -> None:
+    whole = segments_of(MIXES["zipf"], torch.float32, stage.DEVICE)
+    segments = [
+        dataclasses.replace(segment, b_OR=segment.b_OR[columns], column=columns.start)
+        for segment in whole
+        for columns in (slice(0, 40), slice(40, OUTPUTS))
+    ]
+    segments = [segment for i, segment in enumerate(segments) if i != 3]
+    x, y = (stage.put(randn(NUM_ROWS, n, seed=n), torch.float32) for n in (INPUTS, OUTPUTS))
+    grads = [[(torch.zeros_like(s.a_RI), torch.zeros_like(s.b_OR)) for s in segments] for _ in range(2)]
+    results = []
+    for ops, own in zip((module, reference), grads, strict=True):
+        forward, backward = y.clone(), x.clone()
+        ops.segmented_lora(forward, x, segments)
+        ops.segmented_lora_backward(backward, y, segments)
+        ops.segmented_lora_weight_backward(own, y, x, segments)
+        results.append((forward, backward, *(matrix for pair in own for matrix in pair)))
+    for actual, expected in zip(*results, strict=True):
+        assert_matches(actual, expected.double())
+    with pytest.raises(ValueError, match="of 100"):
+        segmented_lora(y[:, :100], x, segments)
+
+
 def test_a_row_gets_the_same_update_alone_and_in_a_batch() -> None:
     segments = segments_of(MIXES["zipf"], torch.float32, stage.DEVICE)
     x = stage.put(randn(NUM_ROWS, INPUTS), torch.float32)
@@ -103,8 +127,10 @@ def test_a_row_gets_the_same_update_alone_and_in_a_batch() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     segments = segments_of([(0, 2, 0), (2, 4, 1)], torch.float32, stage.DEVICE)
     x, y = torch.zeros(NUM_ROWS, INPUTS, device=stage.DEVICE), torch.zeros(NUM_ROWS, OUTPUTS, device=stage.DEVICE)
-    with pytest.raises(ValueError, match="of 48 -> 48"):
+    with pytest.raises(ValueError, match=r"columns .* of 48"):
         segmented_lora(x, x, segments)
+    with pytest.raises(ValueError, match="of 136 -> 136"):
+        segmented_lora(y, y, segments)
     with pytest.raises(ValueError, match="rows 2 to 4 of 3"):
         segmented_lora(y[:3], x[:3], segments)
     halves = segments_of([(2, 4, 1)], torch.float16, stage.DEVICE)

@@ -83,11 +83,12 @@ def test_linear_cross_entropy(dtype: torch.dtype, chunk: int, block: int, monkey
     weights = torch.tensor([0.0, 0.5, 1.0, 0.0, 2.0, -0.25, 0.125, 0.125, 0.0], dtype=torch.float64)
     labels = torch.tensor([30, 0, 5, 7, 0, 12, 3, 50, 1])
     labels[4] = (hidden @ head.mT)[4].argmax()
-    loss, num_correct, dhidden = reference.linear_cross_entropy(hidden, head, labels, weights)
+    losses, hits, dhidden = reference.linear_cross_entropy(hidden, head, labels, weights)
     narrow = (stage.put(hidden, dtype), stage.put(head, dtype), labels.to(stage.DEVICE), weights.to(stage.DEVICE))
-    actual_loss, actual_correct, actual_dhidden = linear_cross_entropy(*narrow)
-    assert_matches(actual_loss.to(dtype).cpu(), loss)
-    assert actual_correct == num_correct >= 1
+    actual_losses, actual_hits, actual_dhidden = linear_cross_entropy(*narrow)
+    assert_matches(actual_losses.to(dtype).cpu(), losses)
+    assert torch.equal(actual_hits.cpu(), hits)
+    assert hits.any()
     assert_matches(actual_dhidden.cpu(), dhidden)
 
 
@@ -95,9 +96,9 @@ def test_linear_cross_entropy_counts_the_first_of_equal_logits_and_skips_masked_
     hidden, head = torch.ones(3, 4, device=stage.DEVICE), torch.ones(40, 4, device=stage.DEVICE)
     hidden[2] = torch.nan
     labels = torch.tensor([0, 1, 0], device=stage.DEVICE)
-    loss, num_correct, dhidden = linear_cross_entropy(hidden, head, labels, torch.tensor([1.0, 1.0, 0.0], device=stage.DEVICE))
-    assert num_correct == 1
-    assert_matches(loss.cpu(), 2 * F.cross_entropy(torch.ones(1, 40), torch.tensor([0])))
+    losses, hits, dhidden = linear_cross_entropy(hidden, head, labels, torch.tensor([1.0, 1.0, 0.0], device=stage.DEVICE))
+    assert hits.tolist() == [True, False, False]
+    assert_matches(losses.sum().cpu(), 2 * F.cross_entropy(torch.ones(1, 40), torch.tensor([0])))
     assert not dhidden[2].any()
 
 

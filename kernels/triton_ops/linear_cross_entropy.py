@@ -51,7 +51,9 @@ def _cross_entropy_kernel(
         tl.store(x_ptr + offs, dx.to(logits_ptr.dtype.element_ty), mask=offs < V)
 
 
-def linear_cross_entropy(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, weights_T: Tensor) -> tuple[Tensor, int, Tensor]:
+def linear_cross_entropy(
+    hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, weights_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Semantics: the reference's linear_cross_entropy; a row of NaN logits is no hit."""
     num_words = head_VH.shape[0]
     if labels_T.shape != weights_T.shape or labels_T.shape != hidden_TH.shape[:1] or head_VH.shape[1] != hidden_TH.shape[1]:
@@ -71,4 +73,6 @@ def linear_cross_entropy(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, w
         )  # fmt: skip
         dhidden_TH[rows] = (weights.unsqueeze(1) * (logits @ head_VH)).to(hidden_TH.dtype)
         done += rows.numel()
-    return losses.sum(), int(hits.sum()), dhidden_TH
+    loss_T = torch.zeros(hidden_TH.shape[0], dtype=torch.float32, device=device).index_copy_(0, live_rows, losses)
+    hits_T = torch.zeros(hidden_TH.shape[0], dtype=torch.bool, device=device).index_copy_(0, live_rows, hits.bool())
+    return loss_T, hits_T, dhidden_TH

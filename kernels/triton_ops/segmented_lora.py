@@ -196,10 +196,19 @@ def _is_aligned(weights: Sequence[Tensor]) -> bool:
     return all(weight.data_ptr() % 16 == 0 for weight in weights)
 
 
-def _launch(segments: Sequence[LoraSegment], x_TI: Tensor, y_TO: Tensor) -> _Launch | None:
-    """None if there is no row to update."""
-    live = [segment for segment in segments if segment.end > segment.start]
-    for segment in live:
+def _by_columns(segments: Sequence[LoraSegment], num_columns: int) -> list[tuple[slice, list[int]]]:
+    """Which segments update which columns, without those that have no rows: the few targets of a fused linear launch apart."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, segment in enumerate(segments):
+        if segment.end > segment.start:
+            groups.setdefault((segment.column, segment.b_OR.shape[0]), []).append(i)
+    if any(not 0 <= column <= column + width <= num_columns for column, width in groups):
+        raise ValueError(f"columns {sorted(groups)} of {num_columns}")
+    return [(slice(column, column + width), members) for (column, width), members in sorted(groups.items())]
+
+
+def _launch(segments: Sequence[LoraSegment], x_TI: Tensor, y_TO: Tensor) -> _Launch:
+    for segment in segments:
         rank = segment.a_RI.shape[0]
         if segment.a_RI.shape != (rank, x_TI.shape[1]) or segment.b_OR.shape != (y_TO.shape[1], rank):
             raise ValueError(
@@ -208,23 +217,23 @@ def _launch(segments: Sequence[LoraSegment], x_TI: Tensor, y_TO: Tensor) -> _Lau
         if not 0 <= segment.start < segment.end <= x_TI.shape[0] == y_TO.shape[0]:
             raise ValueError(f"rows {segment.start} to {segment.end} of {x_TI.shape[0]} and {y_TO.shape[0]}")
     assert x_TI.stride(1) == y_TO.stride(1) == 1
-    return _Launch(live, live[0].a_RI) if live else None
+    return _Launch(segments, segments[0].a_RI)
 
 
 def segmented_lora(y_TO: Tensor, x_TI: Tensor, segments: Sequence[LoraSegment]) -> None:
-    """Semantics: y[s:e] += scale * (x[s:e] @ a^T) @ b^T, in place, in the adapters' one type; y is rounded once."""
-    if (launch := _launch(segments, x_TI, y_TO)) is None:
-        return
-    low = launch.shrink(x_TI, [segment.a_RI for segment in launch.segments], is_rc=True)
-    launch.expand(y_TO, low, [segment.b_OR for segment in launch.segments], is_rc=False)
+    """Semantics: y[s:e, c] += scale * (x[s:e] @ a^T) @ b^T, in place, in the adapters' one type; y is rounded once."""
+    for columns, members in _by_columns(segments, y_TO.shape[1]):
+        launch = _launch([segments[i] for i in members], x_TI, y_TO[:, columns])
+        low = launch.shrink(x_TI, [segment.a_RI for segment in launch.segments], is_rc=True)
+        launch.expand(y_TO[:, columns], low, [segment.b_OR for segment in launch.segments], is_rc=False)
 
 
 def segmented_lora_backward(dx_TI: Tensor, dy_TO: Tensor, segments: Sequence[LoraSegment]) -> None:
-    """Semantics: dx[s:e] += scale * (dy[s:e] @ b) @ a, in place: the transposed adapter."""
-    if (launch := _launch(segments, dx_TI, dy_TO)) is None:
-        return
-    low = launch.shrink(dy_TO, [segment.b_OR for segment in launch.segments], is_rc=False)
-    launch.expand(dx_TI, low, [segment.a_RI for segment in launch.segments], is_rc=True)
+    """Semantics: dx[s:e] += scale * (dy[s:e, c] @ b) @ a, in place: the transposed adapter."""
+    for columns, members in _by_columns(segments, dy_TO.shape[1]):
+        launch = _launch([segments[i] for i in members], dx_TI, dy_TO[:, columns])
+        low = launch.shrink(dy_TO[:, columns], [segment.b_OR for segment in launch.segments], is_rc=False)
+        launch.expand(dx_TI, low, [segment.a_RI for segment in launch.segments], is_rc=True)
 
 
 def segmented_lora_weight_backward(
@@ -234,9 +243,10 @@ def segmented_lora_weight_backward(
     live = [grad for grad, segment in zip(grads, segments, strict=True) if segment.end > segment.start]
     if len({tensor.data_ptr() for grad in live for tensor in grad}) < 2 * len(live):
         raise ValueError("two segments share a gradient")
-    if (launch := _launch(segments, x_TI, dy_TO)) is None:
-        return
-    low_dy = launch.shrink(dy_TO, [segment.b_OR for segment in launch.segments], is_rc=False)
-    low_x = launch.shrink(x_TI, [segment.a_RI for segment in launch.segments], is_rc=True)
-    launch.outer([da_RI for da_RI, _ in live], low_dy, x_TI, is_rc=True)
-    launch.outer([db_OR for _, db_OR in live], low_x, dy_TO, is_rc=False)
+    for columns, members in _by_columns(segments, dy_TO.shape[1]):
+        dy = dy_TO[:, columns]
+        launch = _launch([segments[i] for i in members], x_TI, dy)
+        low_dy = launch.shrink(dy, [segment.b_OR for segment in launch.segments], is_rc=False)
+        low_x = launch.shrink(x_TI, [segment.a_RI for segment in launch.segments], is_rc=True)
+        launch.outer([grads[i][0] for i in members], low_dy, x_TI, is_rc=True)
+        launch.outer([grads[i][1] for i in members], low_x, dy, is_rc=False)

@@ -76,7 +76,7 @@ class BackwardPass:
     def _mlp(self, layer: int, start: int, end: int, dy_WH: Tensor) -> Tensor:
         """Gradient of m, the MLP's residual input, from that of the layer's output m + down(silu(gate) * up)."""
         weights, eps = self._decoder.layers[layer], self._decoder.config.rms_norm_eps
-        m_WH, gate_up = (self._tape.read(layer, name, start, end) for name in ("m", "gate_up"))
+        m_WH, gate_up = (self._tape.rows(layer, name, start, end) for name in ("m", "gate_up"))
         dh_WF = dy_WH @ weights.down_HF
         self._linear_backward(layer, "down", dh_WF, dy_WH, ops.silu_mul(gate_up))
         dgate_up = ops.silu_mul_backward(dh_WF, gate_up)
@@ -92,7 +92,7 @@ class BackwardPass:
         self._adapter.backward(layer, "o", dout_WO, dm_WH)
         out_WND, dq_WND, dk_LKD, dv_LKD = ops.window_attention_backward(
             dout_WO.view(end - start, config.num_heads, config.head_dim),
-            self._tape.read(layer, "q", start, end),
+            self._tape.rows(layer, "q", start, end),
             self._cache.k[layer].index_select(0, slots),
             self._cache.v[layer].index_select(0, slots),
             start,
@@ -110,7 +110,7 @@ class BackwardPass:
     def _projection(self, layer: int, start: int, end: int, dqkv_WO: Tensor) -> Tensor:
         """Gradient of the layer's input x through norm and projection."""
         weights, eps = self._decoder.layers[layer], self._decoder.config.rms_norm_eps
-        x_WH = self._tape.read(layer, "x", start, end)
+        x_WH = self._tape.rows(layer, "x", start, end)
         y_WH = ops.rms_norm(x_WH, weights.input_norm_H, eps)
         if layer == self._lowest:
             self._adapter.weight_backward(self._grads, layer, "qkv", dqkv_WO, y_WH)

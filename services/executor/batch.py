@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import AttentionPlan, AttentionSegment
+from services.executor.adapter_rows import AdapterPlan, AdapterRows, arranged, joined
 from services.executor.lora import LoraAdapter
 from services.executor.tape import ActivationTape
 
@@ -46,15 +47,6 @@ class TrainingRows:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterRows:
-    """Rows [start, end) of the batch share an adapter."""
-
-    start: int
-    end: int
-    adapter: LoraAdapter
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
     """T rows; `starts[i]` is the first row of segment i; `logit_rows` are the rows whose logits are needed."""
 
@@ -62,21 +54,25 @@ class Batch:
     positions_T: Tensor
     slots_T: Tensor
     attention: AttentionPlan
-    adapters: tuple[AdapterRows, ...]
+    adapters: AdapterPlan
     training: tuple[TrainingRows, ...]
     logit_rows: Tensor
     starts: tuple[int, ...]
 
     def apply_adapters(self, layer: int, module: str, y_TO: Tensor, x_TI: Tensor) -> None:
         """Add each adapter's low-rank update to its rows of `y_TO`, in place."""
-        for rows in self.adapters:
-            rows.adapter.apply(layer, module, y_TO[rows.start : rows.end], x_TI[rows.start : rows.end])
+        self.adapters.apply(layer, module, y_TO, x_TI)
 
     def save(self, layer: int, **activations: Tensor) -> None:
-        """Copy the training rows of a layer's activations into their tapes."""
-        for rows in self.training:
+        """Copy the training rows of a layer's activations into their tapes, all in one operation."""
+        if not self.training:
+            return
+        places, rows = [], []
+        for window in self.training:
             for name, tensor in activations.items():
-                rows.tape.save(layer, name, rows.tape_start, tensor[rows.start : rows.end])
+                places.append(window.tape.rows(layer, name, window.tape_start, window.tape_start + window.end - window.start))
+                rows.append(tensor[window.start : window.end])
+        torch._foreach_copy_(places, rows)
 
 
 def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:
@@ -98,7 +94,7 @@ def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:
         starts.append(start)
         attention.append(_attention(segment, start, end, device))
         if segment.adapter is not None:
-            adapters = _joined(adapters, AdapterRows(start=start, end=end, adapter=segment.adapter))
+            adapters = joined(adapters, AdapterRows(start=start, end=end, adapter=segment.adapter))
         if segment.tape is not None:
             training.append(TrainingRows(start=start, end=end, tape=segment.tape, tape_start=segment.tape_start))
         logit_rows += {"all": range(start, end), "last": range(end - 1, end), "none": ()}[segment.wants_logits]
@@ -107,7 +103,7 @@ def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:
         positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
         slots_T=torch.tensor(slots, dtype=torch.int64, device=device),
         attention=AttentionPlan(attention),
-        adapters=tuple(adapters),
+        adapters=arranged(tuple(adapters)),
         training=tuple(training),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
         starts=tuple(starts),
@@ -127,9 +123,3 @@ def _attention(segment: Segment, start: int, end: int, device: torch.device) -> 
     keys = torch.tensor([*segment.context_slots, *segment.slots], dtype=torch.int64, device=device)
     mask = None if segment.parents is None else ancestor_mask(segment.parents).to(device)
     return AttentionSegment(start=start, end=end, slots_L=keys, mask_nn=mask)
-
-
-def _joined(rows: list[AdapterRows], new: AdapterRows) -> list[AdapterRows]:
-    if rows and rows[-1].adapter is new.adapter and rows[-1].end == new.start:
-        return [*rows[:-1], AdapterRows(start=rows[-1].start, end=new.end, adapter=new.adapter)]
-    return [*rows, new]

@@ -162,13 +162,13 @@ class Engine:
             return self._finish_iteration([], [], plan, 0)
         batch = build_batch(segments, self.decoder.device)
         hidden_TH = self.decoder.forward(batch, self.cache)
-        for window, start in zip(windows, batch.starts[len(works) :], strict=True):
-            self.training.head(window, hidden_TH[start : start + len(window.segment.tokens)])
+        num_training = sum(len(window.segment.tokens) for window in windows)
+        self.training.heads(windows, hidden_TH[len(hidden_TH) - num_training :])
         draws = Draws(self.decoder.logits(hidden_TH[batch.logit_rows])) if len(batch.logit_rows) else None
         if len(batch.tokens_T) == plan.num_tokens:  # else pages were short, and the prediction was for another pass
             self.profile = corrected(self.profile, plan.forward_ms, (self._clock() - now) * 1e3)
         drawn = drawn_by(works, draws, batch.starts, hidden_TH, self.decoder.logits)
-        return self._finish_iteration(works, drawn, plan, sum(len(window.segment.tokens) for window in windows))
+        return self._finish_iteration(works, drawn, plan, num_training)
 
     @torch.inference_mode()
     def backward_pass(self) -> BackwardWork:

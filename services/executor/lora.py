@@ -142,32 +142,33 @@ class LoraAdapter:
         """Whether any target inside this fused linear is adapted."""
         return (layer, module) in self.weights.linears
 
+    def segments(self, layer: int, module: str, start: int, end: int) -> list[ops.LoraSegment]:
+        """The updates of a fused linear's targets on rows [start, end) of a batch."""
+        return [
+            ops.LoraSegment(
+                start=start, end=end, a_RI=linear.a_RI, b_OR=linear.b_OR, scale=self.scale, column=linear.columns.start
+            )
+            for linear in self.weights.linears.get((layer, module), ())
+        ]
+
     def apply(self, layer: int, module: str, y_TO: Tensor, x_TI: Tensor) -> None:
         """Add the update of a linear with input `x_TI` to its output `y_TO`, in place."""
-        linears = self.weights.linears.get((layer, module), ())
-        x_TI = x_TI.to(self.weights.flat.dtype) if linears else x_TI
-        for linear in linears:
-            ops.segmented_lora(y_TO[:, linear.columns], x_TI, [self._segment(linear, y_TO)])
+        ops.segmented_lora(y_TO, x_TI, self.segments(layer, module, 0, y_TO.shape[0]))
 
     def backward(self, layer: int, module: str, dx_TI: Tensor, dy_TO: Tensor) -> None:
         """Add the update's share of the linear's input gradient to `dx_TI`, in place."""
-        for linear in self.weights.linears.get((layer, module), ()):
-            ops.segmented_lora_backward(dx_TI, dy_TO[:, linear.columns], [self._segment(linear, dy_TO)])
+        ops.segmented_lora_backward(dx_TI, dy_TO, self.segments(layer, module, 0, dy_TO.shape[0]))
 
     def weight_backward(self, grads: LoraWeights, layer: int, module: str, dy_TO: Tensor, x_TI: Tensor) -> None:
         """Add the gradients of the adapter's matrices to `grads`, in place."""
-        linears = self.weights.linears.get((layer, module), ())
-        x_TI = x_TI.to(self.weights.flat.dtype) if linears else x_TI
-        for linear, grad in zip(linears, grads.linears.get((layer, module), ()), strict=True):
-            segment = self._segment(linear, dy_TO)
-            ops.segmented_lora_weight_backward([(grad.a_RI, grad.b_OR)], dy_TO[:, linear.columns], x_TI, [segment])
+        matrices = [(grad.a_RI, grad.b_OR) for grad in grads.linears.get((layer, module), ())]
+        if matrices:
+            x_TI = x_TI.to(self.weights.flat.dtype)
+            ops.segmented_lora_weight_backward(matrices, dy_TO, x_TI, self.segments(layer, module, 0, dy_TO.shape[0]))
 
     def to_safetensors(self) -> bytes:
         """The bytes of PEFT's adapter_model.safetensors."""
         return safetensors.torch.save({name: tensor.contiguous() for name, tensor in self.weights.tensors.items()})
-
-    def _segment(self, linear: LoraLinear, rows: Tensor) -> ops.LoraSegment:
-        return ops.LoraSegment(start=0, end=rows.shape[0], a_RI=linear.a_RI, b_OR=linear.b_OR, scale=self.scale)
 
 
 def read_tensors(data: bytes, what: str) -> dict[str, Tensor]:

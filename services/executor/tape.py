@@ -28,12 +28,8 @@ class ActivationTape:
         """Memory held now."""
         return sum(tensor.nbytes for layer in self._layers for tensor in layer.values())
 
-    def save(self, layer: int, name: str, start: int, rows: Tensor) -> None:
-        """Copy a window's rows to their place in the sequence."""
-        self._layers[layer][name][start : start + rows.shape[0]].copy_(rows)
-
-    def read(self, layer: int, name: str, start: int, end: int) -> Tensor:
-        """Rows [start, end) as they were saved."""
+    def rows(self, layer: int, name: str, start: int, end: int) -> Tensor:
+        """The places of rows [start, end): to write them, and to read them as they were written."""
         return self._layers[layer][name][start:end]
 
     def drop(self, layer: int) -> None:

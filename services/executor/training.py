@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from services.executor.finetune import FinetuneJob, StepResult, TrainingDiverged
 from services.executor.model import Decoder, KvCache
 from services.executor.pages import PageAllocator, PageTable
 from services.executor.scheduler import JobView
-from services.executor.training_sequence import InvalidSliceError, TrainingSequence
+from services.executor.training_sequence import InvalidSliceError, TrainingSequence, heads
 
 MAX_POOL_SHARE = 0.25
 """Training sequences hold at most this share of the pages, so that inference is never starved of them."""
@@ -162,12 +163,15 @@ class Training:
             windows.append(Window(job_id=job_id, sequence=sequence, start=start, segment=segment))
         return windows
 
-    def head(self, window: Window, hidden_WH: Tensor) -> None:
-        """Loss and its gradient for a window that was forwarded; a failure ends its job only."""
+    def heads(self, windows: Sequence[Window], hidden_TH: Tensor) -> None:
+        """Losses and gradients of the windows that were forwarded, from the rows that they had in the pass."""
+        if not windows:
+            return
         try:
-            window.sequence.head(hidden_WH, window.start)
+            heads([(window.sequence, window.start, len(window.segment.tokens)) for window in windows], hidden_TH)
         except (RuntimeError, MemoryError) as error:
-            self._fail(window.job_id, error)
+            for window in windows:
+                self._fail(window.job_id, error)
 
     def backward(self, plan: dict[str, int]) -> BackwardWork:
         """Go back through a plan's share of each job; steps that end are reported, jobs that fail are closed and reported."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,18 +49,34 @@ class TrainingSequence:
 
     def head(self, hidden_WH: Tensor, start: int) -> None:
         """Loss and gradient of a forwarded window, from the last layer's output (before the final norm)."""
-        if start != self.num_forwarded or not 0 < hidden_WH.shape[0] <= self.num_rows - start:
-            raise ValueError(f"window [{start}, +{hidden_WH.shape[0]}) after {self.num_forwarded} of {self.num_rows} rows")
-        decoder, rows = self._decoder, slice(start, start + hidden_WH.shape[0])
-        norm_H, eps = decoder.final_norm_H, decoder.config.rms_norm_eps
-        normed_WH = ops.rms_norm(hidden_WH, norm_H, eps)
-        loss, num_correct, dnormed_WH = ops.linear_cross_entropy(
-            normed_WH, decoder.lm_head_VH, self._labels_T[rows], self._weights_T[rows]
-        )
-        self.dx_TH[rows] = ops.rms_norm_backward(dnormed_WH, hidden_WH, norm_H, eps)
-        self.loss += float(loss)
-        self.num_correct += num_correct
-        self.num_forwarded = rows.stop
+        heads([(self, start, hidden_WH.shape[0])], hidden_WH)
+
+    def _take_head(self, start: int, losses: list[float], hits: list[bool]) -> None:
+        self.loss += math.fsum(losses)
+        self.num_correct += sum(hits)
+        self.num_forwarded = start + len(losses)
+
+    def _check_window(self, start: int, num_rows: int) -> None:
+        if start != self.num_forwarded or not 0 < num_rows <= self.num_rows - start:
+            raise ValueError(f"window [{start}, +{num_rows}) after {self.num_forwarded} of {self.num_rows} rows")
+
+
+def heads(windows: Sequence[tuple[TrainingSequence, int, int]], hidden_TH: Tensor) -> None:
+    """Losses and gradients of all windows (sequence, start, number of rows) of a pass, whose rows follow each other."""
+    for sequence, start, num_rows in windows:
+        sequence._check_window(start, num_rows)
+    decoder, places = windows[0][0]._decoder, [slice(start, start + num_rows) for _, start, num_rows in windows]
+    norm_H, eps = decoder.final_norm_H, decoder.config.rms_norm_eps
+    labels_T = torch.cat([sequence._labels_T[rows] for (sequence, _, _), rows in zip(windows, places, strict=True)])
+    weights_T = torch.cat([sequence._weights_T[rows] for (sequence, _, _), rows in zip(windows, places, strict=True)])
+    normed_TH = ops.rms_norm(hidden_TH, norm_H, eps)
+    loss_T, hits_T, dnormed_TH = ops.linear_cross_entropy(normed_TH, decoder.lm_head_VH, labels_T, weights_T)
+    dx_TH = ops.rms_norm_backward(dnormed_TH, hidden_TH, norm_H, eps)
+    dx = torch.split(dx_TH, [num_rows for _, _, num_rows in windows])
+    torch._foreach_copy_([sequence.dx_TH[rows] for (sequence, _, _), rows in zip(windows, places, strict=True)], dx)
+    losses, hits = iter(loss_T.tolist()), iter(hits_T.tolist())
+    for sequence, start, num_rows in windows:
+        sequence._take_head(start, list(itertools.islice(losses, num_rows)), list(itertools.islice(hits, num_rows)))
 
 
 def check_slice(item: TrainingSlice, decoder: Decoder) -> None:

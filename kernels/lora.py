@@ -1,0 +1,104 @@
+"""Low-rank updates of many adapters in a number of large calls that does not depend on how many there are. Knows no model.
+
+All adapters' A lie side by side in one matmul, a mask keeps of each row only its own adapter's part, and all B in another. So
+rows are also multiplied with the matrices of others; with the ranks of common adapters that costs less than a call for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.segments import LoraSegment
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """What only depends on rows and ranks: M ranks of all segments side by side. True in the mask: not this row's adapter."""
+
+    rows: slice
+    others_nM: Tensor
+    scales_M: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """Segments of one type, by column; `targets` are the columns and how many segments update each."""
+
+    segments: tuple[LoraSegment, ...]
+    shared: _Rows
+    targets: tuple[tuple[slice, int], ...]
+
+
+class LoraPlan:
+    """The segments of one linear, arranged once for as many passes as have the same rows.
+
+    Plans of the same batch may share `masks`: a layer's rows are those of the next.
+    """
+
+    def __init__(self, segments: Sequence[LoraSegment], masks: dict[object, object] | None = None) -> None:
+        self.segments = tuple(segments)
+        self.is_single = len({(segment.start, segment.end) for segment in self.segments}) <= 1
+        """All segments are targets of one adapter: at most three."""
+        self._masks = {} if masks is None else masks
+        self._calls: list[_Call] | None = None
+
+    def calls(self) -> list[_Call]:
+        """One call per type of adapters: those that are served have the model's, those in training fp32."""
+        if self._calls is None:
+            by_type: dict[torch.dtype, list[LoraSegment]] = {}
+            for segment in self.segments:
+                by_type.setdefault(segment.a_RI.dtype, []).append(segment)
+            self._calls = [self._call(segments) for segments in by_type.values()]
+        return self._calls
+
+    def _call(self, segments: list[LoraSegment]) -> _Call:
+        ordered = tuple(sorted(segments, key=lambda segment: segment.column))
+        targets = [list(group) for _, group in groupby(ordered, key=lambda segment: segment.column)]
+        key = (ordered[0].a_RI.dtype, tuple((s.start, s.end, s.a_RI.shape[0], s.scale) for s in ordered))
+        shared = self._masks.get(key)
+        if not isinstance(shared, _Rows):
+            shared = self._masks[key] = _rows(ordered)
+        return _Call(segments=ordered, shared=shared, targets=tuple((group[0].columns, len(group)) for group in targets))
+
+
+def _rows(segments: Sequence[LoraSegment]) -> _Rows:
+    start, end = min(segment.start for segment in segments), max(segment.end for segment in segments)
+    ranks = [segment.a_RI.shape[0] for segment in segments]
+    others = np.ones((end - start, sum(ranks)), dtype=np.bool_)
+    edge = 0
+    for segment, rank in zip(segments, ranks, strict=True):
+        others[segment.start - start : segment.end - start, edge : edge + rank] = False
+        edge += rank
+    matrix = segments[0].a_RI
+    scales = np.repeat([segment.scale for segment in segments], ranks)
+    return _Rows(
+        rows=slice(start, end),
+        others_nM=torch.from_numpy(others).to(matrix.device),
+        scales_M=torch.from_numpy(scales).to(matrix),
+    )
+
+
+def segmented_lora(y_TO: Tensor, x_TI: Tensor, segments: LoraPlan | Sequence[LoraSegment]) -> None:
+    """The reference's segmented_lora; a plan saves arranging the segments again."""
+    plan = segments if isinstance(segments, LoraPlan) else LoraPlan(segments)
+    if plan.is_single:
+        reference.segmented_lora(y_TO, x_TI, plan.segments)
+        return
+    for call in plan.calls():
+        shared = call.shared
+        a_MI = torch.cat([segment.a_RI for segment in call.segments])
+        low_nM = x_TI[shared.rows].to(a_MI.dtype) @ a_MI.mT
+        low_nM.masked_fill_(shared.others_nM, 0.0).mul_(shared.scales_M)
+        first, edge = 0, 0
+        for columns, num_segments in call.targets:
+            b_OM = torch.cat([segment.b_OR for segment in call.segments[first : first + num_segments]], dim=1)
+            first, end = first + num_segments, edge + b_OM.shape[1]
+            y_TO[shared.rows, columns].add_(low_nM[:, edge:end] @ b_OM.mT)
+            edge = end

@@ -1,0 +1,56 @@
+"""Which rows of a batch have which adapter, arranged once for all layers. Knows rows and adapters, not requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from torch import Tensor
+
+from kernels import ops
+from services.executor.lora import LoraAdapter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterRows:
+    """Rows [start, end) of the batch share an adapter."""
+
+    start: int
+    end: int
+    adapter: LoraAdapter
+
+
+class AdapterPlan:
+    """The updates of all adapters of a batch: one operation per fused linear, however many there are."""
+
+    def __init__(self, rows: tuple[AdapterRows, ...]) -> None:
+        self.rows = rows
+        self._linears: dict[tuple[int, str], ops.LoraPlan] = {}
+        self._masks: dict[object, object] = {}
+
+    def apply(self, layer: int, module: str, y_TO: Tensor, x_TI: Tensor) -> None:
+        """Add each adapter's update to its rows of `y_TO`, in place."""
+        if not self.rows:
+            return
+        plan = self._linears.get((layer, module))
+        if plan is None:
+            segments = [s for rows in self.rows for s in rows.adapter.segments(layer, module, rows.start, rows.end)]
+            plan = self._linears[layer, module] = ops.LoraPlan(segments, self._masks)
+        if plan.segments:
+            ops.segmented_lora(y_TO, x_TI, plan)
+
+
+@functools.lru_cache(maxsize=2)
+def arranged(rows: tuple[AdapterRows, ...]) -> AdapterPlan:
+    """The plan of these rows; sequences that decode side by side have the same rows in pass after pass.
+
+    Two plans are kept, and with them the adapters in them.
+    """
+    return AdapterPlan(rows)
+
+
+def joined(rows: list[AdapterRows], new: AdapterRows) -> list[AdapterRows]:
+    """The rows and new ones behind them; neighbours with the same adapter become one."""
+    if rows and rows[-1].adapter is new.adapter and rows[-1].end == new.start:
+        return [*rows[:-1], AdapterRows(start=rows[-1].start, end=new.end, adapter=new.adapter)]
+    return [*rows, new]

@@ -1,0 +1,195 @@
+"""The operators of an iteration: their number does not depend on how much of what it holds, only on which kinds.
+
+Counted on a CPU, where an operator is a call; on a GPU it is a launch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from common.messages import DraftTree, LoraSpec, Sampling
+from services.executor.batch import Batch
+from services.executor.engine import Engine
+from services.executor.finetune import new_job
+from services.executor.model import KvCache
+from services.executor.scheduler import Limits
+from services.executor.training_sequence import TrainingSequence, heads
+from tests.helpers import OperatorCount, randn, random_adapter, training_slice
+from tests.tiny import random_prompt, set_trees, tiny_engine, tiny_pair, tiny_request
+
+FEW, MANY = 3, 8
+"""Not one: that takes shortcuts. Three adapters have all targets among them."""
+PROMPT_LEN = 12
+
+
+def engine_of(num_pages: int = 512) -> Engine:
+    limits = Limits(max_batch_tokens=1024, max_iteration_ms=1e6, idle_iteration_ms=1e6, min_prefill_tokens=1024)
+    return tiny_engine(tiny_pair()[1], num_pages=num_pages, limits=limits)
+
+
+def decoding(engine: Engine, num_requests: int, *, num_adapters: int = 0, sampling: Sampling | None = None) -> None:
+    """So many requests that decode, and have equally long contexts; the first ones each with an adapter of its own."""
+    targets = (("q_proj", "v_proj"), ("k_proj", "o_proj", "up_proj", "down_proj"), LoraSpec().target_modules)
+    for i in range(num_requests):
+        if i < num_adapters:
+            spec = LoraSpec(rank=(2, 4, 8)[i % 3], alpha=4.0, target_modules=targets[i % 3])
+            engine.adapters[f"a{i}"] = random_adapter(engine.decoder, spec, seed=i)
+        request = tiny_request(f"d{i}", random_prompt(PROMPT_LEN, seed=i), 64, sampling=sampling)
+        assert engine.submit(request, f"a{i}" if i < num_adapters else None) is None
+    while not all(sequence.is_decoding for sequence in engine.sequences.values()):
+        engine.forward_pass()
+
+
+def draft(engine: Engine, num_nodes: int) -> None:
+    """A chain of so many nodes for each sequence."""
+    set_trees(
+        engine,
+        *(
+            DraftTree(
+                request_id=name, length=len(s.tokens), tokens=(s.tokens[-1], *range(num_nodes)),
+                parents=tuple(range(-1, num_nodes)), probs=(1.0,) * (num_nodes + 1), num_required=num_nodes,
+            )
+            for name, s in engine.sequences.items()
+        ),
+    )  # fmt: skip
+
+
+def requests(n: int) -> Engine:
+    engine = engine_of()
+    decoding(engine, n)
+    return engine
+
+
+def sampled(n: int) -> Engine:
+    engine = engine_of()
+    decoding(engine, n, sampling=Sampling(temperature=0.8, top_p=0.9, seed=3))
+    return engine
+
+
+def adapters(n: int) -> Engine:
+    engine = engine_of()
+    decoding(engine, MANY, num_adapters=n)
+    return engine
+
+
+def trees(n: int) -> Engine:
+    engine = engine_of()
+    decoding(engine, n)
+    draft(engine, 3)
+    return engine
+
+
+def short_chunks(n: int) -> Engine:
+    engine = engine_of()
+    for i in range(n):
+        engine.submit(tiny_request(f"p{i}", random_prompt(PROMPT_LEN, seed=i), 8), None)
+    return engine
+
+
+def long_chunks(n: int) -> Engine:
+    engine = engine_of()
+    for i in range(n):
+        engine.submit(tiny_request(f"p{i}", random_prompt(40, seed=i), 8), None)
+    return engine
+
+
+def contexts(n: int) -> Engine:
+    """Requests whose contexts differ in length by up to a factor of 2^n."""
+    engine = engine_of()
+    for i in range(MANY):
+        engine.submit(tiny_request(f"p{i}", random_prompt(min(2 ** (i % n), 200), seed=i), 8), None)
+    engine.forward_pass()
+    return engine
+
+
+def jobs(n: int) -> Engine:
+    """Finetuning jobs with an equally long window each; their tapes are there, as they are from the second window on."""
+    engine = engine_of()
+    for i in range(n):
+        job = new_job(f"job{i}", LoraSpec(rank=2 + i, alpha=8.0), i, engine.decoder, engine.cache)
+        engine.training.open(job, lease=1)
+        item = training_slice(random_prompt(PROMPT_LEN, seed=i))
+        fields = {name: getattr(item, name) for name in item.__struct_fields__} | {"job_id": f"job{i}"}
+        engine.training.accept(type(item)(**fields))
+    engine.training.views()
+    return engine
+
+
+Kind = Callable[[int], Engine]
+waits_for_arrangement = pytest.mark.xfail(
+    strict=True,
+    reason="build_batch and AttentionPlan make keys and masks of each segment with operators of its own, once a pass",
+)
+waits_for_draws = pytest.mark.xfail(strict=True, reason="a token that is not greedy is drawn by operators of its own")
+waits_for_attention = pytest.mark.xfail(
+    strict=True,
+    reason="kernels.attention: a call per layer for each long segment, and for each doubling of the contexts' lengths",
+)
+
+
+def count_layers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The operators of all layers, when the batch has been arranged."""
+    batches: list[Batch] = []
+    forward = engine.decoder.forward
+
+    def remembered(batch: Batch, cache: KvCache) -> torch.Tensor:
+        batches.append(batch)
+        return forward(batch, cache)
+
+    monkeypatch.setattr(engine.decoder, "forward", remembered)
+    iteration = engine.forward_pass()
+    monkeypatch.undo()
+    kinds = (iteration.decode_tokens, iteration.draft_tokens, iteration.prefill_tokens, iteration.finetune_tokens)
+    assert sum(kinds) == len(batches[0].tokens_T)
+    with torch.inference_mode(), OperatorCount() as operators:
+        forward(batches[0], engine.cache)
+    return Counter(operators.by_name)
+
+
+LAYERS = [
+    requests, adapters, trees, short_chunks, jobs,
+    pytest.param(long_chunks, marks=waits_for_attention), pytest.param(contexts, marks=waits_for_attention),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_operators_of_the_layers_do_not_grow(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = (count_layers(kind(n), monkeypatch) for n in (FEW, MANY))
+    assert few.total() > 40
+    assert many - few == Counter()
+
+
+PASSES = [
+    adapters, *(pytest.param(kind, marks=waits_for_arrangement) for kind in (requests, trees, short_chunks, jobs)),
+    pytest.param(sampled, marks=waits_for_draws),
+    pytest.param(long_chunks, marks=waits_for_attention), pytest.param(contexts, marks=waits_for_attention),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PASSES)
+def test_the_operators_of_a_whole_pass_do_not_grow(kind: Kind) -> None:
+    """With what arranges the batch before its layers, and losses or draws behind them."""
+    totals: list[Counter[str]] = []
+    for n in (FEW, MANY):
+        engine = kind(n)
+        with OperatorCount() as operators:
+            engine.forward_pass()
+        totals.append(operators.by_name)
+    assert totals[1] - totals[0] == Counter()
+
+
+def test_the_losses_of_many_windows_take_the_operators_of_one() -> None:
+    decoder = tiny_pair()[1]
+    totals = []
+    for n in (1, MANY):
+        sequences = [TrainingSequence(training_slice(random_prompt(PROMPT_LEN, seed=i)), decoder) for i in range(n)]
+        hidden_TH = randn(n * 5, decoder.config.hidden_size).float()
+        with OperatorCount() as operators:
+            heads([(sequence, 0, 5) for sequence in sequences], hidden_TH)
+        totals.append(operators.by_name)
+        assert {sequence.num_forwarded for sequence in sequences} == {5}
+    assert totals[0] == totals[1] != Counter()
