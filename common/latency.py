@@ -1,16 +1,39 @@
 """How long an iteration takes: a piecewise linear function of its tokens, and its inverse. Pure; knows no clock.
 
-f(tokens, context, backward) = correction * (points(tokens) + context * ms_per_context_token) + backward * backward_ms_per_token
-(FlexLLM's f(c, s), dossier 5.4). `points` come from a measurement of the real model on the real device.
+f(rows, backward) = correction * (points(tokens) + context * ms_per_context_token + row_context * ms_per_row_context)
+                    + backward * backward_ms_per_token
+(FlexLLM's f(c, s), dossier 5.4). `points` come from a measurement of the real model on the real device. A segment's context is
+read once, whatever its rows (`context`), and each of its rows attends to all of it (`row_context`): a prefill chunk of 32 rows
+behind 6,000 tokens costs far more than 32 rows.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from typing import NamedTuple
 
 import msgspec
 
 from common.messages import LatencyProfile
+
+
+class Rows(NamedTuple):
+    """What a forward pass costs by: its rows, and over its segments the sum of contexts and of rows times context."""
+
+    tokens: int = 0
+    context: int = 0
+    row_context: int = 0
+
+    def with_segment(self, rows: int, context: int) -> Rows:
+        """Beside a new segment of that many rows behind that context; one without rows is none."""
+        return self if rows <= 0 else Rows(self.tokens + rows, self.context + context, self.row_context + rows * context)
+
+    def widened(self, rows: int, context: int) -> Rows:
+        """With that many more rows in a segment that is there already, so that its context is read anyway."""
+        return Rows(self.tokens + rows, self.context, self.row_context + rows * context)
+
+
+NO_ROWS = Rows()
 
 
 def interpolate(points: tuple[tuple[int, float], ...], tokens: float) -> float:
@@ -22,21 +45,22 @@ def interpolate(points: tuple[tuple[int, float], ...], tokens: float) -> float:
     return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
 
 
-def predict_ms(profile: LatencyProfile, tokens: int, context_tokens: int = 0, backward_tokens: int = 0) -> float:
-    """Predicted ms of an iteration; `backward_tokens` are whole-model equivalents (tokens times share of layers)."""
-    if tokens <= 0 and backward_tokens <= 0:
+def predict_ms(profile: LatencyProfile, rows: Rows) -> float:
+    """Predicted ms of a forward pass; 0 without rows."""
+    if rows.tokens <= 0:
         return 0.0
-    forward = interpolate(profile.points, tokens) if tokens > 0 else 0.0
-    forward += context_tokens * profile.ms_per_context_token
-    return profile.correction * forward + backward_tokens * profile.backward_ms_per_token
+    forward = interpolate(profile.points, rows.tokens)
+    return profile.correction * (forward + rows.context * profile.ms_per_context_token + _row_context_ms(profile, rows))
 
 
-def max_tokens(profile: LatencyProfile, budget_ms: float, limit: int, context_tokens: int = 0) -> int:
-    """The largest token count up to `limit` whose predicted latency is within `budget_ms`; 0 if none is."""
-    low, high = 0, limit
+def max_rows(profile: LatencyProfile, budget_ms: float, limit: int, beside: Rows = NO_ROWS, context: int = 0) -> int:
+    """f inverted: the most rows, up to `limit`, that a new segment behind `context` tokens may have beside the rest of the pass
+    for the pass to stay within `budget_ms`; 0 if not even one may.
+    """
+    low, high = 0, max(limit, 0)
     while low < high:
         middle = (low + high + 1) // 2
-        if predict_ms(profile, middle, context_tokens) <= budget_ms:
+        if predict_ms(profile, beside.with_segment(middle, context)) <= budget_ms:
             low = middle
         else:
             high = middle - 1
@@ -44,7 +68,11 @@ def max_tokens(profile: LatencyProfile, budget_ms: float, limit: int, context_to
 
 
 def make_profile(
-    measured: list[tuple[int, float]], *, ms_per_context_token: float = 0.0, backward_ms_per_token: float = 0.0
+    measured: list[tuple[int, float]],
+    *,
+    ms_per_context_token: float = 0.0,
+    ms_per_row_context: float = 0.0,
+    backward_ms_per_token: float = 0.0,
 ) -> LatencyProfile:
     """A profile from (tokens, ms) measurements: sorted, and made monotone, since noise must not make more tokens cheaper.
 
@@ -56,16 +84,36 @@ def make_profile(
     for tokens, ms in sorted(measured):
         points.append((tokens, max(ms, points[-1][1] if points else ms)))
     return LatencyProfile(
-        points=tuple(points), ms_per_context_token=ms_per_context_token, backward_ms_per_token=backward_ms_per_token
+        points=tuple(points),
+        ms_per_context_token=ms_per_context_token,
+        ms_per_row_context=ms_per_row_context,
+        backward_ms_per_token=backward_ms_per_token,
     )
 
 
-def corrected(profile: LatencyProfile, predicted_ms: float, measured_ms: float, weight: float = 0.05) -> LatencyProfile:
-    """The profile after a forward pass: an EWMA of measured / predicted, one observation bounded to a factor of 4."""
+def context_costs(narrow: tuple[Rows, float], wide: tuple[Rows, float]) -> tuple[float, float]:
+    """(ms_per_context_token, ms_per_row_context), neither below 0, from two passes of one segment behind a context: their rows,
+    and by how many ms the context made each slower. `wide` has more rows than `narrow`, behind the same context.
+    """
+    (few, few_ms), (many, many_ms) = narrow, wide
+    per_row = max(0.0, (many_ms - few_ms) / (many.row_context - few.row_context))
+    return max(0.0, (few_ms - few.row_context * per_row) / few.context), per_row
+
+
+def corrected(profile: LatencyProfile, rows: Rows, measured_ms: float, weight: float = 0.05) -> LatencyProfile:
+    """The profile after a forward pass: an EWMA of measured / predicted, one observation bounded to a factor of 4.
+
+    What attention to a context had as its share of the prediction goes to its own coefficient: else a long prompt, whose cost
+    per row was measured behind a shorter context, would spoil what is predicted of every other pass.
+    """
+    predicted_ms = predict_ms(profile, rows)
     if predicted_ms <= 0 or measured_ms <= 0:
         return profile
-    correction = profile.correction * _smoothed(measured_ms / predicted_ms, weight)
-    return msgspec.structs.replace(profile, correction=min(10.0, max(0.1, correction)))
+    ratio = measured_ms / predicted_ms
+    share = profile.correction * _row_context_ms(profile, rows) / predicted_ms
+    correction = profile.correction * _smoothed(ratio, weight * (1.0 - share))
+    per_row = profile.ms_per_row_context * _smoothed(ratio, weight * share)
+    return msgspec.structs.replace(profile, correction=min(10.0, max(0.1, correction)), ms_per_row_context=per_row)
 
 
 def backward_corrected(profile: LatencyProfile, tokens: float, measured_ms: float, weight: float = 0.1) -> LatencyProfile:
@@ -75,6 +123,10 @@ def backward_corrected(profile: LatencyProfile, tokens: float, measured_ms: floa
     ratio = measured_ms / tokens / profile.backward_ms_per_token
     per_token = profile.backward_ms_per_token * _smoothed(ratio, weight)
     return msgspec.structs.replace(profile, backward_ms_per_token=per_token)
+
+
+def _row_context_ms(profile: LatencyProfile, rows: Rows) -> float:
+    return rows.row_context * profile.ms_per_row_context
 
 
 def _smoothed(ratio: float, weight: float) -> float:

@@ -149,6 +149,8 @@ class LatencyProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     points: tuple[tuple[int, float], ...]
     ms_per_context_token: float = 0.0
+    ms_per_row_context: float = 0.0
+    """Of one row's attention to one token of its context; 0 in profiles of a time that did not measure it."""
     backward_ms_per_token: float = 0.0
     correction: float = 1.0
 

@@ -8,9 +8,10 @@ from collections import Counter
 import msgspec
 import pytest
 
+from common.latency import Rows, predict_ms
 from common.messages import Beat, ExecutorLoad, InferenceRequest, LatencyProfile, Rejected, ServiceState, Slo
 from services.admission.inflight import NUM_DELAYS, InFlight
-from services.admission.policy import Limits, Placement, admit, forecast, prefill_ms
+from services.admission.policy import Limits, Placement, admit, forecast, prefill_ms, prompts_ahead
 
 LIMITS = Limits(prefill_chunk=100, max_backlog_ms=1000.0, max_waiting=8)
 PROFILE = LatencyProfile(points=((1, 40.0), (11, 50.0), (111, 150.0)))
@@ -136,10 +137,23 @@ def test_a_prompt_must_fit_into_all_pages() -> None:
 
 def test_ttft_is_predicted_from_the_queue_in_chunks() -> None:
     busy = load(num_running=10, waiting_prefill_tokens=150)
-    assert prefill_ms(busy, 250, 100) == pytest.approx(2 * 149 + 99)
+    assert prefill_ms(busy, [250], 100) == pytest.approx(2 * 149 + 99)
     ahead = forecast(request(100), "e", busy, 50.1, LIMITS)
     assert ahead.backlog_ms == pytest.approx(149 + 99)
     assert ahead.ttft_ms == pytest.approx(100 + 2 * 149 + 99), "it has waited 100 ms already"
+
+
+def test_each_chunk_of_a_prompt_is_predicted_behind_those_before_it() -> None:
+    profile = msgspec.structs.replace(PROFILE, ms_per_context_token=0.002, ms_per_row_context=0.0003, correction=1.5)
+    busy = load(num_running=3, context_tokens=600, num_waiting=2, waiting_prefill_tokens=401, latency=profile)
+    assert prompts_ahead(busy) == [201, 200]
+    roots = Rows(3, 600, 600)
+    for length in (1, 99, 100, 101, 850):
+        chunks = [(min(100, length - start), start) for start in range(0, length, 100)]
+        expected = sum(predict_ms(profile, roots.with_segment(*chunk)) for chunk in chunks)
+        assert prefill_ms(busy, [length], 100) == pytest.approx(expected)
+    long, many = prefill_ms(busy, [6000], 100), prefill_ms(busy, [100] * 60, 100)
+    assert long > 1.5 * many, "many short prompts do not attend to each other"
 
 
 def test_tpot_is_predicted_with_everyone_who_is_ahead() -> None:

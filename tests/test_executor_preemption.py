@@ -6,6 +6,7 @@ import functools
 
 import pytest
 
+from common.latency import Rows
 from services.executor.assembly import Assembly
 from services.executor.engine import Engine
 from services.executor.pages import PageAllocator
@@ -158,7 +159,10 @@ def sequence(name: str, num_tokens: int, pages: PageAllocator, *, num_computed: 
 
 
 def plan_of(**prefill: int) -> IterationPlan:
-    return IterationPlan(decode={}, prefill=prefill, forward={}, backward={}, limit_ms=1.0, forward_ms=1.0, predicted_ms=1.0)
+    rows = Rows(sum(prefill.values()))
+    return IterationPlan(
+        decode={}, prefill=prefill, forward={}, backward={}, rows=rows, limit_ms=1.0, forward_ms=1.0, predicted_ms=1.0
+    )
 
 
 def test_runnable_are_those_who_can_have_the_pages_they_need() -> None:

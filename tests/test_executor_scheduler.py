@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from common.latency import predict_ms
+from common.latency import Rows, predict_ms
 from common.messages import LatencyProfile
 from services.executor.scheduler import (
     JobView,
@@ -94,7 +94,7 @@ def test_training_keeps_its_share_while_everybody_is_on_time(job: JobView) -> No
     prompts = [waiting(str(i), 300) for i in range(10, 20)]
     result = plan(*crowd, *prompts, job)
     assert result.limit_ms == pytest.approx(54.0)
-    training_ms = result.predicted_ms - predict_ms(LINEAR, result.num_tokens - sum(result.forward.values()), 250)
+    training_ms = result.predicted_ms - predict_ms(LINEAR, Rows(result.num_tokens - sum(result.forward.values()), 250))
     assert training_ms >= 0.1 * 54.0 - 0.2
     assert sum(result.prefill.values()) > 300, "and does not take all of the prefill's"
 

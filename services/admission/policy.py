@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Sequence
 
-from common.latency import predict_ms
+from common.latency import Rows, predict_ms
 from common.messages import Beat, ExecutorLoad, InferenceRequest, Rejected
 
 NO_EXECUTOR_RETRY_MS = 1000
@@ -117,13 +117,15 @@ def forecast(request: InferenceRequest, executor_id: str, load: ExecutorLoad, no
     """
     num_ahead = load.num_running + load.num_waiting
     context = load.context_tokens + load.waiting_prefill_tokens
-    tpot_before_ms = predict_ms(load.latency, num_ahead, context)
-    tpot_ms = predict_ms(load.latency, num_ahead + 1, context + len(request.prompt_tokens))
+    roots = Rows(num_ahead, context, context)
+    tpot_before_ms = predict_ms(load.latency, roots)
+    tpot_ms = predict_ms(load.latency, roots.with_segment(1, len(request.prompt_tokens)))
     waited_ms = 1000 * max(0.0, now - request.arrived_at) if request.arrived_at else 0.0
-    ttft_ms = waited_ms + prefill_ms(load, load.waiting_prefill_tokens + len(request.prompt_tokens), limits.prefill_chunk)
+    ahead = prompts_ahead(load)
+    ttft_ms = waited_ms + prefill_ms(load, [*ahead, len(request.prompt_tokens)], limits.prefill_chunk)
     return Forecast(
         executor_id=executor_id,
-        backlog_ms=prefill_ms(load, load.waiting_prefill_tokens, limits.prefill_chunk),
+        backlog_ms=prefill_ms(load, ahead, limits.prefill_chunk),
         ttft_ms=ttft_ms,
         tpot_ms=tpot_ms,
         excess=_excess(ttft_ms, request.slo.ttft_ms) + _excess(tpot_ms, request.slo.tpot_ms),
@@ -134,12 +136,29 @@ def forecast(request: InferenceRequest, executor_id: str, load: ExecutorLoad, no
     )
 
 
-def prefill_ms(load: ExecutorLoad, num_tokens: int, chunk: int) -> float:
-    """How long this many prompt tokens take in chunks, each beside the roots of the running requests."""
-    num_full, rest = divmod(num_tokens, chunk)
-    full_ms = predict_ms(load.latency, chunk + load.num_running, load.context_tokens)
-    rest_ms = predict_ms(load.latency, rest + load.num_running, load.context_tokens) if rest else 0.0
-    return num_full * full_ms + rest_ms
+def prompts_ahead(load: ExecutorLoad) -> list[int]:
+    """Lengths of the waiting prompts, as if they were equal: an executor tells their sum and number."""
+    num_prompts = max(1, load.num_waiting)
+    shortest, longer = divmod(load.waiting_prefill_tokens, num_prompts)
+    return [shortest + (i < longer) for i in range(num_prompts)]
+
+
+def prefill_ms(load: ExecutorLoad, prompts: Sequence[int], chunk: int) -> float:
+    """How long prompts of these lengths take in chunks, each behind its context, beside the running requests' roots."""
+    roots = Rows(load.num_running, load.context_tokens, load.context_tokens)
+    num_full, rest = divmod(sum(prompts), chunk)
+    full_ms = predict_ms(load.latency, roots.widened(chunk, 0))
+    rest_ms = predict_ms(load.latency, roots.widened(rest, 0)) if rest else 0.0
+    contexts = [_chunk_contexts(length, chunk) for length in prompts]
+    behind = Rows(1, sum(context for context, _ in contexts), sum(row_context for _, row_context in contexts))
+    return num_full * full_ms + rest_ms + predict_ms(load.latency, behind) - predict_ms(load.latency, Rows(1))
+
+
+def _chunk_contexts(length: int, chunk: int) -> tuple[int, int]:
+    """Sums over a prompt's chunks of what each is behind, and of that times its rows."""
+    num_full, rest = divmod(length, chunk)
+    context = chunk * num_full * (num_full - 1) // 2
+    return context + (num_full * chunk if rest else 0), chunk * context + rest * num_full * chunk
 
 
 def _excess(predicted_ms: float, target_ms: float | None) -> float:

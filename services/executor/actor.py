@@ -25,6 +25,7 @@ from services.executor.load import executor_vitals
 from services.executor.lora import LoraAdapter
 from services.executor.planner_link import PlannerLink
 from services.executor.profile_store import ProfileStore
+from services.executor.scheduler import root_rows
 from services.executor.startup import make_engine
 from services.executor.training import BackwardWork
 from services.executor.training_link import TrainingLink
@@ -187,7 +188,7 @@ class ExecutorActor:
             progress=tuple(step for step in iteration.progress if step.request_id not in known),
             token_budget=min(self._config.max_draft_tokens, self._config.max_batch_tokens - len(decoding)),
             base_tokens=len(decoding),
-            iteration_ms=max(self._iteration_ms, predict_ms(profile, len(decoding))),
+            iteration_ms=max(self._iteration_ms, predict_ms(profile, root_rows(s.num_computed for s in decoding))),
             latency=profile,
         )
 

@@ -91,6 +91,7 @@ class Engine:
         self._executor_id = executor_id
         self._clock = clock
         self._plan: IterationPlan | None = None
+        self._num_starved = 0
 
     # --- work in ---------------------------------------------------------------------------------------------------
 
@@ -152,7 +153,8 @@ class Engine:
         """Plan the iteration and run its one fused forward pass."""
         now = self._clock()
         views = [sequence.view(now) for sequence in self._assembly.runnable(self.sequences.values())]
-        plan = plan_iteration(now, views, self.training.views(), self.profile, self.limits)
+        plan = plan_iteration(now, views, self.training.views(), self.profile, self.limits, self._num_starved)
+        self._num_starved = plan.num_starved
         works = self._assembly.work(plan, self.sequences.values())
         windows = self.training.windows(plan.forward)
         segments = [work.segment for work in works] + [window.segment for window in windows]
@@ -166,7 +168,7 @@ class Engine:
         self.training.heads(windows, hidden_TH[len(hidden_TH) - num_training :])
         draws = Draws(self.decoder.logits(hidden_TH[batch.logit_rows])) if len(batch.logit_rows) else None
         if len(batch.tokens_T) == plan.num_tokens:  # else pages were short, and the prediction was for another pass
-            self.profile = corrected(self.profile, plan.forward_ms, (self._clock() - now) * 1e3)
+            self.profile = corrected(self.profile, plan.rows, (self._clock() - now) * 1e3)
         drawn = drawn_by(works, draws, batch.starts, hidden_TH, self.decoder.logits)
         return self._finish_iteration(works, drawn, plan, num_training)
 

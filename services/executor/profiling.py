@@ -6,14 +6,16 @@ import time
 
 import torch
 
-from common.latency import make_profile
+from common.latency import Rows, context_costs, make_profile
 from common.messages import LatencyProfile
 from services.executor.batch import Segment, build_batch
 from services.executor.model import Decoder, KvCache
 
 POINTS = (1, 8, 16, 32, 64, 128, 256)
 CONTEXT_TOKENS = 1024
-NUM_SLOTS = CONTEXT_TOKENS + 1
+CONTEXT_ROWS = 64
+"""The two passes behind a context have 1 and this many rows: one of POINTS, so that the pass without it is measured already."""
+NUM_SLOTS = CONTEXT_TOKENS + CONTEXT_ROWS
 """Cache slots that the measurement needs."""
 REPEATS = 3
 """The fastest of them counts: other processes only ever add time, and the online correction knows them."""
@@ -29,13 +31,27 @@ def measure_profile(decoder: Decoder, cache: KvCache, max_tokens: int) -> Latenc
     for num_tokens in (n for n in POINTS if n <= min(max_tokens, max_positions)):
         _pass_ms(decoder, cache, num_tokens)
         measured.append((num_tokens, min(_pass_ms(decoder, cache, num_tokens) for _ in range(REPEATS))))
-    num_context = min(CONTEXT_TOKENS, max_positions - 1)
-    with_context_ms = min(_pass_ms(decoder, cache, 1, num_context) for _ in range(REPEATS + 1))
-    per_context_token = max(0.0, with_context_ms - measured[0][1]) / max(1, num_context)
+    per_context_token, per_row_context = _context_costs(decoder, cache, measured)
     slope = (measured[-1][1] - measured[0][1]) / max(1, measured[-1][0] - measured[0][0])
     return make_profile(
-        measured, ms_per_context_token=per_context_token, backward_ms_per_token=BACKWARD_FACTOR * max(slope, 1e-3)
+        measured,
+        ms_per_context_token=per_context_token,
+        ms_per_row_context=per_row_context,
+        backward_ms_per_token=BACKWARD_FACTOR * max(slope, 1e-3),
     )
+
+
+def _context_costs(decoder: Decoder, cache: KvCache, measured: list[tuple[int, float]]) -> tuple[float, float]:
+    """Two passes behind a context, one row and many; (0, 0) for a model whose positions leave no room for them."""
+    many, many_ms = max((point for point in measured if point[0] <= CONTEXT_ROWS), key=lambda point: point[0])
+    num_context = min(CONTEXT_TOKENS, decoder.config.max_position_embeddings - many)
+    if many == 1 or num_context < 1:
+        return 0.0, 0.0
+    slower = []
+    for num_tokens, alone_ms in (measured[0], (many, many_ms)):
+        behind_ms = min(_pass_ms(decoder, cache, num_tokens, num_context) for _ in range(REPEATS + 1))
+        slower.append((Rows().with_segment(num_tokens, num_context), behind_ms - alone_ms))
+    return context_costs(slower[0], slower[1])
 
 
 def _pass_ms(decoder: Decoder, cache: KvCache, num_tokens: int, context_tokens: int = 0) -> float:

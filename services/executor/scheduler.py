@@ -10,9 +10,10 @@ While a request is behind, draft nodes are not held to T*: the planner has weigh
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
-from common.latency import max_tokens, predict_ms
+from common.latency import Rows, max_rows, predict_ms
 from common.messages import LatencyProfile
 
 
@@ -25,8 +26,15 @@ class Limits:
     idle_iteration_ms: float = 120.0
     """Longest iteration of finetuning alone: what a request that arrives meanwhile may have to wait."""
     max_batch_tokens: int = 1024
-    min_prefill_tokens: int = 32
-    """Prefill goes on at this rate even when decoding leaves no time, else new requests would starve."""
+    min_prefill_tokens: int = 16
+    """Prompt tokens that are worth a chunk: about a page. Behind a long context a smaller one costs nearly as much."""
+    max_prefill_gap: int = 8
+    """So many iterations in a row may leave waiting prompts with less than that; the next one computes it whatever T* says.
+
+    Prefill yields to every target that can be met, but a prompt must end: this bounds its rate from below by a chunk per nine
+    iterations, and what it adds to the mean time per token by a ninth of a chunk's cost, which `safety` has room for. A floor
+    in each iteration would cost nine times that, and one row in each would read the whole context for a row.
+    """
     min_finetune_share: float = 0.1
     """Share of the iteration that finetuning gets whenever no request is behind its target."""
     finetune_weight: float = 0.25
@@ -62,11 +70,14 @@ class SequenceView:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobView:
-    """A finetuning job with work to do: tokens still to forward, or (backward phase) token-layers to go back through."""
+    """A finetuning job with work to do: tokens still to forward, behind its `context_tokens`, or (backward phase) token-layers
+    to go back through.
+    """
 
     job_id: str
     forward_tokens: int
     is_backward: bool
+    context_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,49 +91,71 @@ class IterationPlan:
     prefill: dict[str, int]
     forward: dict[str, int]
     backward: dict[str, int]
+    rows: Rows
+    """Of the fused forward pass."""
     limit_ms: float
     forward_ms: float
     """Predicted for the forward pass alone."""
     predicted_ms: float
+    num_starved: int = 0
+    """Iterations in a row, this one included, that left waiting prompts with less than `min_prefill_tokens`."""
 
     @property
     def num_tokens(self) -> int:
         """Rows of the fused forward pass."""
-        return len(self.decode) + sum(self.decode.values()) + sum(self.prefill.values()) + sum(self.forward.values())
+        return self.rows.tokens
 
 
 def plan_iteration(
-    now: float, sequences: Seq[SequenceView], jobs: Seq[JobView], profile: LatencyProfile, limits: Limits
+    now: float,
+    sequences: Seq[SequenceView],
+    jobs: Seq[JobView],
+    profile: LatencyProfile,
+    limits: Limits,
+    num_starved: int = 0,
 ) -> IterationPlan:
-    """The plan of the next iteration; see the module's docstring for the order of claims."""
+    """The plan of the next iteration; see the module's docstring for the order of claims.
+
+    `num_starved` is the last plan's.
+    """
     decoding = [view for view in sequences if view.is_decoding]
     waiting = sorted((view for view in sequences if not view.is_decoding), key=_prefill_order)
-    context = sum(view.context_tokens for view in decoding)
-    base_ms = predict_ms(profile, max(1, len(decoding)), context)
+    rows = root_rows(view.context_tokens for view in decoding)
+    base_ms = predict_ms(profile, rows if decoding else Rows(1))
     limit_ms, is_behind = iteration_limit_ms(now, decoding, waiting, base_ms, limits)
-    capacity = min(limits.max_batch_tokens, max_tokens(profile, limit_ms, limits.max_batch_tokens, context))
-    required = _required_nodes(decoding, limits.max_batch_tokens - len(decoding))
-    used = len(decoding) + sum(required.values())
+    capacity = rows.tokens + max_rows(profile, limit_ms, limits.max_batch_tokens - rows.tokens, rows)
     reserve = 0 if is_behind or not jobs else int(limits.min_finetune_share * capacity)
-    prefill = _prefill_chunks(waiting, max(capacity - used - reserve, 0), used, limits)
-    used += sum(prefill.values())
-    room = (limits.max_batch_tokens if is_behind else capacity) - used - reserve
+    required = _required_nodes(decoding, limits.max_batch_tokens - len(decoding))
+    rows = _with_nodes(rows, decoding, required)
+    is_due = not decoding or num_starved >= limits.max_prefill_gap
+    prefill, is_starved = _prefill_chunks(waiting, rows, reserve, limit_ms, is_due, profile, limits)
+    rows = _with_chunks(rows, waiting, prefill)
+    room = _room_for_nodes(decoding, rows, reserve, None if is_behind else limit_ms, profile, limits)
     nodes = _extra_nodes(decoding, required, room, limits.finetune_weight if jobs else 0.0)
-    used += sum(nodes.values()) - sum(required.values())
-    inference_ms = predict_ms(profile, used, context)
+    rows = _with_nodes(rows, decoding, {name: num - required[name] for name, num in nodes.items()})
     share_ms = 0.0 if is_behind else limits.min_finetune_share * limit_ms
-    spare_ms = max(limit_ms - inference_ms, share_ms)
-    forward, backward = _finetuning(jobs, spare_ms, used, context, inference_ms, profile, limits)
-    forward_ms = predict_ms(profile, used + sum(forward.values()), context)
+    spare_ms = max(limit_ms - predict_ms(profile, rows), share_ms)
+    forward, backward, rows = _finetuning(jobs, spare_ms, rows, profile, limits)
+    forward_ms = predict_ms(profile, rows)
     return IterationPlan(
         decode=nodes,
         prefill=prefill,
         forward=forward,
         backward=backward,
+        rows=rows,
         limit_ms=limit_ms,
         forward_ms=forward_ms,
         predicted_ms=forward_ms + sum(backward.values()) * profile.backward_ms_per_token,
+        num_starved=num_starved + 1 if is_starved else 0,
     )
+
+
+def root_rows(contexts: Iterable[int]) -> Rows:
+    """One row for each decoding sequence."""
+    rows = Rows()
+    for context in contexts:
+        rows = rows.with_segment(1, context)
+    return rows
 
 
 def iteration_limit_ms(
@@ -172,15 +205,68 @@ def _required_nodes(decoding: Seq[SequenceView], room: int) -> dict[str, int]:
     return counts
 
 
-def _prefill_chunks(waiting: Seq[SequenceView], capacity: int, used: int, limits: Limits) -> dict[str, int]:
-    left = min(max(capacity, limits.min_prefill_tokens), limits.max_batch_tokens - used)
+def _prefill_chunks(
+    waiting: Seq[SequenceView],
+    rows: Rows,
+    reserve: int,
+    limit_ms: float,
+    is_due: bool,
+    profile: LatencyProfile,
+    limits: Limits,
+) -> tuple[dict[str, int], bool]:
+    """Prompt tokens per request, as many as the limit allows behind each one's context, and whether they were too few.
+
+    Too few are less than `min_prefill_tokens`. When these are due (see Limits.max_prefill_gap), the first in order gets them.
+    """
+    chunks: dict[str, int] = {}
+    beside = rows.widened(reserve, 0)
+    for view in waiting:
+        room = min(view.num_uncomputed, limits.max_batch_tokens - beside.tokens)
+        num = max_rows(profile, limit_ms, room, beside, view.context_tokens)
+        if num > 0:
+            chunks[view.request_id] = num
+            beside = beside.with_segment(num, view.context_tokens)
+        if num < view.num_uncomputed:  # who is next has to wait too, else a long prompt could be overtaken for ever
+            break
+    floor = min(limits.min_prefill_tokens, sum(view.num_uncomputed for view in waiting))
+    if not is_due or sum(chunks.values()) >= floor:
+        return chunks, sum(chunks.values()) < floor
+    return _in_order(waiting, min(floor, limits.max_batch_tokens - rows.tokens)), False
+
+
+def _in_order(waiting: Seq[SequenceView], num_tokens: int) -> dict[str, int]:
+    """That many prompt tokens, from the first in order on."""
     chunks: dict[str, int] = {}
     for view in waiting:
-        if left <= 0:
+        if num_tokens <= 0:
             break
-        chunks[view.request_id] = min(view.num_uncomputed, left)
-        left -= chunks[view.request_id]
+        chunks[view.request_id] = min(view.num_uncomputed, num_tokens)
+        num_tokens -= chunks[view.request_id]
     return chunks
+
+
+def _with_chunks(rows: Rows, waiting: Seq[SequenceView], chunks: dict[str, int]) -> Rows:
+    for view in waiting:
+        rows = rows.with_segment(chunks.get(view.request_id, 0), view.context_tokens)
+    return rows
+
+
+def _with_nodes(rows: Rows, decoding: Seq[SequenceView], nodes: dict[str, int]) -> Rows:
+    for view in decoding:
+        rows = rows.widened(nodes[view.request_id], view.context_tokens)
+    return rows
+
+
+def _room_for_nodes(
+    decoding: Seq[SequenceView], rows: Rows, reserve: int, limit_ms: float | None, profile: LatencyProfile, limits: Limits
+) -> int:
+    """Draft nodes that fit beside `rows` and the reserve, all behind the longest context; without a limit by number alone."""
+    room = limits.max_batch_tokens - rows.tokens - reserve
+    if limit_ms is None:
+        return room
+    context = max((view.context_tokens for view in decoding), default=0)
+    beside = rows.widened(reserve, 0)
+    return max_rows(profile, limit_ms, room, beside._replace(context=rows.context - context), context)
 
 
 def _extra_nodes(decoding: Seq[SequenceView], required: dict[str, int], room: int, min_value: float) -> dict[str, int]:
@@ -201,21 +287,17 @@ def _extra_nodes(decoding: Seq[SequenceView], required: dict[str, int], room: in
 
 
 def _finetuning(
-    jobs: Seq[JobView],
-    spare_ms: float,
-    used: int,
-    context: int,
-    inference_ms: float,
-    profile: LatencyProfile,
-    limits: Limits,
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Forward windows and backward work that fit into `spare_ms` beside `used` tokens; jobs share it evenly."""
+    jobs: Seq[JobView], spare_ms: float, rows: Rows, profile: LatencyProfile, limits: Limits
+) -> tuple[dict[str, int], dict[str, int], Rows]:
+    """Forward windows and backward work that fit into `spare_ms` beside `rows`, and the rows then; jobs share it evenly."""
     forward: dict[str, int] = {}
     backward: dict[str, int] = {}
-    if used == 0 and not all(job.is_backward for job in jobs):
+    spent_ms = predict_ms(profile, rows)
+    is_alone = rows.tokens == 0
+    if is_alone and not all(job.is_backward for job in jobs):
         # Opening a pass costs far more than a row of it, so all jobs pay that together before they share the rest.
-        inference_ms = predict_ms(profile, 1, context)
-        spare_ms = max(spare_ms - inference_ms, 0.0)
+        spent_ms = predict_ms(profile, Rows(1))
+        spare_ms = max(spare_ms - spent_ms, 0.0)
     for i, job in enumerate(jobs):
         share_ms = spare_ms / (len(jobs) - i)
         if job.is_backward:
@@ -223,12 +305,13 @@ def _finetuning(
             backward[job.job_id] = int(share_ms / per_token) if per_token > 0 else limits.max_batch_tokens
             spare_ms -= backward[job.job_id] * per_token
             continue
-        room = limits.max_batch_tokens - used
-        rows = max_tokens(profile, inference_ms + share_ms, used + room, context) - used
-        tokens = max(0, min(rows, room, job.forward_tokens))
-        cost_ms = predict_ms(profile, used + tokens, context) - inference_ms
+        room = min(limits.max_batch_tokens - rows.tokens, job.forward_tokens)
+        tokens = max_rows(profile, spent_ms + share_ms, room, rows, job.context_tokens)
+        if is_alone and rows.tokens == 0:  # nobody waits for this pass, and without a row it would never end
+            tokens = max(tokens, 1)
+        rows = rows.with_segment(tokens, job.context_tokens)
+        cost_ms = max(predict_ms(profile, rows) - spent_ms, 0.0)
         forward[job.job_id] = tokens
-        used += tokens
-        inference_ms += max(cost_ms, 0.0)
-        spare_ms -= max(cost_ms, 0.0)
-    return {k: v for k, v in forward.items() if v > 0}, {k: v for k, v in backward.items() if v > 0}
+        spent_ms += cost_ms
+        spare_ms -= cost_ms
+    return {k: v for k, v in forward.items() if v > 0}, {k: v for k, v in backward.items() if v > 0}, rows

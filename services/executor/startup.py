@@ -19,6 +19,8 @@ from services.executor.profile_store import ProfileStore
 from services.executor.profiling import NUM_SLOTS, measure_profile
 from services.executor.scheduler import Limits
 
+PROFILE_TERMS = "row-context"
+"""The newest term of the latency model, in the key: profiles of before would be read, but lack it for ever."""
 log = structlog.get_logger()
 
 OnDevice = Callable[[Callable[[], Any]], Awaitable[Any]]
@@ -33,7 +35,7 @@ async def make_engine(config: ExecutorConfig, model: str, profiles: ProfileStore
     folder = Path(config.model_dir)
     dtype = choose_dtype(config.dtype, read_model_config(folder), device)
     decoder = await on_device(lambda: load_decoder(folder, dtype, device))
-    key = f"{platform.node()}.{model}.{device.type}.{str(dtype).removeprefix('torch.')}.{torch.get_num_threads()}"
+    key = profile_key(model, dtype, device)
     profile = await profiles.recall(key)
     if profile is None:
         scratch = KvCache(decoder.config, NUM_SLOTS, dtype, device)
@@ -57,3 +59,9 @@ async def make_engine(config: ExecutorConfig, model: str, profiles: ProfileStore
         max_tree_nodes=config.max_tree_nodes,
         executor_id=config.instance_id,
     )
+
+
+def profile_key(model: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Under what a profile is kept: all that the latency depends on."""
+    dtype_name = str(dtype).removeprefix("torch.")
+    return f"{platform.node()}.{model}.{device.type}.{dtype_name}.{torch.get_num_threads()}.{PROFILE_TERMS}"

@@ -139,7 +139,10 @@ class Training:
                 continue
             if sequence is not None:
                 left = sequence.num_rows - sequence.num_forwarded
-                views.append(JobView(job_id=job_id, forward_tokens=left, is_backward=sequence.is_forwarded))
+                done = sequence.num_forwarded
+                views.append(
+                    JobView(job_id=job_id, forward_tokens=left, is_backward=sequence.is_forwarded, context_tokens=done)
+                )
         return views
 
     def windows(self, forward: dict[str, int]) -> list[Window]:
