@@ -15,6 +15,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 RejectReason = Literal[
     "overloaded", "no_executor", "unknown_model", "too_long", "invalid", "duplicate", "stale_lease", "not_found", "draining"
 ]
+MAX_SALT_CHARS = 256
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
 
@@ -72,6 +73,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="infer.1")
     priority: int = 0
     """Lower is prefilled earlier."""
     arrived_at: float = 0.0
+    cache_salt: str = ""
+    """Only requests with the same salt share cached keys and values."""
 
 
 class Admit(msgspec.Struct, frozen=True, kw_only=True, tag="admit.1"):

@@ -68,6 +68,7 @@ def test_services_know_every_setting_that_the_options_mean(tmp_path: Path, folde
         speculation="none",
         threads=2,
         kv_cache_tokens=4096,
+        prefix_cache=False,
         log_format="console",
         log_level="debug",
         replicas={"gateway": 2},
@@ -80,7 +81,14 @@ def test_services_know_every_setting_that_the_options_mean(tmp_path: Path, folde
     expected: dict[str, dict[str, object]] = {
         "gateway": {"host": "0.0.0.0", "port": 8123, "reuse_port": True, "served_model_name": "m"},
         "planner": {"mode": "none"},
-        "executor": {"dtype": "float32", "speculation": False, "threads": 2, "kv_cache_tokens": 4096, "served_model_name": "m"},
+        "executor": {
+            "dtype": "float32",
+            "speculation": False,
+            "threads": 2,
+            "kv_cache_tokens": 4096,
+            "prefix_cache": False,
+            "served_model_name": "m",
+        },
     }
     for field, value in expected.get(role, {}).items():
         assert getattr(config, field) == value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -83,6 +84,15 @@ def test_no_page_is_in_two_tables() -> None:
     assert num_refused > 100
 
 
+def check_partition(pages: PageAllocator, held: Counter[int]) -> None:
+    """Every page is free, cached or held, and referenced as often as tables hold it."""
+    assert sorted([*held, *pages._free, *pages._cached]) == list(range(pages.num_pages)), "a page is lost, or in two states"
+    assert pages._num_references == [held[page] for page in range(pages.num_pages)]
+    assert pages.num_allocated - pages.num_freed == held.total()
+    assert {page: digest for digest, page in pages._page_of.items()} == pages._digest_of
+    assert pages._cached.keys() == pages._digest_of.keys() - held.keys()
+
+
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 LENGTHS = (1, 3, 7, 12, 20, 29)
@@ -137,6 +147,7 @@ class Storm:
             sampling=Sampling(temperature=0.9, seed=key[0]) if key[1] else None,
             num_generated=generated,
             arrived_at=float(self.rng.choice([0, self.driver.engine.num_iterations])),
+            cache_salt=self.rng.choice(["", "", "", "salt"]),
         )
         due_at = self.rng.choice([0.0, 1000.0 + self.rng.random()])
         if self.engine.submit(request, None, due_at) is None:
@@ -193,12 +204,18 @@ class Storm:
         pages = self.engine.pages
         tables = [sequence.table for sequence in self.engine.sequences.values()]
         tables += [entry.table for entry in self.engine.training._entries.values()]
-        held = list(itertools.chain.from_iterable(table.pages for table in tables))
-        assert len(held) == len(set(held)), "a page is in two tables"
-        assert sorted([*held, *pages._free]) == list(range(pages.num_pages)), "a page is lost"
+        held = Counter(itertools.chain.from_iterable(table.pages for table in tables))
+        check_partition(pages, held)
         for sequence in self.engine.sequences.values():
             assert sequence.num_computed <= len(sequence.table.pages) * pages.page_size
             assert sequence.num_uncomputed >= 1
+            assert sequence.table.num_taken <= sequence.table.num_published <= sequence.num_computed // pages.page_size
+        for table in tables:
+            for page in table.pages[table.num_published :]:
+                assert held[page] == 1, "what may be written into is shared"
+                assert page not in pages._digest_of, "what may be written into can be taken over"
+        for entry in self.engine.training._entries.values():
+            assert entry.table.num_published == 0
 
     def run(self, num_rounds: int) -> None:
         events = [self.submit] * 8 + [self.cancel, self.open_job, self.close_job] + [self.train] * 4 + [self.step] * 12
@@ -251,4 +268,5 @@ def test_a_storm_of_requests_and_jobs(pool: str, seed: int) -> None:
     assert len(storm.wanted) > 40
     assert counters["finetune_tokens"] > 0
     assert counters["accepted_tokens"] > 20
+    assert counters["prefix_cache_hits"] > 100
     assert pool == "roomy" or counters["preemptions"] > 5

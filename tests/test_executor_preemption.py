@@ -25,9 +25,9 @@ def continued(num_tokens: int, seed: int = 0) -> list[int]:
 
 
 def small_engine(num_pages: int = 18, max_batch_tokens: int = 11) -> Engine:
-    """72 slots, so that two sequences of 49 tokens do not fit."""
+    """72 slots, so that two sequences of 49 tokens do not fit. They share no page; test_executor_prefix.py's do."""
     limits = Limits(max_batch_tokens=max_batch_tokens, min_prefill_tokens=4)
-    return tiny_engine(tiny_pair()[1], num_pages=num_pages, limits=limits)
+    return tiny_engine(tiny_pair()[1], num_pages=num_pages, limits=limits, prefix_cache=False)
 
 
 def submit(

@@ -44,6 +44,7 @@ def decoder() -> Decoder:
         ({"sampling": Sampling(temperature=-0.5)}, "invalid"),
         ({"sampling": Sampling(temperature=1.0, top_p=float("nan"))}, "invalid"),
         ({"arrived_at": float("nan")}, "invalid"),
+        ({"cache_salt": "s" * 257}, "invalid"),
         ({"max_tokens": 250}, "too_long"),
         ({"request_id": "running"}, "duplicate"),
     ],

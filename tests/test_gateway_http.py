@@ -164,6 +164,18 @@ async def test_the_priority_reaches_the_executor(connect: Connect, model_dir: Pa
         assert (len(stage.executor.requests), stage.executor.requests[-1].priority) == (7, 0)
 
 
+async def test_the_salt_of_the_cache_reaches_the_executor_and_the_user_does_not(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir) as stage:
+        body = {"prompt": "one", "model": MODEL, "user": "someone"}
+        for fields, salt in (({}, ""), ({"cache_salt": "tenant"}, "tenant"), ({"cache_salt": None}, "")):
+            await stage.http.post("/v1/completions", json=body | fields)
+            assert stage.executor.requests[-1].cache_salt == salt
+        assert len(stage.executor.requests) == 3
+        for salt in ("", "s" * 257, 5):
+            refused = await stage.http.post("/v1/completions", json=body | {"cache_salt": salt})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "cache_salt")
+
+
 async def test_ignore_eos_runs_to_the_limit(connect: Connect, model_dir: Path) -> None:
     async with staged(connect, model_dir) as stage:
         num = 2 * len(stage.tokenizer.encode(REPLY)) + 3

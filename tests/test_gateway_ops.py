@@ -47,6 +47,7 @@ async def samples(stage: Stage) -> dict[str, dict[frozenset[tuple[str, str]], fl
 async def test_metrics_have_vllms_names(connect: Connect, model_dir: Path) -> None:
     counters = {"drafts": 10.0, "draft_tokens": 40.0, "accepted_tokens": 25.0, "iterations": 77.0}
     counters |= {"accepted_tokens_at_0": 9.0, "accepted_tokens_at_12": 1.0}
+    counters |= {"prefix_cache_queries": 50.0, "prefix_cache_hits": 32.0}
     async with staged(connect, model_dir, fake={"counters": counters, "gauges": {"pages in-use": 4.0}}) as stage:
         before = await samples(stage)
         assert before["vllm:prompt_tokens_total"] == {frozenset({("model_name", MODEL)}): 0}
@@ -64,6 +65,8 @@ async def test_metrics_have_vllms_names(connect: Connect, model_dir: Path) -> No
         assert found["vllm:inter_token_latency_seconds_count"] == {model: len(stage.executor.reply) - 1}
         assert found["vllm:e2e_request_latency_seconds_count"] == {model: 1}
         assert found["vllm:spec_decode_num_drafts_total"] == {engine: 10}
+        assert found["vllm:prefix_cache_queries_total"] == {engine: 50}
+        assert found["vllm:prefix_cache_hits_total"] == {engine: 32}
         assert found["vllm:spec_decode_num_draft_tokens_total"] == {engine: 40}
         assert found["vllm:spec_decode_num_accepted_tokens_total"] == {engine: 25}
         assert found["vllm:spec_decode_num_accepted_tokens_per_pos_total"] == {

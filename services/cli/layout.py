@@ -31,6 +31,7 @@ class UpOptions:
     speculation: str = "heddle"
     threads: int | None = None
     kv_cache_tokens: int | None = None
+    prefix_cache: bool = True
     nats: str | None = None
     nats_port: int | None = None
     """Where our own NATS server listens; None: wherever there is room."""
@@ -96,6 +97,7 @@ def environment(options: UpOptions, model: Model, nats_url: str) -> dict[str, st
         "HEDDLE_EXECUTOR_DTYPE": options.dtype,
         "HEDDLE_EXECUTOR_THREADS": options.threads,
         "HEDDLE_EXECUTOR_KV_CACHE_TOKENS": options.kv_cache_tokens,
+        "HEDDLE_EXECUTOR_PREFIX_CACHE": None if options.prefix_cache else "false",
     }
     return {variable: str(value) for variable, value in settings.items() if value is not None}
 

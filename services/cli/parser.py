@@ -112,6 +112,12 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--served-model-name", metavar="NAME", help="what clients call it (default: its own name)")
     model.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], help="number format (default: auto)")
     model.add_argument("--kv-cache-tokens", type=_within(1), metavar="N", help="size of the KV cache (default: the executor's)")
+    model.add_argument(
+        "--no-prefix-cache",
+        dest="prefix_cache",
+        action="store_false",
+        help="compute each prompt anew (default: reuse prefixes)",
+    )
     model.add_argument("--threads", type=_within(1), metavar="N", help="CPU threads of one executor (default: all cores)")
 
     speculation = parser.add_argument_group("speculation")

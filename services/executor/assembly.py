@@ -37,18 +37,32 @@ class Assembly:
     def runnable(self, sequences: Iterable[Sequence]) -> list[Sequence]:
         """The sequences, oldest first, that can have the pages they need: others would waste their place in a plan.
 
-        One that holds pages needs room for its next token; one that holds none for all its tokens, else it would soon be
-        preempted again.
+        Each goes on behind the longest cached prefix. One that has started needs room for its next token; one that has not for
+        all its tokens, else it would soon be preempted again, and holds no cached page while there is none.
         """
         self._by_age = sorted(sequences, key=_arrival)
-        found = []
-        obtainable = self._pages.num_free + sum(len(sequence.table.pages) for sequence in self._by_age)
         for sequence in self._by_age:
-            obtainable -= len(sequence.table.pages)
-            num_tokens = sequence.num_computed + 1 if sequence.table.pages else len(sequence.tokens)
-            if self._pages.missing(sequence.table, num_tokens) <= obtainable:
+            sequence.publish(self._pages)
+        for sequence in self._by_age:
+            sequence.take_over(self._pages)
+        if sum(self._needed(sequence) for sequence in self._by_age) <= self._pages.num_free:
+            return list(self._by_age)
+        found = []
+        num_obtainable = self._pages.num_free + len(_held(self._by_age))
+        held: set[int] = set()
+        for sequence in self._by_age:
+            own = set(sequence.table.pages) - held
+            if self._needed(sequence) <= num_obtainable - len(held) - len(own):
                 found.append(sequence)
+            elif not sequence.has_started:
+                self._preempt(sequence)
+                continue
+            held |= own
         return found
+
+    def _needed(self, sequence: Sequence) -> int:
+        num_tokens = sequence.num_computed + 1 if sequence.has_started else len(sequence.tokens)
+        return self._pages.missing(sequence.table, num_tokens)
 
     def work(self, plan: IterationPlan, sequences: Iterable[Sequence]) -> list[Work]:
         """Segments of all planned sequences, oldest first for pages, neighbours by adapter for launches."""
@@ -86,9 +100,12 @@ class Assembly:
         )
 
     def _prefill(self, sequence: Sequence, num_tokens: int) -> Segment | None:
+        sequence.take_over(self._pages)  # again: it may have been preempted since the plan was made
         start = sequence.num_computed
-        num_pages = len(sequence.table.pages) + self._obtainable(sequence)
-        end = min(start + num_tokens, num_pages * self._pages.page_size)
+        end = min(start + num_tokens, len(sequence.tokens))
+        if self._pages.missing(sequence.table, end) > self._pages.num_free:
+            num_pages = len(sequence.table.pages) + self._pages.num_free + len(self._spare(sequence))
+            end = min(end, num_pages * self._pages.page_size)
         if end <= start or not self._reserve(sequence, end):
             return None
         return Segment(
@@ -103,29 +120,35 @@ class Assembly:
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Pages for `num_tokens` tokens, the youngest sequences' if none are free; False, and nothing done, if it must wait."""
         missing = self._pages.missing(sequence.table, num_tokens)
-        if missing > self._pages.num_free and missing > self._obtainable(sequence):
-            return False
-        for victim in self._younger(sequence):
-            if missing <= self._pages.num_free:
-                break
-            if victim.table.pages:
-                self._preempt(victim)
+        if missing > self._pages.num_free:
+            spare = self._spare(sequence)
+            if missing > self._pages.num_free + len(spare):
+                return False
+            for victim in self._younger(sequence):
+                if missing <= self._pages.num_free:
+                    break
+                if not spare.isdisjoint(victim.table.pages):
+                    self._preempt(victim)
         self._pages.reserve(sequence.table, num_tokens)
         return True
 
-    def _obtainable(self, sequence: Sequence) -> int:
-        """Pages that the sequence can have beside its own."""
-        return self._pages.num_free + sum(len(younger.table.pages) for younger in self._younger(sequence))
+    def _spare(self, sequence: Sequence) -> set[int]:
+        """Pages that only younger sequences hold: what preempting them all would free."""
+        younger = list(self._younger(sequence))
+        return _held(younger) - _held(self._by_age[: len(self._by_age) - len(younger)])
 
     def _younger(self, sequence: Sequence) -> Iterator[Sequence]:
         """The younger sequences, youngest first."""
         return itertools.takewhile(lambda other: other is not sequence, reversed(self._by_age))
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._pages.release(sequence.table)
-        sequence.num_computed = 0
-        sequence.tree = None
-        self.num_preemptions += 1
+        self.num_preemptions += sequence.has_started
+        sequence.give_back(self._pages)
+
+
+def _held(sequences: Iterable[Sequence]) -> set[int]:
+    """The pages of all of them, each once."""
+    return set().union(*(sequence.table.pages for sequence in sequences))
 
 
 def _arrival(sequence: Sequence) -> float:

@@ -48,6 +48,9 @@ def commit(work: Work, verdict: Verdict, now: float, counters: Counter[str]) -> 
     """Append the verdict's tokens, up to the one that ends the request."""
     sequence = work.sequence
     before = len(sequence.tokens)
+    if sequence.first_token_at is None and sequence.digests is not None:
+        counters["prefix_cache_queries"] += before
+        counters["prefix_cache_hits"] += sequence.num_cached
     reason = sequence.commit(verdict.tokens, now)
     tokens = tuple(sequence.tokens[before:])
     accepted_len = min(len(verdict.path), len(tokens))

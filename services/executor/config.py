@@ -25,6 +25,8 @@ class ExecutorConfig(ServiceConfig):
     """Tokens per KV page."""
     kv_cache_tokens: int = 32768
     """Size of the KV pool; three quarters of it bound a single request."""
+    prefix_cache: bool = True
+    """Keep full pages of keys and values for later requests that begin with the same tokens, until their room is needed."""
     max_model_len: int = 8192
     max_sequences: int = 256
     max_batch_tokens: int = 1024

@@ -33,6 +33,7 @@ from services.executor.logits import processor_of
 from services.executor.lora import LoraAdapter
 from services.executor.model import Decoder, KvCache
 from services.executor.pages import PageAllocator
+from services.executor.prefix import PageDigests
 from services.executor.requests import refusal
 from services.executor.sampling import Draws, NonFiniteLogitsError
 from services.executor.scheduler import IterationPlan, Limits, plan_iteration
@@ -71,6 +72,7 @@ class Engine:
         max_model_len: int,
         max_sequences: int,
         max_tree_nodes: int,
+        prefix_cache: bool = True,
         executor_id: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -88,6 +90,7 @@ class Engine:
         self.sequences: dict[str, Sequence] = {}
         self.counters: Counter[str] = Counter()
         self.num_iterations = 0
+        self._prefix_cache = prefix_cache
         self._executor_id = executor_id
         self._clock = clock
         self._plan: IterationPlan | None = None
@@ -111,20 +114,25 @@ class Engine:
         if len(self.sequences) >= self.max_sequences:
             return Rejected(reason="overloaded", message=f"{self.max_sequences} requests are running", retry_after_ms=500)
         ends = () if request.ignore_eos else self.decoder.config.eos_token_ids
+        adapter = self.adapters[adapter_name] if adapter_name else None
         stop_ids = frozenset((*ends, *request.stop_token_ids))
         prompt = request.prompt_tokens[: len(request.prompt_tokens) - request.num_generated]
         self.sequences[request.request_id] = Sequence(
             request=request,
             tokens=list(request.prompt_tokens),
             table=self.pages.table(),
-            adapter=self.adapters[adapter_name] if adapter_name else None,
+            adapter=adapter,
             stop_ids=stop_ids,
             first_token_due_at=first_token_due_at or None,
             num_output=request.num_generated,
             processor=processor_of(request.sampling, prompt, stop_ids, self.decoder.config.vocab_size),
+            digests=self._digests(request, adapter) if self._prefix_cache else None,
         )
         self.counters["requests"] += 1
         return None
+
+    def _digests(self, request: InferenceRequest, adapter: LoraAdapter | None) -> PageDigests:
+        return PageDigests(self.pages.page_size, adapter.version if adapter else 0, request.cache_salt)
 
     def cancel(self, request_id: str) -> TokenChunk | None:
         """End a request now: its pages are free when this returns. None if it is not here."""
@@ -185,7 +193,8 @@ class Engine:
         return work
 
     def release_all(self, error: str) -> list[TokenChunk]:
-        """End every request with an error, for example when a pass failed."""
+        """End every request with an error, for example when a pass failed: then no cached page can be relied on either."""
+        self.pages.forget_all()
         return [self._finish(sequence, (), "error", error=error) for sequence in list(self.sequences.values())]
 
     # --- parts of an iteration -------------------------------------------------------------------------------------
@@ -258,7 +267,9 @@ class Engine:
         )
 
     def _finish(self, sequence: Sequence, tokens: tuple[int, ...], reason: FinishReason | None, **fields: Any) -> TokenChunk:
-        self.pages.release(sequence.table)
+        if reason != "error":  # what made it fail may be in its pages
+            sequence.publish(self.pages)
+        self.pages.release(sequence.table, is_sound=reason != "error")
         del self.sequences[sequence.request_id]
         self.counters[f"finished_{reason}"] += 1
         return self._chunk(sequence, tokens, reason, **fields)

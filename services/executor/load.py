@@ -15,6 +15,7 @@ def executor_vitals(engine: Engine, *, model: str, planner_id: str, draining: bo
         "num_waiting": load.num_waiting,
         "free_pages": load.free_pages,
         "pages_in_use": engine.pages.num_pages - engine.pages.num_free,
+        "pages_cached": engine.pages.num_cached,
         "pages_allocated": engine.pages.num_allocated,
         "pages_freed": engine.pages.num_freed,
         "jobs": engine.training.num_jobs,

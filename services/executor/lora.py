@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,6 +24,9 @@ MODULES = {
 }
 """The decoder's linears: PEFT's block of each, and the targets whose outputs lie side by side in it."""
 TARGETS = tuple(target for _, targets in MODULES.values() for target in targets)
+
+
+_VERSIONS = itertools.count(1)
 
 
 class InvalidAdapterError(ValueError):
@@ -114,6 +118,8 @@ class LoraAdapter:
         self.spec = spec
         self.weights = weights
         self.scale = spec.alpha / spec.rank
+        self.version = next(_VERSIONS)
+        """Another one for each adapter of this process, also for one that is loaded again under its name."""
 
     @classmethod
     def initialized(

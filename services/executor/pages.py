@@ -1,6 +1,12 @@
-"""Which page of the KV cache belongs to which sequence. Knows ints only."""
+"""Which page of the KV cache belongs to which sequences, and which is kept for later ones. Knows ints and digests only.
+
+A full page of computed tokens can be published under a digest of all that its keys and values depend on (`prefix.py`). Other
+sequences then share it, and when nobody holds it any more it stays cached until its room is needed, least recently used first.
+"""
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 
 class OutOfPagesError(Exception):
@@ -8,13 +14,17 @@ class OutOfPagesError(Exception):
 
 
 class PageTable:
-    """The pages of one sequence, in order. Token i lives in slot `slot(i)`."""
+    """The pages of one sequence, in order. Published ones, which nobody writes into, come first."""
 
-    __slots__ = ("page_size", "pages")
+    __slots__ = ("num_published", "num_taken", "page_size", "pages")
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self.pages: list[int] = []
+        self.num_taken = 0
+        """Pages taken over from the cache."""
+        self.num_published = 0
+        """Pages whose content will not change any more: those taken over and those published."""
 
     def slots(self, start: int, end: int) -> list[int]:
         """Cache slots of the tokens start..end, which must be allocated."""
@@ -23,7 +33,7 @@ class PageTable:
 
 
 class PageAllocator:
-    """Free pages of a pool. Every page is either free or in exactly one table."""
+    """The pages of a pool. Each is free, cached (published, held by nobody) or held by as many tables as it has references."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         if num_pages < 1 or page_size < 1:
@@ -31,15 +41,24 @@ class PageAllocator:
         self.num_pages = num_pages
         self.page_size = page_size
         self.num_allocated = 0
-        """Pages ever handed out."""
+        """References ever handed out."""
         self.num_freed = 0
-        """Pages ever given back."""
+        """References ever given back."""
         self._free = list(range(num_pages - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._num_references = [0] * num_pages
+        self._page_of: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
-        """Pages that can be allocated now."""
-        return len(self._free)
+        """Pages that can be allocated now, cached ones included."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Pages that are kept for later sequences only."""
+        return len(self._cached)
 
     def table(self) -> PageTable:
         """An empty table for a new sequence."""
@@ -50,15 +69,76 @@ class PageAllocator:
         return max(0, -(-num_tokens // self.page_size) - len(table.pages))
 
     def reserve(self, table: PageTable, num_tokens: int) -> None:
-        """Grow the table until it holds `num_tokens` tokens. Raises OutOfPagesError and allocates nothing if it cannot."""
+        """Grow the table until it holds `num_tokens` tokens. Raises OutOfPagesError and allocates nothing if it cannot.
+
+        The least recently used cached pages are forgotten if too few are free.
+        """
         missing = self.missing(table, num_tokens)
-        if missing > len(self._free):
-            raise OutOfPagesError(f"{missing} pages needed, {len(self._free)} free")
-        table.pages += [self._free.pop() for _ in range(missing)]
+        if missing > self.num_free:
+            raise OutOfPagesError(f"{missing} pages needed, {self.num_free} free")
+        for _ in range(missing):
+            page = self._free.pop() if self._free else self._evict()
+            self._num_references[page] = 1
+            table.pages.append(page)
         self.num_allocated += missing
 
-    def release(self, table: PageTable) -> None:
-        """Give all pages of the table back; releasing an empty table is harmless."""
+    def take(self, table: PageTable, digest: bytes) -> bool:
+        """Append the page published under this digest to a table whose pages are all published; False if there is none."""
+        assert table.num_published == len(table.pages)
+        page = self._page_of.get(digest)
+        if page is None:
+            return False
+        self._cached.pop(page, None)
+        self._num_references[page] += 1
+        self.num_allocated += 1
+        table.pages.append(page)
+        table.num_taken += 1
+        table.num_published += 1
+        return True
+
+    def publish(self, table: PageTable, digest: bytes) -> None:
+        """The table's first unpublished page is full and will not change: others may take it.
+
+        Of pages with the same digest, computed side by side, the first is found by others; the rest stay their tables' own.
+        """
+        page = table.pages[table.num_published]
+        table.num_published += 1
+        if digest not in self._page_of:
+            self._page_of[digest] = page
+            self._digest_of[page] = digest
+
+    def release(self, table: PageTable, *, is_sound: bool = True) -> None:
+        """Give all pages of the table back; releasing an empty table is harmless. What is not sound is not kept for anybody.
+
+        Its last pages are forgotten first: a page is of use to those only who find all pages before it.
+        """
+        for page in reversed(table.pages):
+            if not is_sound:
+                self._unpublish(page)
+            self._num_references[page] -= 1
+            if self._num_references[page]:
+                continue
+            if page in self._digest_of:
+                self._cached[page] = None
+            else:
+                self._free.append(page)
         self.num_freed += len(table.pages)
-        self._free += table.pages
         table.pages = []
+        table.num_taken = table.num_published = 0
+
+    def forget_all(self) -> None:
+        """Forget everything published; tables keep what they hold."""
+        self._free += self._cached
+        self._cached.clear()
+        self._page_of.clear()
+        self._digest_of.clear()
+
+    def _evict(self) -> int:
+        page, _ = self._cached.popitem(last=False)
+        self._unpublish(page)
+        return page
+
+    def _unpublish(self, page: int) -> None:
+        digest = self._digest_of.pop(page, None)
+        if digest is not None:
+            del self._page_of[digest]

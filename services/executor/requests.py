@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from common.messages import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, InferenceRequest, Rejected, Sampling
+from common.messages import MAX_LOGIT_BIAS, MAX_SALT_CHARS, MAX_TOP_LOGPROBS, InferenceRequest, Rejected, Sampling
 
 
 def find_fault(request: InferenceRequest, vocab_size: int) -> str | None:
@@ -24,6 +24,8 @@ def find_fault(request: InferenceRequest, vocab_size: int) -> str | None:
     # Each condition is true of NaN, which would otherwise reach the scheduler's arithmetic.
     if any(target is not None and not target > 0.0 for target in (slo.tpot_ms, slo.ttft_ms)):
         return "slo: targets must be positive"
+    if len(request.cache_salt) > MAX_SALT_CHARS:
+        return f"cache_salt must have at most {MAX_SALT_CHARS} characters"
     if not math.isfinite(request.arrived_at):
         return "arrived_at must be a time"
     return None

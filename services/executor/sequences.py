@@ -7,7 +7,8 @@ import dataclasses
 from common.messages import DraftTree, FinishReason, InferenceRequest, OpenedSequence, Usage
 from services.executor.logits import LogitsProcessor
 from services.executor.lora import LoraAdapter
-from services.executor.pages import PageTable
+from services.executor.pages import PageAllocator, PageTable
+from services.executor.prefix import PageDigests
 from services.executor.scheduler import SequenceView
 
 
@@ -26,7 +27,12 @@ class Sequence:
     first_token_due_at: float | None
     num_output: int
     processor: LogitsProcessor | None = None
+    digests: PageDigests | None = None
+    """Names of its full pages; None: it neither uses nor fills the prefix cache."""
     num_computed: int = 0
+    num_cached: int = 0
+    """Prompt tokens that another sequence had computed."""
+    num_preemptions: int = 0
     num_scored: int = 1
     """Prompt tokens whose log probabilities were told; the first one has none."""
     next_seq: int = 0
@@ -63,6 +69,17 @@ class Sequence:
         return self.num_uncomputed == 1 and self.first_token_at is not None
 
     @property
+    def has_started(self) -> bool:
+        """Whether some of its pages were computed by itself, not all taken over."""
+        return len(self.table.pages) > self.table.num_taken
+
+    @property
+    def num_unneeded(self) -> int:
+        """Tokens whose rows are of no use if their keys and values are cached: all but the last, and prompts to be scored."""
+        is_scored = self.request.prompt_logprobs is None or self.num_scored >= self.num_prompt
+        return (len(self.tokens) if is_scored else self.num_scored) - 1
+
+    @property
     def remaining_output(self) -> int:
         """Output tokens that may still come."""
         return self.request.max_tokens - self.num_output
@@ -90,6 +107,33 @@ class Sequence:
             tree_probs=() if tree is None else tree.probs[1:],
             num_required=0 if tree is None else tree.num_required,
         )
+
+    def take_over(self, pages: PageAllocator) -> None:
+        """Hold the cached pages that its tokens go on with."""
+        size, digests = pages.page_size, self.digests
+        while self.num_computed == len(self.table.pages) * size and self.num_computed + size <= self.num_unneeded:
+            page = len(self.table.pages)
+            if digests is None or not pages.take(self.table, digests.at(page, self.tokens)):
+                return
+            self.num_computed += size
+            self.num_cached += 0 if self.num_preemptions else size
+
+    def publish(self, pages: PageAllocator) -> None:
+        """Let others take over the pages that have become full of tokens with valid KV; nothing is written there any more."""
+        num_full = min(self.num_computed, len(self.tokens)) // pages.page_size
+        if self.digests is not None:
+            for page in range(self.table.num_published, num_full):
+                pages.publish(self.table, self.digests.at(page, self.tokens))
+
+    def give_back(self, pages: PageAllocator) -> None:
+        """Hold no page and compute everything again, or what is not cached by then."""
+        if self.has_started:
+            self.num_preemptions += 1
+        elif not self.num_preemptions:
+            self.num_cached = 0
+        pages.release(self.table)
+        self.num_computed = 0
+        self.tree = None
 
     def commit(self, tokens: tuple[int, ...], now: float) -> FinishReason | None:
         """Append drawn tokens up to the first that ends the request; returns why it ended, if it did."""
@@ -120,6 +164,7 @@ class Sequence:
         return Usage(
             prompt_tokens=self.num_prompt,
             completion_tokens=self.num_output,
+            cached_tokens=min(self.num_cached, self.num_prompt),
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,
             verify_steps=self.verify_steps,

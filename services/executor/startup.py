@@ -57,6 +57,7 @@ async def make_engine(config: ExecutorConfig, model: str, profiles: ProfileStore
         max_model_len=config.max_model_len,
         max_sequences=config.max_sequences,
         max_tree_nodes=config.max_tree_nodes,
+        prefix_cache=config.prefix_cache,
         executor_id=config.instance_id,
     )
 

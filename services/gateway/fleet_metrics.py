@@ -12,7 +12,9 @@ from prometheus_client.registry import Collector
 from common.fleet import Fleet
 from common.messages import Beat, ExecutorLoad
 
-SPECULATION = {
+THEIRS = {
+    "prefix_cache_queries": "vllm:prefix_cache_queries",
+    "prefix_cache_hits": "vllm:prefix_cache_hits",
     "drafts": "vllm:spec_decode_num_drafts",
     "draft_tokens": "vllm:spec_decode_num_draft_tokens",
     "accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
@@ -33,7 +35,7 @@ class FleetCollector(Collector):
         beats = self._fleet.alive(None, time.monotonic())
         executors = [(beat, beat.executor) for beat in beats if beat.executor is not None]
         yield from _load_families(executors)
-        yield from _speculation_families(executors)
+        yield from _counter_families(executors)
         yield from _own_families(beats)
 
 
@@ -50,9 +52,9 @@ def _load_families(executors: list[tuple[Beat, ExecutorLoad]]) -> Iterator[Metri
     yield from (running, waiting, cache)
 
 
-def _speculation_families(executors: list[tuple[Beat, ExecutorLoad]]) -> Iterator[Metric]:
+def _counter_families(executors: list[tuple[Beat, ExecutorLoad]]) -> Iterator[Metric]:
     labels = ("model_name", "engine")
-    families = {name: CounterMetricFamily(theirs, "As in vLLM.", labels=labels) for name, theirs in SPECULATION.items()}
+    families = {name: CounterMetricFamily(theirs, "As in vLLM.", labels=labels) for name, theirs in THEIRS.items()}
     per_position = CounterMetricFamily(
         "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted draft tokens by depth.", labels=(*labels, "position")
     )

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from common.messages import MAX_SALT_CHARS
 from services.gateway.errors import ApiError, bad_request
 
 T = TypeVar("T")
@@ -52,6 +53,8 @@ class GenerateRequest(Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     slo: SloFields | None = None
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31, description="Lower values are prefilled earlier.")] | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
+    """Only requests with the same salt share cached prefixes."""
     user: str | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None

@@ -113,6 +113,7 @@ def make_plan(
             stop_token_ids=stop_token_ids if request.ignore_eos else tuple(dict.fromkeys(stop_token_ids + model_stops)),
             priority=request.priority or 0,
             arrived_at=origin.arrived_at,
+            cache_salt=request.cache_salt or "",
         )
         for number, prompt in enumerate(prompts)
         for sample in range(num_samples)
