@@ -171,8 +171,8 @@ async def test_the_salt_of_the_cache_reaches_the_executor_and_the_user_does_not(
             await stage.http.post("/v1/completions", json=body | fields)
             assert stage.executor.requests[-1].cache_salt == salt
         assert len(stage.executor.requests) == 3
-        for salt in ("", "s" * 257, 5):
-            refused = await stage.http.post("/v1/completions", json=body | {"cache_salt": salt})
+        for wrong in ("", "s" * 257, 5):
+            refused = await stage.http.post("/v1/completions", json=body | {"cache_salt": wrong})
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, "cache_salt")
 
 
