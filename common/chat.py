@@ -15,6 +15,8 @@ import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
+from common.token_bytes import token_bytes_of
+
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -42,6 +44,9 @@ class ChatTokenizer:
         self.vocab_size = vocab_size
         self.max_token_chars: int = max(map(len, tokenizer.get_vocab()), default=1)
         """A text of n characters has at least n / max_token_chars tokens."""
+        self.token_bytes = token_bytes_of(tokenizer)
+        added = tokenizer.get_added_tokens_decoder().items()
+        self.special_ids = frozenset(number for number, token in added if token.special)
 
     @classmethod
     def load(cls, model_dir: Path) -> ChatTokenizer:

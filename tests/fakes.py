@@ -22,6 +22,7 @@ from common.messages import (
     FinishReason,
     InferenceRequest,
     LatencyProfile,
+    Logprobs,
     Rejected,
     ServiceState,
     TokenChunk,
@@ -64,6 +65,18 @@ def write_tiny_model(folder: Path) -> Path:
     config = {"eos_token_id": tokenizer.token_to_id(EOS), "vocab_size": tokenizer.get_vocab_size()}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def fake_logprobs(tokens: Sequence[int], num_top: int | None) -> Logprobs | None:
+    """Token t has the logprob -t / 64, its alternatives are the tokens 2, 3, ... with -1, -2, ...; None if nobody asks."""
+    if num_top is None:
+        return None
+    return Logprobs(
+        chosen=tuple(-token / 64 for token in tokens),
+        num_top=num_top,
+        top_tokens=tuple(2 + place for _ in tokens for place in range(num_top)),
+        top_logprobs=tuple(-1.0 - place for _ in tokens for place in range(num_top)),
+    )
 
 
 @dataclass(eq=False)
@@ -169,19 +182,31 @@ class FakeExecutor:
         tokens = self._tokens(request)
         finish: FinishReason = "stop" if tokens and tokens[-1] in request.stop_token_ids else "length"
         groups = [tokens[i : i + self.chunk_size] for i in range(0, len(tokens), self.chunk_size)]
-        for seq, group in enumerate(groups):
+        scored = request.prompt_tokens[1:] if request.prompt_logprobs is not None else ()
+        prompts = [scored[i : i + 7] for i in range(0, len(scored), 7)]
+        for seq, group in enumerate([*prompts, *groups]):
             if seq == self.stall_at and self.num_stalls > 0:
                 self.num_stalls -= 1
                 self.stalled.set()
                 await self.resume.wait()
-            reason: FinishReason | None = finish if seq == len(groups) - 1 else None
+            if seq < len(prompts):
+                numbers = fake_logprobs(group, request.prompt_logprobs)
+                told = TokenChunk(request_id=request.request_id, seq=seq, prompt_logprobs=numbers)
+                await self.bus.publish(subjects.stream(request.request_id), told)
+                continue
+            reason: FinishReason | None = finish if seq == len(prompts) + len(groups) - 1 else None
             reason = "error" if seq == self.fail_at else reason
             usage = self._usage(request, len(tokens)) if reason else None
             if seq == self.skip and self.num_skips > 0:
                 self.num_skips -= 1
             else:
                 chunk = TokenChunk(
-                    request_id=request.request_id, seq=seq, tokens=tuple(group), finish_reason=reason, usage=usage
+                    request_id=request.request_id,
+                    seq=seq,
+                    tokens=tuple(group),
+                    logprobs=fake_logprobs(group, request.logprobs),
+                    finish_reason=reason,
+                    usage=usage,
                 )
                 await self.bus.publish(subjects.stream(request.request_id), chunk)
             if reason:

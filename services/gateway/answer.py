@@ -4,26 +4,53 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.chat import ChatTokenizer
 from common.messages import Usage
 from services.gateway.errors import ApiError
-from services.gateway.generation import Generations, TokenStream
+from services.gateway.generation import Generations, Tokens, TokenStream
+from services.gateway.logprobs import ScoredToken, Scorer
 from services.gateway.plan import Plan
 from services.gateway.slo import attained
-from services.gateway.text_stream import Decode, TextStream
+from services.gateway.text_stream import TextStream
+
+MAX_PIECE_TOKENS = 256
+"""Tokens with log probabilities in one piece: each takes some 2 KB as JSON, and a piece is one message of the bus."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of one choice; the choice's last piece has a finish reason."""
+    """New text of one choice; the choice's last piece has a finish reason. `scored` is None if nobody asked."""
 
     index: int
     text: str
     finish_reason: str | None
     is_first: bool
+    scored: tuple[ScoredToken, ...] | None = None
+
+
+def split(piece: Piece) -> Iterator[Piece]:
+    """The piece, or several if it has many scored tokens: the first one has its text, the last one its finish reason."""
+    scored = piece.scored or ()
+    num_pieces = max(1, -(-len(scored) // MAX_PIECE_TOKENS))
+    for number in range(num_pieces):
+        yield Piece(
+            piece.index,
+            piece.text if number == 0 else "",
+            piece.finish_reason if number == num_pieces - 1 else None,
+            piece.is_first and number == 0,
+            None if piece.scored is None else scored[number * MAX_PIECE_TOKENS : (number + 1) * MAX_PIECE_TOKENS],
+        )
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of one choice as one."""
+    last = pieces[-1]
+    scored = None if last.scored is None else tuple(token for piece in pieces for token in piece.scored or ())
+    return Piece(last.index, "".join(piece.text for piece in pieces), last.finish_reason, True, scored)
 
 
 Emit = Callable[[Piece], Awaitable[None]]
@@ -34,7 +61,8 @@ OnTokens = Callable[[str, int, float | None], None]
 class Choice:
     """The text of one token stream, and when its tokens came (seconds of the monotonic clock)."""
 
-    def __init__(self, index: int, stream: TokenStream, text: TextStream, hidden_tokens: frozenset[int]) -> None:
+    def __init__(self, index: int, stream: TokenStream, plan: Plan, tokenizer: ChatTokenizer) -> None:
+        request = stream.request
         self.index = index
         self.num_tokens = 0
         self.finish_reason: str | None = None
@@ -43,8 +71,10 @@ class Choice:
         self.last_at: float | None = None
         self.stream = stream
         self._num_first = 0
-        self._text = text
-        self._hidden_tokens = hidden_tokens
+        self._text = TextStream(tokenizer.decode, request.prompt_tokens, plan.stops, request.sampling.min_tokens)
+        self._scorer = Scorer(tokenizer.token_bytes, tokenizer.special_ids)
+        self._echo = plan.echoes[index // plan.num_samples] if plan.echoes else ""
+        self._plan = plan
 
     @property
     def tpot_ms(self) -> float | None:
@@ -57,10 +87,12 @@ class Choice:
     async def next_piece(self, on_tokens: OnTokens) -> Piece:
         """Wait for tokens and turn them into text. Raises ApiError when the stream failed."""
         received = await self.stream.receive()
+        if self._plan.hides_output:
+            received = Tokens((), received.finish_reason, received.usage)
         is_first = self.first_at is None
         self.usage = received.usage or self.usage
         shown = received.tokens
-        if received.finish_reason == "stop" and shown and shown[-1] in self._hidden_tokens:
+        if received.finish_reason == "stop" and shown and shown[-1] in self._plan.hidden_tokens:
             shown = shown[:-1]
         piece = self._text.push(shown)
         text, stopped = piece.text, piece.stopped
@@ -68,11 +100,21 @@ class Choice:
         if received.finish_reason is not None and not stopped:
             rest = self._text.finish()
             text, stopped = text + rest.text, rest.stopped
+        echo, scored = self._echo, self._scored(received, num_new, is_first)
+        self._echo = ""
         self._stamp(num_new, time.monotonic(), on_tokens)
         self.finish_reason = "stop" if stopped else received.finish_reason
         if stopped:
             self.stream.close()
-        return Piece(self.index, text, self.finish_reason, is_first)
+        return Piece(self.index, echo + text, self.finish_reason, is_first, scored)
+
+    def _scored(self, received: Tokens, num_new: int, is_first: bool) -> tuple[ScoredToken, ...] | None:
+        request, found = self.stream.request, []
+        if request.logprobs is None:
+            return None
+        if is_first and self._plan.echoes:
+            found = self._scorer.prompt(request.prompt_tokens, self._echo, self.stream.prompt_logprobs)
+        return tuple(found + self._scorer.output(received.tokens[:num_new], received.logprobs))
 
     def _stamp(self, num_new: int, now: float, on_tokens: OnTokens) -> None:
         self.num_tokens += num_new
@@ -88,19 +130,20 @@ class Answer:
     """All choices of one request. Close it whatever happens; `arrived_at` and `deadline` are of the monotonic clock."""
 
     def __init__(
-        self, plan: Plan, generations: Generations, decode: Decode, *, arrived_at: float, deadline: float, on_tokens: OnTokens
+        self,
+        plan: Plan,
+        generations: Generations,
+        tokenizer: ChatTokenizer,
+        *,
+        arrived_at: float,
+        deadline: float,
+        on_tokens: OnTokens,
     ) -> None:
         self.plan = plan
         self.arrived_at = arrived_at
         self.error: ApiError | None = None
         self.choices = [
-            Choice(
-                index,
-                generations.stream(request),
-                TextStream(decode, request.prompt_tokens, plan.stops),
-                plan.hidden_tokens,
-            )
-            for index, request in enumerate(plan.requests)
+            Choice(index, generations.stream(request), plan, tokenizer) for index, request in enumerate(plan.requests)
         ]
         self._deadline = deadline
         self._on_tokens = on_tokens
@@ -139,8 +182,9 @@ class Answer:
     async def _run_choice(self, choice: Choice, emit: Emit) -> None:
         while choice.finish_reason is None:
             piece = await choice.next_piece(self._on_tokens)
-            if piece.text or piece.is_first or piece.finish_reason:
-                await emit(piece)
+            if piece.text or piece.is_first or piece.finish_reason or piece.scored:
+                for part in split(piece):
+                    await emit(part)
 
     async def _together(self, work: Sequence[Coroutine[Any, Any, None]]) -> None:
         remaining_s = self._deadline - time.monotonic()

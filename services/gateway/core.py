@@ -58,6 +58,7 @@ class Core:
             limits=self.limits,
             model_stops=self.tokenizer.eos_token_ids,
             origin=origin,
+            echoes=self._echoes(request, prompts),
         )
 
     async def start(self, plan: Plan) -> Answer:
@@ -67,7 +68,7 @@ class Core:
         answer = Answer(
             plan,
             self.generations,
-            self.tokenizer.decode,
+            self.tokenizer,
             arrived_at=arrived_at,
             deadline=now + self.request_timeout_s,
             on_tokens=self.metrics.observe_tokens,
@@ -129,6 +130,16 @@ class Core:
             await self._encode(item, model, "prompt", add_special_tokens=True) if isinstance(item, str) else tuple(item)
             for item in split_prompts(request.prompt)
         ]
+
+    def _echoes(self, request: ChatRequest | CompletionRequest, prompts: list[tuple[int, ...]]) -> tuple[str, ...]:
+        """The prompts as the answer repeats them: texts as they came."""
+        if isinstance(request, ChatRequest) or not request.echo:
+            return ()
+        items = zip(split_prompts(request.prompt), prompts, strict=True)
+        return tuple(
+            item if isinstance(item, str) else self.tokenizer.decode(tokens, skip_special_tokens=False)
+            for item, tokens in items
+        )
 
     async def _encode(self, text: str, model: ServedModel, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         if len(text) > model.max_model_len * self.tokenizer.max_token_chars:

@@ -14,7 +14,7 @@ import structlog
 from nats.aio.subscription import Subscription
 
 from common import subjects
-from common.messages import FinishReason, InferenceRequest, TokenChunk, Usage
+from common.messages import FinishReason, InferenceRequest, Logprobs, TokenChunk, Usage
 from services.gateway.admission_client import AdmissionClient
 from services.gateway.errors import ApiError
 from services.gateway.executor_watch import ExecutorWatch
@@ -33,6 +33,7 @@ class Tokens:
     tokens: tuple[int, ...]
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    logprobs: Logprobs | None = None
 
 
 class Lost:
@@ -77,6 +78,8 @@ class TokenStream:
         self.executor_id = ""
         self.admitted_at = 0.0
         self.generated: list[int] = []
+        self.prompt_logprobs: list[Logprobs] = []
+        """Complete when the first tokens are received."""
         self._owner = generations
         self._bus = generations.admission.bus
         self._inbox: asyncio.Queue[TokenChunk | Lost] = asyncio.Queue()
@@ -130,16 +133,20 @@ class TokenStream:
             raise self._failure
         return item
 
-    def _accept(self, chunk: TokenChunk) -> Tokens:
+    def _accept(self, chunk: TokenChunk) -> Tokens | None:
         self._next_seq += 1
         self.generated += chunk.tokens
+        if chunk.prompt_logprobs is not None:
+            self.prompt_logprobs.append(chunk.prompt_logprobs)
+        if not chunk.tokens and chunk.finish_reason is None:
+            return None
         if chunk.finish_reason is not None:
             self._settle()
         if chunk.finish_reason == "error":
             raise ApiError(500, chunk.error or "The executor failed.", code="executor_error")
         if chunk.finish_reason == "cancelled":
             raise ApiError(499, "The request was cancelled.", code="cancelled")
-        return Tokens(chunk.tokens, chunk.finish_reason, chunk.usage)
+        return Tokens(chunk.tokens, chunk.finish_reason, chunk.usage, chunk.logprobs)
 
     async def _migrate(self, why: str) -> Tokens | None:
         ids = {"request_id": self.request.request_id, "attempt_id": self._attempt_id}
@@ -188,7 +195,10 @@ class TokenStream:
             request_id=attempt_id,
             prompt_tokens=self.request.prompt_tokens + tuple(self.generated),
             num_generated=self.request.num_generated + len(self.generated),
+            prompt_logprobs=None if self.generated else self.request.prompt_logprobs,
         )
+        if not self.generated:
+            self.prompt_logprobs.clear()  # all of them come again
         admitted = await self._owner.admission.ask(request)
         self.admitted_at = time.monotonic()
         self.executor_id = admitted.executor_id

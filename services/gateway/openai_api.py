@@ -8,11 +8,14 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from common.messages import MAX_SALT_CHARS
+from common.messages import MAX_LOGIT_BIAS, MAX_SALT_CHARS, MAX_TOP_LOGPROBS
 from services.gateway.errors import ApiError, bad_request
 
 T = TypeVar("T")
 Milliseconds = Annotated[float, Meta(gt=0, le=1e9)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+NumTop = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 MAX_MESSAGES = 4096
@@ -56,12 +59,12 @@ class GenerateRequest(Struct, kw_only=True):
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     """Only requests with the same salt share cached prefixes."""
     user: str | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    min_p: float | None = None
-    min_tokens: int | None = None
-    logit_bias: dict[str, Any] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Meta(max_length=MAX_LOGIT_BIAS)] | None = None
     structured_outputs: Any = None
     response_format: dict[str, Any] | None = None
 
@@ -93,7 +96,7 @@ class ChatRequest(GenerateRequest, kw_only=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: NumTop | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
     functions: list[Any] | None = None
@@ -103,7 +106,8 @@ class CompletionRequest(GenerateRequest, kw_only=True):
     """Body of POST /v1/completions. `prompt` is text, token ids, or a list of either."""
 
     prompt: str | Annotated[list[str | int | list[int]], Meta(min_length=1)]
-    logprobs: int | None = None
+    max_tokens: Annotated[int, Meta(ge=0, description="0 only with echo.")] | None = None
+    logprobs: NumTop | None = None
     echo: bool | None = None
     best_of: int | None = None
     suffix: str | None = None
@@ -127,18 +131,9 @@ class DetokenizeRequest(Struct, kw_only=True):
 
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (None, 0.0),
-    "frequency_penalty": (None, 0.0),
-    "repetition_penalty": (None, 1.0),
-    "min_p": (None, 0.0),
-    "min_tokens": (None, 0),
-    "logit_bias": (None, {}),
     "structured_outputs": (None,),
     "response_format": (None, {"type": "text"}),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
     "functions": (None, []),
-    "echo": (None, False),
     "suffix": (None, ""),
 }
 """Parameters that Heddle does not implement yet, and the values that change nothing."""
@@ -181,7 +176,7 @@ def _unsupported(name: str) -> ApiError:
 def _invalid(error: msgspec.ValidationError) -> ApiError:
     text = str(error)
     message, _, path = text.partition(" - at `")
-    param = path.rstrip("`").removeprefix("$").removeprefix(".")
+    param = path.rstrip("`").removeprefix("$").removeprefix(".").removesuffix("[...]")  # a key of a dictionary
     if missing := re.search(r"missing required field `(\w+)`", message):
         param = f"{param}.{missing[1]}" if param else missing[1]
     return bad_request(f"Invalid request: {text}", param=param or None, code="invalid_type")

@@ -19,6 +19,8 @@ from services.gateway.openai_api import (
     check_supported,
 )
 
+MAX_LOGPROBS = 2**21
+"""Log probabilities, alternatives included, that one request may ask for: an answer has some 60 bytes for each."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of /v1/completions."""
 _MASK_63 = 2**63 - 1
@@ -56,6 +58,10 @@ class Plan:
     is_stream: bool
     has_usage_chunk: bool
     slo: Slo
+    echoes: tuple[str, ...] = ()
+    """Texts of the prompts, if answers begin with them."""
+    hides_output: bool = False
+    """Whether the only token that was asked of an executor is not shown: the client wants none."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -66,11 +72,15 @@ class Plan:
 def check(request: GenerateRequest, limits: Limits) -> None:
     """Raises ApiError 400 for what is wrong whatever the model: unsupported parameters and values over the limits."""
     check_supported(request)
+    logprobs_of(request)
+    bias_of(request, limits.vocab_size)
     if (request.n or 1) > limits.max_n:
         raise bad_request(f"n must be at most {limits.max_n}.", "n")
     name, value = max_tokens_of(request)
     if value is not None and value > limits.max_tokens_limit:
         raise bad_request(f"{name} must be at most {limits.max_tokens_limit}.", name)
+    if value == 0 and not (isinstance(request, CompletionRequest) and request.echo):
+        raise bad_request(f"{name} must be at least 1 without echo.", name)
     stops = stops_of(request)
     if any(not 0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
         raise bad_request(f"Each stop string must have 1 to {MAX_STOP_CHARS} characters, at most {MAX_STOPS} of them.", "stop")
@@ -96,9 +106,11 @@ def make_plan(
     limits: Limits,
     model_stops: tuple[int, ...],
     origin: Origin,
+    echoes: tuple[str, ...] = (),
 ) -> Plan:
-    """Raises ApiError 400 when a prompt and its output do not fit the model's context."""
+    """Raises ApiError 400 when a prompt and its output do not fit the model's context, or too many numbers are asked for."""
     num_samples = request.n or 1
+    logprobs = logprobs_of(request)
     stop_token_ids = tuple(request.stop_token_ids or ())
     seed = origin.seed if request.seed is None else request.seed & _MASK_63
     requests = [
@@ -106,8 +118,10 @@ def make_plan(
             request_id=origin.request_id if sample == number == 0 else f"{origin.request_id}-{number}-{sample}",
             model=model.name,
             prompt_tokens=prompt,
-            max_tokens=fit_max_tokens(request, len(prompt), model, limits),
-            sampling=sampling_of(request, derive_seed(seed, sample)),
+            max_tokens=max(fit_max_tokens(request, len(prompt), model, limits), 1),
+            sampling=sampling_of(request, derive_seed(seed, sample), limits.vocab_size),
+            logprobs=logprobs,
+            prompt_logprobs=logprobs if echoes else None,
             slo=slo,
             ignore_eos=bool(request.ignore_eos),
             stop_token_ids=stop_token_ids if request.ignore_eos else tuple(dict.fromkeys(stop_token_ids + model_stops)),
@@ -118,6 +132,11 @@ def make_plan(
         for number, prompt in enumerate(prompts)
         for sample in range(num_samples)
     ]
+    for made in requests:
+        if made.sampling.min_tokens > made.max_tokens:
+            raise bad_request(f"min_tokens must be at most max_tokens, {made.max_tokens} here.", "min_tokens")
+    if sum(map(_num_logprobs, requests)) > MAX_LOGPROBS:
+        raise bad_request(f"One request may ask for at most {MAX_LOGPROBS} log probabilities in all.", "logprobs")
     return Plan(
         kind="chat" if isinstance(request, ChatRequest) else "completion",
         origin=origin,
@@ -129,17 +148,54 @@ def make_plan(
         is_stream=bool(request.stream),
         has_usage_chunk=bool(request.stream_options and request.stream_options.include_usage),
         slo=slo,
+        echoes=echoes,
+        hides_output=max_tokens_of(request)[1] == 0,
     )
 
 
-def sampling_of(request: GenerateRequest, seed: int) -> Sampling:
+def sampling_of(request: GenerateRequest, seed: int, vocab_size: int) -> Sampling:
     """OpenAI's defaults: temperature 1, no truncation. A top_k of -1 or 0 is none."""
     return Sampling(
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0 if request.top_p is None else request.top_p,
         top_k=max(request.top_k or 0, 0),
+        min_p=request.min_p or 0.0,
+        repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        logit_bias=bias_of(request, vocab_size),
+        min_tokens=request.min_tokens or 0,
         seed=seed,
     )
+
+
+def bias_of(request: GenerateRequest, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    """Tokens and what is added to their logits. Raises ApiError 400 for a key that is no token of the model."""
+    biases = request.logit_bias or {}
+    for key in biases:
+        if not (key.isascii() and key.isdecimal() and len(key) < 20 and int(key) < vocab_size):
+            raise bad_request(f"logit_bias: {key[:40]!r} is no token id of 0..{vocab_size - 1}.", "logit_bias")
+    return tuple((int(key), bias) for key, bias in biases.items())
+
+
+def logprobs_of(request: GenerateRequest) -> int | None:
+    """The number of alternatives whose log probabilities are told beside each token's own; None: not even those.
+
+    Raises ApiError 400 for top_logprobs without logprobs.
+    """
+    if isinstance(request, CompletionRequest):
+        return request.logprobs
+    if not isinstance(request, ChatRequest) or not request.logprobs:
+        if isinstance(request, ChatRequest) and request.top_logprobs:
+            raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")
+        return None
+    return request.top_logprobs or 0
+
+
+def _num_logprobs(request: InferenceRequest) -> int:
+    output = 0 if request.logprobs is None else request.max_tokens * (request.logprobs + 1)
+    prompt = 0 if request.prompt_logprobs is None else len(request.prompt_tokens) * (request.prompt_logprobs + 1)
+    return output + prompt
 
 
 def derive_seed(seed: int, sample: int) -> int:

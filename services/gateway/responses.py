@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from services.gateway.answer import Answer, Piece
+from services.gateway.logprobs import chat_logprobs, completion_logprobs
 from services.gateway.plan import Plan
 
 
@@ -16,7 +17,7 @@ def answer_id(plan: Plan) -> str:
 
 def chunk(plan: Plan, piece: Piece) -> dict[str, Any]:
     """One streamed piece. A chat's role comes with its first token: clients take the first chunk for the first token."""
-    choice: dict[str, Any] = {"index": piece.index, "logprobs": None, "finish_reason": piece.finish_reason}
+    choice = _choice(plan, piece)
     if plan.kind == "chat":
         choice["delta"] = {"role": "assistant", "content": piece.text} if piece.is_first else {"content": piece.text}
     else:
@@ -29,14 +30,11 @@ def usage_chunk(answer: Answer) -> dict[str, Any]:
     return _chunk(answer.plan, []) | {"usage": usage(answer)}
 
 
-def response(answer: Answer, texts: Sequence[str]) -> dict[str, Any]:
-    """The answer to a request without streaming; `texts` by choice."""
+def response(answer: Answer, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """The answer to a request without streaming; `pieces` by choice."""
     plan = answer.plan
     kind = "chat.completion" if plan.kind == "chat" else "text_completion"
-    choices = [
-        {"index": choice.index, "logprobs": None, "finish_reason": choice.finish_reason} | _content(plan, text)
-        for choice, text in zip(answer.choices, texts, strict=True)
-    ]
+    choices = [_choice(plan, piece) | _content(plan, piece.text) for piece in pieces]
     return _head(plan, kind) | {"choices": choices, "usage": usage(answer)}
 
 
@@ -66,6 +64,12 @@ def _measured(answer: Answer) -> dict[str, Any]:
         "drafted_tokens": sum(item.drafted_tokens for item in usages),
         "accepted_tokens": sum(item.accepted_tokens for item in usages),
     }
+
+
+def _choice(plan: Plan, piece: Piece) -> dict[str, Any]:
+    told = chat_logprobs if plan.kind == "chat" else completion_logprobs
+    logprobs = None if piece.scored is None else told(piece.scored)
+    return {"index": piece.index, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
 
 def _content(plan: Plan, text: str) -> dict[str, Any]:

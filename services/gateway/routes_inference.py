@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from services.gateway import responses
-from services.gateway.answer import Answer, Piece
+from services.gateway.answer import Answer, Piece, joined
 from services.gateway.core import Core
 from services.gateway.docs import body_of
 from services.gateway.errors import ApiError, bad_request
@@ -26,8 +26,8 @@ def inference_routes(core: Core) -> APIRouter:
 
     @router.post("/v1/chat/completions", summary="Answer a conversation", openapi_extra=body_of(ChatRequest))
     async def chat_completions(request: Request) -> Response:
-        """OpenAI's chat completions, plus `slo`, `top_k`, `ignore_eos`, `stop_token_ids` and `priority`: lower values are
-        prefilled earlier.
+        """OpenAI's chat completions, plus `slo`, `priority` (lower values are prefilled earlier) and vLLM's `top_k`, `min_p`,
+        `repetition_penalty`, `min_tokens`, `ignore_eos` and `stop_token_ids`.
         """
         return await _answer(core, request, decode_json(await request.body(), ChatRequest))
 
@@ -64,13 +64,13 @@ async def _answer(core: Core, request: Request, body: ChatRequest | CompletionRe
 
 
 async def _whole(answer: Answer) -> dict[str, Any]:
-    texts = [""] * len(answer.choices)
+    pieces: list[list[Piece]] = [[] for _ in answer.choices]
 
     async def emit(piece: Piece) -> None:
-        texts[piece.index] += piece.text
+        pieces[piece.index].append(piece)
 
     await answer.run(emit)
-    return responses.response(answer, texts)
+    return responses.response(answer, [joined(of_choice) for of_choice in pieces])
 
 
 async def _stream(answer: Answer, send: SendEvent) -> None:

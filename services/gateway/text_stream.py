@@ -80,17 +80,25 @@ class TextPiece:
 
 
 class TextStream:
-    """Detokenizer and stop matcher in one; its output does not depend on how the tokens were grouped."""
+    """Detokenizer and stop matcher in one; its output does not depend on how the tokens were grouped.
 
-    def __init__(self, decode: Decode, prompt: Sequence[int] = (), stops: Sequence[str] = ()) -> None:
+    Text of the first `min_tokens` tokens is not searched, as in vLLM.
+    """
+
+    def __init__(self, decode: Decode, prompt: Sequence[int] = (), stops: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._detokenizer = Detokenizer(decode, prompt)
         self._matcher = StopMatcher(stops)
+        self._num_unsearched = min_tokens
 
     def push(self, tokens: Sequence[int]) -> TextPiece:
         """Text of the next tokens, up to a stop string."""
         shown = ""
         for number, token in enumerate(tokens, start=1):
-            text, stopped = self._matcher.push(self._detokenizer.push(token))
+            text, stopped = self._detokenizer.push(token), False
+            if self._num_unsearched > 0:
+                self._num_unsearched -= 1
+            else:
+                text, stopped = self._matcher.push(text)
             shown += text
             if stopped:
                 return TextPiece(shown, number, True)
