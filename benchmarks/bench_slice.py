@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import httpx
 import openai
 
-from services.cli.models import cache_dir, locate, usable_folder
+from kernels.cache import cache_dir
+from services.cli.models import locate, usable_folder
 from services.cli.parser import DEFAULT_MODEL
 from tests.stack import Stack, eventually
 

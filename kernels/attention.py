@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.reference import segment_mask
-from kernels.segments import AttentionSegment
+from kernels.segments import AttentionPlan, AttentionSegment
 
 MAX_SHARED_ROWS = 16
 """Longer segments get a call of their own."""
@@ -30,26 +30,17 @@ class _Call:
     bias: Tensor | None
 
 
-class AttentionPlan:
-    """The segments of one batch, arranged once and used by every layer."""
+def calls(plan: AttentionPlan, group: int, dtype: torch.dtype, window: int | None = None) -> list[_Call]:
+    """The padded calls, with masks for `group` query heads per key/value head; kept for the next layer."""
+    if window is not None and all(segment.slots_L.numel() <= window for segment in plan.segments):
+        window = None
+    return plan.arranged(("padded", group, dtype, window), lambda: _arrange(plan.segments, group, dtype, window))
 
-    def __init__(self, segments: Sequence[AttentionSegment]) -> None:
-        self.segments = tuple(segments)
-        self._calls: dict[tuple[int, torch.dtype, int | None], list[_Call]] = {}
 
-    def calls(self, group: int, dtype: torch.dtype, window: int | None = None) -> list[_Call]:
-        """The padded calls, with masks for `group` query heads per key/value head; kept for the next layer."""
-        if (group, dtype, window) not in self._calls:
-            self._calls[group, dtype, window] = self._arrange(group, dtype, window)
-        return self._calls[group, dtype, window]
-
-    def _arrange(self, group: int, dtype: torch.dtype, window: int | None) -> list[_Call]:
-        if window is None:
-            return [_padded_call(segments, group, dtype, None) for segments in _shares(self.segments)]
-        if all(segment.slots_L.numel() <= window for segment in self.segments):
-            return self.calls(group, dtype)
-        trimmed = [_trimmed(segment, window) for segment in self.segments]
-        return [_padded_call(segments, group, dtype, window) for segments in _shares(trimmed)]
+def _arrange(segments: Sequence[AttentionSegment], group: int, dtype: torch.dtype, window: int | None) -> list[_Call]:
+    if window is not None:
+        segments = [_trimmed(segment, window) for segment in segments]
+    return [_padded_call(share, group, dtype, window) for share in _shares(segments)]
 
 
 def _trimmed(segment: AttentionSegment, window: int) -> AttentionSegment:
@@ -98,17 +89,16 @@ def ragged_attention(
     q_TND: Tensor,
     k_cache_SKD: Tensor,
     v_cache_SKD: Tensor,
-    segments: AttentionPlan | Sequence[AttentionSegment],
+    plan: AttentionPlan,
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """The reference's ragged_attention; a plan saves arranging the segments again in every layer."""
-    plan = segments if isinstance(segments, AttentionPlan) else AttentionPlan(segments)
+    """The reference's ragged_attention of a plan's segments."""
     num_heads, head_dim = q_TND.shape[1:]
     num_kv_heads = k_cache_SKD.shape[1]
     group = num_heads // num_kv_heads
     out_TND = torch.zeros_like(q_TND)
-    for call in plan.calls(group, q_TND.dtype, window):
+    for call in calls(plan, group, q_TND.dtype, window):
         B = call.num_segments
         q = q_TND.index_select(0, call.rows).view(B, -1, num_kv_heads, group, head_dim)
         k, v = (

@@ -1,26 +1,29 @@
-"""The one place that chooses the implementation of every tensor operation. Knows no formula."""
+"""The one place that chooses the implementation of every tensor operation. Knows no formula.
+
+On a CPU: the compiled library (`kernels.native`) where it takes type and shape, else torch (`kernels.attention`, `reference`).
+"""
 
 from __future__ import annotations
 
-from kernels.attention import AttentionPlan, ragged_attention
+import torch
+from torch import Tensor
+
+from kernels import attention, reference
 from kernels.linear import Linear
 from kernels.lora import LoraPlan, segmented_lora
+from kernels.native import operations as native
+from kernels.native.build import library
 from kernels.reference import (
     adamw,
     clip_grad_norm,
     commit_kv,
-    linear_cross_entropy,
-    rms_norm,
     rms_norm_backward,
-    rope_and_cache,
     rope_backward,
     segmented_lora_backward,
     segmented_lora_weight_backward,
-    silu_mul,
     silu_mul_backward,
-    window_attention_backward,
 )
-from kernels.segments import AttentionSegment, LoraSegment
+from kernels.segments import AttentionPlan, AttentionSegment, LoraSegment
 
 __all__ = [
     "AttentionPlan",
@@ -29,8 +32,10 @@ __all__ = [
     "LoraPlan",
     "LoraSegment",
     "adamw",
+    "add_rms_norm",
     "clip_grad_norm",
     "commit_kv",
+    "has_fast_bfloat16",
     "linear_cross_entropy",
     "ragged_attention",
     "rms_norm",
@@ -44,3 +49,69 @@ __all__ = [
     "silu_mul_backward",
     "window_attention_backward",
 ]
+
+
+def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """`reference.rms_norm`."""
+    return (native.rms_norm if _is_native(x_TH, x_TH.shape[1]) else reference.rms_norm)(x_TH, weight_H, eps)
+
+
+def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`reference.add_rms_norm`."""
+    return (native.add_rms_norm if _is_native(x_TH, x_TH.shape[1]) else reference.add_rms_norm)(
+        x_TH, residual_TH, weight_H, eps
+    )
+
+
+def silu_mul(gate_up_T2F: Tensor) -> Tensor:
+    """`reference.silu_mul`."""
+    return (native.silu_mul if _is_native(gate_up_T2F, gate_up_T2F.shape[1] // 2) else reference.silu_mul)(gate_up_T2F)
+
+
+def rope_and_cache(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    k_cache_SKD: Tensor,
+    v_cache_SKD: Tensor,
+    slots_T: Tensor,
+) -> Tensor:
+    """`reference.rope_and_cache`."""
+    function = native.rope_and_cache if _is_native(q_TND, q_TND.shape[2] // 2) else reference.rope_and_cache
+    return function(q_TND, k_TKD, v_TKD, cos_TD, sin_TD, k_cache_SKD, v_cache_SKD, slots_T)
+
+
+def ragged_attention(
+    q_TND: Tensor, k_cache_SKD: Tensor, v_cache_SKD: Tensor, plan: AttentionPlan, scale: float, window: int | None = None
+) -> Tensor:
+    """`reference.ragged_attention` of a plan's segments."""
+    is_native = plan.segments and _is_native(q_TND, q_TND.shape[2])
+    function = native.ragged_attention if is_native else attention.ragged_attention
+    return function(q_TND, k_cache_SKD, v_cache_SKD, plan, scale, window)
+
+
+def linear_cross_entropy(hidden_TH: Tensor, head: Linear, labels_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.linear_cross_entropy`; the head is a linear that is ready to run."""
+    return reference.cross_entropy(hidden_TH, head, head.backward, labels_T, weights_T)
+
+
+def window_attention_backward(
+    do_WND: Tensor, q_WND: Tensor, k_LKD: Tensor, v_LKD: Tensor, start: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.window_attention_backward`, in float32 where torch multiplies half precision without the processor's help."""
+    if q_WND.dtype != torch.bfloat16 or q_WND.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return reference.window_attention_backward(do_WND, q_WND, k_LKD, v_LKD, start, scale)
+    do, q, k, v = (tensor.float() for tensor in (do_WND, q_WND, k_LKD, v_LKD))
+    o, dq, dk, dv = reference.window_attention_backward(do, q, k, v, start, scale)
+    return o.to(q_WND.dtype), dq.to(q_WND.dtype), dk.to(q_WND.dtype), dv.to(q_WND.dtype)
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether a CPU pass in bfloat16 beats one in float32 here: by the processor's instructions, or by the compiled ones."""
+    return torch.cpu._is_avx512_bf16_supported() or library() is not None
+
+
+def _is_native(x: Tensor, width: int) -> bool:
+    return width % native.LANES == 0 and native.takes(x)

@@ -5,7 +5,7 @@ Shapes are named in `kernels.segments`. Half precision is widened to fp32 where 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,12 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     wide = x_TH.to(_wide(x_TH.dtype))
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight_H * wide.to(x_TH.dtype)
+
+
+def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """m = x + residual, and rms_norm(m)"""
+    m_TH = x_TH + residual_TH
+    return m_TH, rms_norm(m_TH, weight_H, eps)
 
 
 def rms_norm_backward(dy_TH: Tensor, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -195,18 +201,29 @@ def linear_cross_entropy(
 
     The head is frozen. Rows of weight 0 cost nothing and hit nothing; the logits of LOGIT_ROWS rows exist at a time.
     """
+    return cross_entropy(hidden_TH, lambda x: x @ head_VH.mT, lambda dy: dy @ head_VH, labels_T, weights_T)
+
+
+def cross_entropy(
+    hidden_TH: Tensor,
+    head: Callable[[Tensor], Tensor],
+    head_backward: Callable[[Tensor], Tensor],
+    labels_T: Tensor,
+    weights_T: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """linear_cross_entropy of any linear head and its backward."""
     wide = _wide(hidden_TH.dtype)
     loss_T = torch.zeros(hidden_TH.shape[0], dtype=wide, device=hidden_TH.device)
     hits_T = torch.zeros(hidden_TH.shape[0], dtype=torch.bool, device=hidden_TH.device)
     dhidden_TH = torch.zeros_like(hidden_TH)
     for rows in torch.split(weights_T.nonzero().squeeze(1), LOGIT_ROWS):
         labels, weights = labels_T[rows].unsqueeze(1), weights_T[rows].unsqueeze(1).to(wide)
-        logits = (hidden_TH[rows] @ head_VH.mT).to(wide)
+        logits = head(hidden_TH[rows]).to(wide)
         hits_T[rows] = (logits.argmax(-1, keepdim=True) == labels).squeeze(1)
         log_probs = logits.log_softmax(-1)
         loss_T[rows] = -(weights * log_probs.gather(1, labels)).squeeze(1)
         dlogits = log_probs.exp_().scatter_add_(1, labels, -torch.ones_like(weights))
-        dhidden_TH[rows] = (weights * (dlogits.to(head_VH.dtype) @ head_VH)).to(hidden_TH.dtype)
+        dhidden_TH[rows] = (weights * head_backward(dlogits.to(hidden_TH.dtype))).to(hidden_TH.dtype)
     return loss_T, hits_T, dhidden_TH
 
 

@@ -6,9 +6,13 @@ W rows of a training window, n rows of a segment, F intermediate, V vocabulary, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,20 @@ class AttentionSegment:
             raise ValueError(f"a segment of {num_rows} rows with {self.slots_L.numel()} keys")
         if self.mask_nn is not None and self.mask_nn.shape != (num_rows, num_rows):
             raise ValueError(f"mask {tuple(self.mask_nn.shape)} of a segment of {num_rows} rows")
+
+
+class AttentionPlan:
+    """The segments of one batch, which every layer uses; an implementation arranges them once, in a way of its own."""
+
+    def __init__(self, segments: Sequence[AttentionSegment]) -> None:
+        self.segments = tuple(segments)
+        self._arranged: dict[Hashable, object] = {}
+
+    def arranged(self, key: Hashable, arrange: Callable[[], T]) -> T:
+        """What `arrange` returned when this key was first asked for."""
+        if key not in self._arranged:
+            self._arranged[key] = arrange()
+        return self._arranged[key]  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, kw_only=True)

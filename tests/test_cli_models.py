@@ -15,8 +15,9 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from kernels.cache import cache_dir
 from services.cli.convert import convert
-from services.cli.models import ModelError, Source, cache_dir, cached_folder, check_folder, is_sound, locate, usable_folder
+from services.cli.models import ModelError, Source, cached_folder, check_folder, is_sound, locate, usable_folder
 from services.cli.parser import DEFAULT_MODEL
 from tests.helpers import tiny_model
 

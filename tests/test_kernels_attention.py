@@ -1,4 +1,4 @@
-"""Ragged attention, the specification and the padded calls, against a row-by-row oracle in fp64."""
+"""Ragged attention, the specification, the padded calls and the compiled one, against a row-by-row oracle in fp64."""
 
 from __future__ import annotations
 
@@ -9,12 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import ops, reference
+from kernels import attention, ops, reference
 from kernels.attention import MAX_SHARED_ROWS
 from tests.helpers import assert_matches, randn
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-IMPLEMENTATIONS = {"specification": reference.ragged_attention, "padded calls": ops.ragged_attention}
+
+
+def planned(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """With the specification's arguments."""
+    return lambda q, k, v, segments, *rest: attend(q, k, v, ops.AttentionPlan(segments), *rest)
+
+
+IMPLEMENTATIONS = {
+    "specification": reference.ragged_attention,
+    "padded calls": planned(attention.ragged_attention),
+    "compiled, except in fp64": planned(ops.ragged_attention),
+}
 NUM_SLOTS, HEAD_DIM, SCALE = 512, 8, 0.4
 
 CHAIN = [-1, 0, 1, 2, 3]
@@ -126,10 +137,10 @@ def test_a_window_hides_keys_by_their_distance_in_positions(
 def test_a_window_makes_long_contexts_short_and_wide_windows_cost_nothing() -> None:
     segments, _ = make_segments([(100, 1), (90, 1), (60, 1)], gap=0)
     plan = ops.AttentionPlan(segments)
-    (call,) = plan.calls(3, torch.float32, 16)
+    (call,) = attention.calls(plan, 3, torch.float32, 16)
     assert call.slots.numel() == 3 * 16
     assert call.bias is None
-    assert plan.calls(3, torch.float32, 101) is plan.calls(3, torch.float32)
+    assert attention.calls(plan, 3, torch.float32, 101) is attention.calls(plan, 3, torch.float32)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
@@ -164,12 +175,13 @@ def test_a_plan_serves_every_layer_and_type() -> None:
 def test_the_number_of_calls_grows_with_lengths_not_with_segments() -> None:
     few, _ = make_segments([(20, 1), (12, STAR)], gap=0)
     many, _ = make_segments([(20, 1)] * 8 + [(12, STAR)] * 8, gap=0)
-    assert len(ops.AttentionPlan(few).calls(3, torch.float32)) == len(ops.AttentionPlan(many).calls(3, torch.float32)) == 2
+    calls = [attention.calls(ops.AttentionPlan(segments), 3, torch.float32) for segments in (few, many)]
+    assert [len(padded) for padded in calls] == [2, 2]
 
 
 def test_no_segments_is_fine() -> None:
     k = randn(NUM_SLOTS, 2, HEAD_DIM)
-    assert not ops.ragged_attention(randn(3, 6, HEAD_DIM), k, k, [], SCALE).any()
+    assert not ops.ragged_attention(randn(3, 6, HEAD_DIM), k, k, ops.AttentionPlan([]), SCALE).any()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from services.cli.models import ModelError, Source, cache_dir, cached_folder, check_folder, is_sound, locate, usable_folder
+from kernels.cache import cache_dir
+from services.cli.models import ModelError, Source, cached_folder, check_folder, is_sound, locate, usable_folder
 
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "*.txt"]
 ORIGIN = "converted_from.txt"

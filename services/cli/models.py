@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,13 +30,6 @@ class Source:
     name: str
     location: str
     """A path, or the hub's name of the model."""
-
-
-def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """HEDDLE_CACHE_DIR, else heddle/ in the user's cache."""
-    if own := environ.get("HEDDLE_CACHE_DIR"):
-        return Path(own).expanduser()
-    return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "heddle"
 
 
 def locate(model: str) -> Source:

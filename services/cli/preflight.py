@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from kernels.cache import cache_dir
 from services.cli.layout import Model
-from services.cli.models import ModelError, cache_dir, locate, usable_folder
+from services.cli.models import ModelError, locate, usable_folder
 from services.cli.parent_death import die_with_parent
 
 

@@ -75,12 +75,12 @@ class BackwardPass:
 
     def _mlp(self, layer: int, start: int, end: int, dy_WH: Tensor) -> Tensor:
         """Gradient of m, the MLP's residual input, from that of the layer's output m + down(silu(gate) * up)."""
-        weights, eps = self._decoder.layers[layer], self._decoder.config.rms_norm_eps
+        weights, linears, eps = self._decoder.layers[layer], self._decoder.linears[layer], self._decoder.config.rms_norm_eps
         m_WH, gate_up = (self._tape.rows(layer, name, start, end) for name in ("m", "gate_up"))
-        dh_WF = dy_WH @ weights.down_HF
+        dh_WF = linears.down.backward(dy_WH)
         self._linear_backward(layer, "down", dh_WF, dy_WH, ops.silu_mul(gate_up))
         dgate_up = ops.silu_mul_backward(dh_WF, gate_up)
-        dz_WH = dgate_up @ weights.gate_up_2FH
+        dz_WH = linears.gate_up.backward(dgate_up)
         self._linear_backward(layer, "gate_up", dz_WH, dgate_up, ops.rms_norm(m_WH, weights.post_norm_H, eps))
         return dy_WH + ops.rms_norm_backward(dz_WH, m_WH, weights.post_norm_H, eps)
 
@@ -88,7 +88,7 @@ class BackwardPass:
         """Gradient of the fused projection's output, before RoPE, from that of m = x + o(attention)."""
         decoder, config = self._decoder, self._decoder.config
         slots = self._slots_T[:end]
-        dout_WO = dm_WH @ decoder.layers[layer].o_HO
+        dout_WO = decoder.linears[layer].o.backward(dm_WH)
         self._adapter.backward(layer, "o", dout_WO, dm_WH)
         out_WND, dq_WND, dk_LKD, dv_LKD = ops.window_attention_backward(
             dout_WO.view(end - start, config.num_heads, config.head_dim),
@@ -115,7 +115,7 @@ class BackwardPass:
         if layer == self._lowest:
             self._adapter.weight_backward(self._grads, layer, "qkv", dqkv_WO, y_WH)
             return torch.zeros_like(x_WH)
-        dy_WH = dqkv_WO @ weights.qkv_OH
+        dy_WH = self._decoder.linears[layer].qkv.backward(dqkv_WO)
         self._linear_backward(layer, "qkv", dy_WH, dqkv_WO, y_WH)
         return ops.rms_norm_backward(dy_WH, x_WH, weights.input_norm_H, eps)
 

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kernels import ops
 from services.executor.model import Decoder, LayerWeights
 from services.executor.model_config import ModelConfig, UnsupportedModelError, read_model_config
 
@@ -17,7 +18,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """`auto` is the checkpoint's type where the device computes in it natively, else float32.
+    """`auto` is the checkpoint's type where the device is fast in it, else float32; on a CPU half precision is bfloat16.
 
     Raises ValueError for an unknown name.
     """
@@ -28,7 +29,7 @@ def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.
     wanted = DTYPES.get(config.torch_dtype, torch.float32)
     if device.type != "cpu":
         return wanted
-    return torch.bfloat16 if wanted != torch.float32 and torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return torch.bfloat16 if wanted != torch.float32 and ops.has_fast_bfloat16() else torch.float32
 
 
 def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Decoder:

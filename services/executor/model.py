@@ -33,7 +33,7 @@ class LayerWeights:
     down_HF: Tensor
 
 
-class _Linears:
+class Linears:
     """The projections of one layer, ready to run."""
 
     def __init__(self, weights: LayerWeights) -> None:
@@ -73,11 +73,10 @@ class Decoder:
         self.embedding_VH = embedding_VH
         self.layers = layers
         self.final_norm_H = final_norm_H
-        self.lm_head_VH = lm_head_VH
         self.dtype = embedding_VH.dtype
         self.device = embedding_VH.device
-        self._linears = [_Linears(weights) for weights in layers]
-        self._head = ops.Linear(lm_head_VH)
+        self.linears = [Linears(weights) for weights in layers]
+        self.head = ops.Linear(lm_head_VH)
         self.cos_PD, self.sin_PD = rotary_tables(
             config.rope, config.head_dim, config.max_position_embeddings, self.dtype, self.device
         )
@@ -88,20 +87,26 @@ class Decoder:
         In place: writes keys and values of the rows into `cache`, and activations of training rows into their tapes.
         """
         x_TH = F.embedding(batch.tokens_T, self.embedding_VH)
+        y_TH = ops.rms_norm(x_TH, self.layers[0].input_norm_H, self.config.rms_norm_eps)
         cos_TD, sin_TD = self.cos_PD[batch.positions_T], self.sin_PD[batch.positions_T]
         for layer in range(self.config.num_layers):
-            x_TH = self._layer(layer, x_TH, cos_TD, sin_TD, batch, cache)
-        return x_TH
+            m_TH, down_TH = self._layer(layer, x_TH, y_TH, cos_TD, sin_TD, batch, cache)
+            if layer + 1 < self.config.num_layers:
+                norm_H = self.layers[layer + 1].input_norm_H
+                x_TH, y_TH = ops.add_rms_norm(m_TH, down_TH, norm_H, self.config.rms_norm_eps)
+        return m_TH + down_TH
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """Logits [R, V] of hidden states that `forward` returned."""
         normed = ops.rms_norm(hidden_RH, self.final_norm_H, self.config.rms_norm_eps)
-        return self._head(normed)
+        return self.head(normed)
 
-    def _layer(self, layer: int, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, batch: Batch, cache: KvCache) -> Tensor:
-        config, weights, linears = self.config, self.layers[layer], self._linears[layer]
+    def _layer(
+        self, layer: int, x_TH: Tensor, y_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, batch: Batch, cache: KvCache
+    ) -> tuple[Tensor, Tensor]:
+        """The two summands of the layer's output, from its input and the norm of that: the next norm adds them."""
+        config, weights, linears = self.config, self.layers[layer], self.linears[layer]
         num_rows = x_TH.shape[0]
-        y_TH = ops.rms_norm(x_TH, weights.input_norm_H, config.rms_norm_eps)
         qkv_TO = linears.qkv(y_TH)
         batch.apply_adapters(layer, "qkv", qkv_TO, y_TH)
         q_TO, k_TO, v_TO = torch.split(qkv_TO, list(config.qkv_sizes), dim=1)
@@ -126,15 +131,14 @@ class Decoder:
         out_TO = out_TND.reshape(num_rows, -1)
         o_TH = linears.o(out_TO)
         batch.apply_adapters(layer, "o", o_TH, out_TO)
-        m_TH = x_TH + o_TH
-        z_TH = ops.rms_norm(m_TH, weights.post_norm_H, config.rms_norm_eps)
+        m_TH, z_TH = ops.add_rms_norm(x_TH, o_TH, weights.post_norm_H, config.rms_norm_eps)
         gate_up_T2F = linears.gate_up(z_TH)
         batch.apply_adapters(layer, "gate_up", gate_up_T2F, z_TH)
         h_TF = ops.silu_mul(gate_up_T2F)
         down_TH = linears.down(h_TF)
         batch.apply_adapters(layer, "down", down_TH, h_TF)
         batch.save(layer, x=x_TH, q=q_TND, m=m_TH, gate_up=gate_up_T2F)
-        return m_TH + down_TH
+        return m_TH, down_TH
 
 
 def _norm_heads(x_TND: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -70,7 +70,7 @@ def heads(windows: Sequence[tuple[TrainingSequence, int, int]], hidden_TH: Tenso
     labels_T = torch.cat([sequence._labels_T[rows] for (sequence, _, _), rows in zip(windows, places, strict=True)])
     weights_T = torch.cat([sequence._weights_T[rows] for (sequence, _, _), rows in zip(windows, places, strict=True)])
     normed_TH = ops.rms_norm(hidden_TH, norm_H, eps)
-    loss_T, hits_T, dnormed_TH = ops.linear_cross_entropy(normed_TH, decoder.lm_head_VH, labels_T, weights_T)
+    loss_T, hits_T, dnormed_TH = ops.linear_cross_entropy(normed_TH, decoder.head, labels_T, weights_T)
     dx_TH = ops.rms_norm_backward(dnormed_TH, hidden_TH, norm_H, eps)
     dx = torch.split(dx_TH, [num_rows for _, _, num_rows in windows])
     torch._foreach_copy_([sequence.dx_TH[rows] for (sequence, _, _), rows in zip(windows, places, strict=True)], dx)

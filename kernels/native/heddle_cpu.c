@@ -1,0 +1,467 @@
+/* The decoder's operations for x86-64-v3 CPUs (AVX2, FMA): what torch does slowly or in many calls there. Knows pointers, no torch.
+ *
+ * Every row's result is a fixed sequence of operations that depends on this row's own inputs alone: not on how many rows share
+ * the call, on the number of threads, or on masked keys between the visible ones. So a token's logits are bit for bit the same
+ * alone, in a batch, in a chunk of a prompt or as a node of a draft tree.
+ *
+ * Types: `half` arguments are 1 for bfloat16 storage, 0 for float32; arithmetic is float32. Shape letters as in kernels/segments.py.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <omp.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 8
+#define PANEL 16      /* outputs of a packed weight that lie side by side */
+#define MAX_ROWS 6    /* rows of one microkernel: 6 x 16 sums fill the 16 registers of AVX2 */
+#define TILE_ROWS 48  /* rows whose inputs stay in the L2 cache while weights stream by */
+#define KEY_BLOCK 64  /* keys that are widened at a time */
+#define MIN_PARALLEL 16384 /* elements below which waking threads costs more than it brings */
+
+typedef float v8 __attribute__((vector_size(32)));
+typedef uint32_t u8x __attribute__((vector_size(32)));
+typedef int32_t i8x __attribute__((vector_size(32)));
+typedef uint16_t h8 __attribute__((vector_size(16)));
+typedef v8 v8_mem __attribute__((aligned(4), may_alias));
+typedef h8 h8_mem __attribute__((aligned(2), may_alias));
+
+/* --- loads, stores, rounding ---------------------------------------------------------------------------------------- */
+
+INLINE v8 splat(float x) { return (v8){x, x, x, x, x, x, x, x}; }
+
+INLINE v8 load(const void *p, int64_t i, int half) {
+    if (!half) return *(const v8_mem *)((const float *)p + i);
+    return (v8)(__builtin_convertvector(*(const h8_mem *)((const uint16_t *)p + i), u8x) << 16);
+}
+
+INLINE h8 narrow(v8 x) { /* round to nearest even; NaN stays NaN */
+    u8x bits = (u8x)x;
+    u8x rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    u8x is_nan = (u8x)(x != x);
+    return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), h8);
+}
+
+INLINE void store(void *p, int64_t i, v8 x, int half) {
+    if (half) *(h8_mem *)((uint16_t *)p + i) = narrow(x);
+    else *(v8_mem *)((float *)p + i) = x;
+}
+
+INLINE float load1(const void *p, int64_t i, int half) {
+    if (!half) return ((const float *)p)[i];
+    union { uint32_t u; float f; } x = {(uint32_t)((const uint16_t *)p)[i] << 16};
+    return x.f;
+}
+
+INLINE void store1(void *p, int64_t i, float value, int half) {
+    if (!half) { ((float *)p)[i] = value; return; }
+    union { float f; uint32_t u; } x = {value};
+    ((uint16_t *)p)[i] = value != value ? 0x7fc0 : (uint16_t)((x.u + 0x7fff + ((x.u >> 16) & 1)) >> 16);
+}
+
+INLINE v8 rounded(v8 x, int half) { /* as if stored and loaded again */
+    return half ? (v8)(__builtin_convertvector(narrow(x), u8x) << 16) : x;
+}
+
+INLINE void *at(const void *p, int64_t i, int half) { return (char *)p + i * (half ? 2 : 4); }
+
+INLINE v8 where(i8x condition, v8 a, v8 b) { return (v8)((condition & (i8x)a) | (~condition & (i8x)b)); }
+
+static float *scratch(size_t num_floats) { /* this thread's own, kept between calls; NULL if there is no memory */
+    static __thread float *buffer;
+    static __thread size_t capacity;
+    if (num_floats > capacity) {
+        free(buffer);
+        buffer = NULL, capacity = 0;
+        if (posix_memalign((void **)&buffer, 64, num_floats * sizeof(float))) return buffer = NULL;
+        capacity = num_floats;
+    }
+    return buffer;
+}
+
+/* --- y[T, O] = x[T, I] weight[O, I]^T + bias ------------------------------------------------------------------------- */
+
+INLINE int64_t num_panels(int64_t num_out) { return (num_out + PANEL - 1) / PANEL; }
+
+/* Packed: [O / 16][I][16]. `transposed`: the source is [I, O]. Outputs beyond O are zero. */
+void heddle_pack(const void *weight, void *packed, int64_t num_out, int64_t num_in, int transposed, int half) {
+#pragma omp parallel for schedule(static)
+    for (int64_t panel = 0; panel < num_panels(num_out); panel++)
+        for (int64_t i = 0; i < num_in; i++)
+            for (int64_t j = 0; j < PANEL; j++) {
+                int64_t o = panel * PANEL + j, to = (panel * num_in + i) * PANEL + j;
+                int64_t from = transposed ? i * num_out + o : o * num_in + i;
+                if (half) ((uint16_t *)packed)[to] = o < num_out ? ((const uint16_t *)weight)[from] : 0;
+                else ((float *)packed)[to] = o < num_out ? ((const float *)weight)[from] : 0.0f;
+            }
+}
+
+/* Sums of `rows` rows and `panels` neighbouring panels, in the order of the inputs. x is interleaved: [I][rows]. */
+INLINE void micro(const float *x, const void *packed, int64_t num_in, int rows, int panels, float *sums, int half) {
+    v8 acc[MAX_ROWS][8];
+    int vectors = panels * 2;
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < vectors; c++) acc[r][c] = splat(0.0f);
+    for (int64_t i = 0; i < num_in; i++) {
+        v8 w[8];
+#pragma GCC unroll 8
+        for (int c = 0; c < vectors; c++) w[c] = load(packed, ((c / 2) * num_in + i) * PANEL + (c % 2) * LANES, half);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            v8 xr = splat(x[i * rows + r]);
+#pragma GCC unroll 8
+            for (int c = 0; c < vectors; c++) acc[r][c] += xr * w[c];
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < vectors; c++) *(v8 *)(sums + (r * vectors + c) * LANES) = acc[r][c];
+}
+
+INLINE void emit(const float *sums, int rows, int panels, int64_t panel, int64_t row, int64_t num_out, const void *bias, void *y,
+                 int64_t y_stride, int half) {
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < panels; p++)
+            for (int c = 0; c < 2; c++) {
+                int64_t o = (panel + p) * PANEL + c * LANES;
+                v8 value = *(const v8 *)(sums + ((r * panels + p) * 2 + c) * LANES);
+                if (o + LANES <= num_out) {
+                    if (bias) value += load(bias, o, half);
+                    store(y, (row + r) * y_stride + o, value, half);
+                } else {
+                    for (int j = 0; o + j < num_out; j++)
+                        store1(y, (row + r) * y_stride + o + j, value[j] + (bias ? load1(bias, o + j, half) : 0.0f), half);
+                }
+            }
+}
+
+#define CASE(ROWS, PANELS)                                                                                                        \
+    case ROWS * 8 + PANELS:                                                                                                       \
+        if (half) micro(x, w, num_in, ROWS, PANELS, sums, 1);                                                                     \
+        else micro(x, w, num_in, ROWS, PANELS, sums, 0);                                                                          \
+        break;
+
+static void block(const float *x, const void *w, int64_t num_in, int rows, int panels, float *sums, int half) {
+    switch (rows * 8 + panels) {
+        CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(3, 1) CASE(3, 2) CASE(4, 1) CASE(5, 1) CASE(6, 1)
+    }
+}
+
+INLINE int64_t block_start(int64_t index, int64_t num_blocks, int64_t num_rows) { return index * num_rows / num_blocks; }
+
+/* Rows [start, end) of x as [I][rows] floats. */
+static void interleave(const void *x, int64_t x_stride, float *wide, int64_t num_in, int64_t start, int64_t end, int half) {
+    int64_t rows = end - start, i;
+    float *to = wide + start * num_in;
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t from = (start + r) * x_stride;
+        for (i = 0; i + LANES <= num_in; i += LANES) {
+            v8 value = load(x, from + i, half);
+            if (rows == 1) *(v8_mem *)(to + i) = value;
+            else for (int j = 0; j < LANES; j++) to[(i + j) * rows + r] = value[j];
+        }
+        for (; i < num_in; i++) to[i * rows + r] = load1(x, from + i, half);
+    }
+}
+
+/* Returns 0, or -1 if there was no memory. Rows of x and y are x_stride and y_stride elements apart. */
+int heddle_linear(const void *x, int64_t x_stride, const void *packed, const void *bias, void *y, int64_t y_stride, int64_t num_rows,
+                  int64_t num_in, int64_t num_out, int half) {
+    int64_t num_blocks = (num_rows + MAX_ROWS - 1) / MAX_ROWS, panels_total = num_panels(num_out);
+    float *wide = scratch((size_t)(num_rows * num_in));
+    if (!wide) return -1;
+#pragma omp parallel
+    {
+        if (num_rows * num_in < MIN_PARALLEL) {
+#pragma omp single
+            for (int64_t b = 0; b < num_blocks; b++) interleave(x, x_stride, wide, num_in, block_start(b, num_blocks, num_rows), block_start(b + 1, num_blocks, num_rows), half);
+        } else {
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < num_blocks; b++) interleave(x, x_stride, wide, num_in, block_start(b, num_blocks, num_rows), block_start(b + 1, num_blocks, num_rows), half);
+        }
+        int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        int64_t first = panels_total * thread / threads, last = panels_total * (thread + 1) / threads;
+        int64_t widest = num_rows / num_blocks + (num_rows % num_blocks != 0);
+        int step = widest == 1 ? 4 : widest == 2 ? 3 : widest == 3 ? 2 : 1;
+        float sums[MAX_ROWS * PANEL * 4] __attribute__((aligned(64)));
+        int64_t tile = TILE_ROWS / MAX_ROWS;
+        for (int64_t b0 = 0; b0 < num_blocks; b0 += tile) {
+            int64_t b1 = b0 + tile < num_blocks ? b0 + tile : num_blocks;
+            for (int64_t panel = first; panel < last; panel += step) {
+                int panels = (int)(last - panel < step ? last - panel : step);
+                const void *w = at(packed, panel * num_in * PANEL, half);
+                for (int64_t b = b0; b < b1; b++) {
+                    int64_t start = block_start(b, num_blocks, num_rows), rows = block_start(b + 1, num_blocks, num_rows) - start;
+                    block(wide + start * num_in, w, num_in, (int)rows, panels, sums, half);
+                    emit(sums, (int)rows, panels, panel, start, num_out, bias, y, y_stride, half);
+                }
+            }
+        }
+    }
+    return 0;
+}
+
+/* --- rows: norm, RoPE, activation ------------------------------------------------------------------------------------ */
+
+INLINE float total(v8 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+
+/* m = x + residual (if any), y = weight * m / rms(m); `sum` takes m and may be x or residual. H is a multiple of 8. */
+void heddle_rms_norm(const void *x, const void *residual, const void *weight, void *sum, void *y, int64_t num_rows, int64_t num_hidden,
+                     float eps, int half) {
+#pragma omp parallel for schedule(static) if (num_rows * num_hidden >= MIN_PARALLEL)
+    for (int64_t r = 0; r < num_rows; r++) {
+        v8 squares = splat(0.0f);
+        int64_t row = r * num_hidden;
+        for (int64_t i = 0; i < num_hidden; i += LANES) {
+            v8 value = load(x, row + i, half);
+            if (residual) {
+                value = rounded(value + load(residual, row + i, half), half);
+                store(sum, row + i, value, half);
+            }
+            squares += value * value;
+        }
+        v8 inverse = splat(1.0f / sqrtf(total(squares) / (float)num_hidden + eps));
+        const void *from = residual ? sum : x;
+        for (int64_t i = 0; i < num_hidden; i += LANES)
+            store(y, row + i, load(weight, i, half) * rounded(load(from, row + i, half) * inverse, half), half);
+    }
+}
+
+INLINE void rotate(const void *x, void *y, const void *cos, const void *sin, int64_t head_dim, int half) {
+    int64_t middle = head_dim / 2;
+    for (int64_t i = 0; i < middle; i += LANES) {
+        v8 low = load(x, i, half), high = load(x, middle + i, half);
+        store(y, i, low * load(cos, i, half) - high * load(sin, i, half), half);
+        store(y, middle + i, high * load(cos, middle + i, half) + low * load(sin, middle + i, half), half);
+    }
+}
+
+/* q_out = rope(q); k_cache[slots] = rope(k); v_cache[slots] = v. D is a multiple of 16; strides are those of rows, in elements. */
+void heddle_rope_and_cache(const void *q, int64_t q_stride, const void *k, int64_t k_stride, const void *v, int64_t v_stride,
+                           const void *cos, const void *sin, void *q_out, void *k_cache, void *v_cache, const int64_t *slots,
+                           int64_t num_rows, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int half) {
+    int64_t kv_row = num_kv_heads * head_dim;
+#pragma omp parallel for schedule(static) if (num_rows * num_heads * head_dim >= MIN_PARALLEL)
+    for (int64_t r = 0; r < num_rows; r++) {
+        const void *c = at(cos, r * head_dim, half), *s = at(sin, r * head_dim, half);
+        for (int64_t h = 0; h < num_heads; h++)
+            rotate(at(q, r * q_stride + h * head_dim, half), at(q_out, (r * num_heads + h) * head_dim, half), c, s, head_dim, half);
+        for (int64_t h = 0; h < num_kv_heads; h++)
+            rotate(at(k, r * k_stride + h * head_dim, half), at(k_cache, slots[r] * kv_row + h * head_dim, half), c, s, head_dim, half);
+        memcpy(at(v_cache, slots[r] * kv_row, half), at(v, r * v_stride, half), (size_t)(kv_row * (half ? 2 : 4)));
+    }
+}
+
+INLINE v8 exp8(v8 x) { /* relative error below 2e-7; 0 below -87, infinite above 88 */
+    i8x is_low = x < splat(-87.0f);
+    i8x is_high = x > splat(88.0f);
+    x = where(is_low, splat(-87.0f), where(is_high, splat(88.0f), x));
+    v8 scaled = x * splat(1.44269504f);
+    v8 shifted = scaled + splat(12582912.0f); /* 1.5 * 2^23: rounds to an integer in the low bits */
+    i8x n = (i8x)shifted - (i8x)splat(12582912.0f);
+    v8 whole = shifted - splat(12582912.0f);
+    v8 r = x - whole * splat(0.693359375f) + whole * splat(2.12194440e-4f);
+    v8 p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * r * r + r + splat(1.0f);
+    return where(is_low, splat(0.0f), where(is_high, splat(INFINITY), p * (v8)((n + 127) << 23)));
+}
+
+/* y = silu(gate) * up; gate and up are the halves of a row. F is a multiple of 8. */
+void heddle_silu_mul(const void *gate_up, void *y, int64_t num_rows, int64_t num_inner, int half) {
+#pragma omp parallel for schedule(static) if (num_rows * num_inner >= MIN_PARALLEL)
+    for (int64_t r = 0; r < num_rows; r++)
+        for (int64_t i = 0; i < num_inner; i += LANES) {
+            v8 gate = load(gate_up, 2 * r * num_inner + i, half), up = load(gate_up, (2 * r + 1) * num_inner + i, half);
+            v8 silu = gate / (splat(1.0f) + exp8(-gate));
+            store(y, r * num_inner + i, rounded(silu, half) * up, half);
+        }
+}
+
+/* --- ragged attention ------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    int64_t start, end;   /* rows of the batch */
+    int64_t first_key;    /* into `slots`: context, then the segment's own rows */
+    int64_t num_keys;
+    int64_t mask;         /* into `masks`, words of the first row; -1: causal */
+    int64_t mask_words;   /* 64-bit words per row */
+} segment_t;
+
+INLINE v8 sum_each(const v8 a[8]) { /* lane j: the sum of a[j]'s lanes, in one fixed order */
+    v8 b[4], c[2];
+    for (int i = 0; i < 4; i++)
+        b[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1], (i8x){0, 8, 2, 10, 4, 12, 6, 14}) +
+               __builtin_shuffle(a[2 * i], a[2 * i + 1], (i8x){1, 9, 3, 11, 5, 13, 7, 15});
+    for (int i = 0; i < 2; i++)
+        c[i] = __builtin_shuffle(b[2 * i], b[2 * i + 1], (i8x){0, 1, 8, 9, 4, 5, 12, 13}) +
+               __builtin_shuffle(b[2 * i], b[2 * i + 1], (i8x){2, 3, 10, 11, 6, 7, 14, 15});
+    return __builtin_shuffle(c[0], c[1], (i8x){0, 1, 2, 3, 8, 9, 10, 11}) +
+           __builtin_shuffle(c[0], c[1], (i8x){4, 5, 6, 7, 12, 13, 14, 15});
+}
+
+INLINE void scores_of(const float *q, const float *keys, float *scores, int64_t num_keys, int dim, float scale) {
+    for (int64_t j = 0; j < num_keys; j += LANES) {
+        v8 acc[8];
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; k++) acc[k] = splat(0.0f);
+        for (int d = 0; d < dim; d += LANES) {
+            v8 qd = *(const v8 *)(q + d);
+#pragma GCC unroll 8
+            for (int k = 0; k < 8; k++) acc[k] += qd * *(const v8 *)(keys + (j + k) * dim + d);
+        }
+        *(v8_mem *)(scores + j) = sum_each(acc) * splat(scale);
+    }
+}
+
+INLINE void add_values(float *out, float *weight_sum, const float *p, const float *values, int64_t num_keys, int dim, int width) {
+    for (int d0 = 0; d0 < dim; d0 += width) {
+        v8 acc[8];
+#pragma GCC unroll 8
+        for (int c = 0; c < width / LANES; c++) acc[c] = *(v8 *)(out + d0 + c * LANES);
+        for (int64_t j = 0; j < num_keys; j++) {
+            v8 pj = splat(p[j]);
+#pragma GCC unroll 8
+            for (int c = 0; c < width / LANES; c++) acc[c] += pj * *(const v8 *)(values + j * dim + d0 + c * LANES);
+        }
+#pragma GCC unroll 8
+        for (int c = 0; c < width / LANES; c++) *(v8 *)(out + d0 + c * LANES) = acc[c];
+    }
+    float sum = *weight_sum;
+    for (int64_t j = 0; j < num_keys; j++) sum += p[j];
+    *weight_sum = sum;
+}
+
+INLINE int is_visible(const segment_t *s, const uint64_t *masks, int64_t own_row, int64_t own_key) {
+    return (int)(masks[s->mask + own_row * s->mask_words + own_key / 64] >> (own_key % 64) & 1);
+}
+
+static int64_t depth_of(const segment_t *s, const uint64_t *masks, int64_t own_row) { /* own keys it sees besides itself */
+    int64_t count = 0;
+    for (int64_t w = 0; w < s->mask_words; w++) count += __builtin_popcountll(masks[s->mask + own_row * s->mask_words + w]);
+    return count - 1;
+}
+
+static void hide(const segment_t *s, const uint64_t *masks, int64_t own_row, int64_t window, float *scores) {
+    int64_t rows = s->end - s->start, context = s->num_keys - rows;
+    for (int64_t j = 0; j < rows; j++)
+        if (!is_visible(s, masks, own_row, j)) scores[context + j] = -INFINITY;
+    if (window <= 0) return;
+    int64_t position = context + depth_of(s, masks, own_row), first = position - window + 1;
+    for (int64_t j = 0; j < context && j < first; j++) scores[j] = -INFINITY;
+    for (int64_t j = 0; j < rows; j++)
+        if (scores[context + j] != -INFINITY && context + depth_of(s, masks, j) < first) scores[context + j] = -INFINITY;
+}
+
+INLINE void softmax_weights(float *scores, int64_t num_padded) { /* exp(score - highest); the sum is taken with the values */
+    v8 highest = splat(-INFINITY);
+    for (int64_t j = 0; j < num_padded; j += LANES) {
+        v8 s = *(v8_mem *)(scores + j);
+        highest = where((s > highest) | (s != s), s, highest);
+    }
+    float top = highest[0];
+    for (int i = 1; i < LANES; i++) top = highest[i] > top || highest[i] != highest[i] ? highest[i] : top;
+    for (int64_t j = 0; j < num_padded; j += LANES) *(v8_mem *)(scores + j) = exp8(*(v8_mem *)(scores + j) - splat(top));
+}
+
+/* Rows [row0, row1) of a segment and query heads [head0, head1) of one key/value head. */
+static void attend(const segment_t *s, const int64_t *slots, const uint64_t *masks, int64_t row0, int64_t row1, int64_t kv_head, int64_t head0,
+                   int64_t head1, const void *q, const void *k_cache, const void *v_cache, void *out, int64_t num_heads,
+                   int64_t num_kv_heads, int dim, float scale, int64_t window, int half, float *work) {
+    int64_t rows = s->end - s->start, context = s->num_keys - rows, heads = head1 - head0, pairs = (row1 - row0) * heads;
+    int64_t num_keys = s->mask < 0 ? context + row1 : s->num_keys; /* causal: later own rows are seen by none of these */
+    int64_t padded = (num_keys + LANES - 1) / LANES * LANES;
+    int64_t first = window > 0 && context + row0 - window + 1 > 0 && s->mask < 0 ? (context + row0 - window + 1) / LANES * LANES : 0;
+    const int64_t *own = slots + s->first_key;
+    float *wide = work, *queries = wide + KEY_BLOCK * dim, *outs = queries + pairs * dim, *sums = outs + pairs * dim;
+    float *scores = sums + (pairs + LANES - 1) / LANES * LANES;
+    for (int64_t i = 0; i < pairs; i++) {
+        int64_t from = ((s->start + row0 + i / heads) * num_heads + head0 + i % heads) * dim;
+        for (int d = 0; d < dim; d += LANES) {
+            *(v8 *)(queries + i * dim + d) = load(q, from + d, half);
+            *(v8 *)(outs + i * dim + d) = splat(0.0f);
+        }
+        sums[i] = 0.0f;
+    }
+    for (int pass = 0; pass < 2; pass++) {
+        const void *cache = pass ? v_cache : k_cache;
+        for (int64_t j0 = first; j0 < num_keys; j0 += KEY_BLOCK) {
+            int64_t count = num_keys - j0 < KEY_BLOCK ? num_keys - j0 : KEY_BLOCK;
+            int64_t filled = (count + LANES - 1) / LANES * LANES;
+            for (int64_t j = 0; j < count; j++) {
+                int64_t from = (own[j0 + j] * num_kv_heads + kv_head) * dim;
+                for (int d = 0; d < dim; d += LANES) *(v8 *)(wide + j * dim + d) = load(cache, from + d, half);
+            }
+            if (!pass) memset(wide + count * dim, 0, (size_t)((filled - count) * dim) * sizeof(float));
+            for (int64_t i = 0; i < pairs; i++) {
+                if (!pass) {
+                    if (dim == 64) scores_of(queries + i * dim, wide, scores + i * padded + j0, filled, 64, scale);
+                    else if (dim == 128) scores_of(queries + i * dim, wide, scores + i * padded + j0, filled, 128, scale);
+                    else scores_of(queries + i * dim, wide, scores + i * padded + j0, filled, dim, scale);
+                } else {
+                    if (dim == 64) add_values(outs + i * dim, sums + i, scores + i * padded + j0, wide, count, 64, 64);
+                    else if (dim == 128) add_values(outs + i * dim, sums + i, scores + i * padded + j0, wide, count, 128, 64);
+                    else add_values(outs + i * dim, sums + i, scores + i * padded + j0, wide, count, dim, LANES);
+                }
+            }
+        }
+        if (!pass)
+            for (int64_t i = 0; i < pairs; i++) {
+                float *row = scores + i * padded;
+                for (int64_t j = num_keys; j < padded; j++) row[j] = -INFINITY;
+                int64_t own_row = row0 + i / heads;
+                if (s->mask < 0) {
+                    for (int64_t j = context + own_row + 1; j < num_keys; j++) row[j] = -INFINITY;
+                    if (window > 0)
+                        for (int64_t j = first; j < context + own_row - window + 1; j++) row[j] = -INFINITY;
+                } else {
+                    hide(s, masks, own_row, window, row);
+                }
+                softmax_weights(row + first, padded - first);
+            }
+    }
+    for (int64_t i = 0; i < pairs; i++) {
+        int64_t to = ((s->start + row0 + i / heads) * num_heads + head0 + i % heads) * dim;
+        for (int d = 0; d < dim; d += LANES) store(out, to + d, *(v8 *)(outs + i * dim + d) / splat(sums[i]), half);
+    }
+}
+
+/* `tasks` [num_tasks][4]: segment, first row, last row, first query head; each has `task_heads` query heads of one kv head.
+ * Returns 0, or -1 if there was no memory. D is a multiple of 8. */
+int heddle_attention(const void *q, const void *k_cache, const void *v_cache, void *out, const segment_t *segments, const int64_t *slots,
+                     const uint64_t *masks, const int64_t *tasks, int64_t num_tasks, int64_t task_heads,
+                     int64_t num_heads, int64_t num_kv_heads, int64_t dim, float scale, int64_t window, int half) {
+    int failed = 0;
+    int64_t group = num_heads / num_kv_heads;
+#pragma omp parallel
+    {
+        size_t pairs = 0;
+        for (int64_t t = 0; t < num_tasks; t++) {
+            size_t own = (size_t)((tasks[4 * t + 2] - tasks[4 * t + 1]) * task_heads);
+            size_t need = own * (size_t)(segments[tasks[4 * t]].num_keys + 2 * LANES + 2 * dim + LANES);
+            if (need > pairs) pairs = need;
+        }
+        float *work = scratch((size_t)KEY_BLOCK * (size_t)dim + pairs + 64);
+        if (!work) {
+#pragma omp atomic write
+            failed = 1;
+        } else {
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t t = 0; t < num_tasks; t++) {
+                const int64_t *task = tasks + 4 * t;
+                attend(segments + task[0], slots, masks, task[1], task[2], task[3] / group, task[3], task[3] + task_heads, q, k_cache,
+                       v_cache, out, num_heads, num_kv_heads, (int)dim, scale, window, half, work);
+            }
+        }
+    }
+    return failed ? -1 : 0;
+}
