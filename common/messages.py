@@ -49,6 +49,17 @@ MAX_LOGIT_BIAS = 1024
 """Tokens that one request may bias."""
 MAX_TOP_LOGPROBS = 20
 """Alternatives per token whose log probabilities a request may ask for."""
+MAX_CONSTRAINT_CHARS = 65536
+"""Longest text of a constraint."""
+
+
+class Constraint(msgspec.Struct, frozen=True, kw_only=True):
+    """What the whole output must be: JSON after a schema, any JSON object (`text` is empty), a full match of a regex, one of a
+    JSON list of strings, or a word of a grammar (Lark or GBNF).
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+    text: str = ""
 
 
 class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="infer.1"):
@@ -63,6 +74,7 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="infer.1")
     max_tokens: int
     sampling: Sampling = Sampling()
     slo: Slo = Slo()
+    constraint: Constraint | None = None
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     num_generated: int = 0

@@ -20,6 +20,7 @@ from common.service import Vitals
 from services.executor.adapter_store import AdapterStore
 from services.executor.config import ExecutorConfig
 from services.executor.engine import Iteration
+from services.executor.grammar_store import GrammarStore
 from services.executor.inbox import Inbox
 from services.executor.load import executor_vitals
 from services.executor.lora import LoraAdapter
@@ -61,6 +62,7 @@ class ExecutorActor:
         self._bus = bus
         self._engine = await make_engine(self._config, self._model, ProfileStore(bus), self._on_device)
         self._training = TrainingLink(bus, self._config, self._model, self._engine.training, self._inbox, self._on_device)
+        self._grammars = GrammarStore(Path(self._config.model_dir), self._engine.decoder.config)
         self._adapters = AdapterStore(bus, self._engine.decoder, self._model, self._on_adapter)
         tasks.create_task(self._adapters.follow())
         await self._adapters.loaded.wait()
@@ -92,12 +94,15 @@ class ExecutorActor:
 
     async def _on_admit(self, message: Admit) -> Admitted | Rejected:
         request = message.request
+        grammar = await self._grammars.state_of(request)
+        if isinstance(grammar, Rejected):
+            return grammar
         if self._draining:
             return Rejected(reason="draining", message="this executor is shutting down", retry_after_ms=1000)
         adapter = None if request.model == self._model else request.model
 
         def submit() -> Rejected | None:
-            refused = self._engine.submit(request, adapter, message.first_token_due_at)
+            refused = self._engine.submit(request, adapter, message.first_token_due_at, grammar)
             self._refresh_vitals()
             return refused
 

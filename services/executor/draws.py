@@ -9,12 +9,17 @@ from torch import Tensor
 
 from common.messages import Logprobs
 from services.executor.assembly import Work
+from services.executor.logits import restricted
 from services.executor.logprobs import score, score_blocks
 from services.executor.sampling import Draws
 
 
 class WorkDraws:
-    """The target's tokens after the rows of one sequence that wanted logits, drawn when they are looked up."""
+    """The target's tokens after the rows of one sequence that wanted logits, drawn when they are looked up.
+
+    Every token that is looked up becomes part of the output, in this order: so a grammar advances with them, and only sees
+    the accepted path of a tree.
+    """
 
     def __init__(
         self, work: Work, draws: Draws | None, first_row: int, hidden_RH: Tensor, logits: Callable[[Tensor], Tensor]
@@ -31,9 +36,11 @@ class WorkDraws:
     def __getitem__(self, row: int) -> int:
         if self._draws is None or not 0 <= row < len(self._positions):
             raise IndexError(row)
-        sequence, process = self._sequence, self._sequence.processor
-        change = None if process is None else lambda logits_V: process.apply(logits_V, self._output_before(row))
-        return self._draws.token(self._first_row + row, sequence.request.sampling, self._positions[row], change)
+        sampling, grammar = self._sequence.request.sampling, self._sequence.grammar
+        token = self._draws.token(self._first_row + row, sampling, self._positions[row], self._change(row))
+        if grammar is not None:
+            grammar.advance(token)
+        return token
 
     def __iter__(self) -> Iterator[int]:
         return (self[row] for row in range(len(self)))
@@ -60,6 +67,19 @@ class WorkDraws:
         for scores in score_blocks(self._logits, self._hidden_RH[first - start : end - start], following, num_top):
             sequence.num_scored += len(scores.chosen)
             yield scores
+
+    def _change(self, row: int) -> Callable[[Tensor], Tensor] | None:
+        """What happens to the row's logits before a token is drawn: first the constraint, then the request's own wishes."""
+        process, grammar = self._sequence.processor, self._sequence.grammar
+        allowed_V = None if grammar is None else grammar.allowed()
+        if allowed_V is None and process is None:
+            return None
+
+        def change(logits_V: Tensor) -> Tensor:
+            possible_V = logits_V if allowed_V is None else restricted(logits_V, allowed_V)
+            return possible_V if process is None else process.apply(possible_V, self._output_before(row))
+
+        return change
 
     def _output_before(self, row: int) -> list[int]:
         """The output that the token after this row follows: what is committed, then the row's ancestors in the tree."""

@@ -29,6 +29,7 @@ from services.executor.assembly import Assembly, Work
 from services.executor.batch import build_batch
 from services.executor.commit import Moves, commit, verify
 from services.executor.draws import WorkDraws, drawn_by
+from services.executor.grammar import GrammarError, GrammarState
 from services.executor.logits import processor_of
 from services.executor.lora import LoraAdapter
 from services.executor.model import Decoder, KvCache
@@ -103,8 +104,15 @@ class Engine:
         """Whether an iteration would do something."""
         return bool(self.sequences) or self.training.has_work
 
-    def submit(self, request: InferenceRequest, adapter_name: str | None, first_token_due_at: float = 0.0) -> Rejected | None:
-        """Take a request in, or say why not; nothing is kept of a refused one."""
+    def submit(
+        self,
+        request: InferenceRequest,
+        adapter_name: str | None,
+        first_token_due_at: float = 0.0,
+        grammar: GrammarState | None = None,
+    ) -> Rejected | None:
+        """Take a request in, or say why not; nothing is kept of a refused one. `grammar` is its constraint, compiled."""
+        assert (grammar is None) == (request.constraint is None)
         if request.request_id in self.sequences:
             return Rejected(reason="duplicate", message=f"request {request.request_id} is running already")
         if adapter_name is not None and adapter_name not in self.adapters:
@@ -127,6 +135,7 @@ class Engine:
             num_output=request.num_generated,
             processor=processor_of(request.sampling, prompt, stop_ids, self.decoder.config.vocab_size),
             digests=self._digests(request, adapter) if self._prefix_cache else None,
+            grammar=grammar,
         )
         self.counters["requests"] += 1
         return None
@@ -217,7 +226,7 @@ class Engine:
             try:
                 chunks += [self._chunk(work.sequence, (), prompt_logprobs=scores) for scores in drawn.prompt_logprobs()]
                 verdict = verify(work, drawn, moves, self.counters) if work.is_decode else Verdict((), tuple(drawn))
-            except NonFiniteLogitsError as error:
+            except (NonFiniteLogitsError, GrammarError) as error:
                 chunks.append(self._finish(work.sequence, (), "error", error=str(error)))
                 continue
             if verdict.tokens:

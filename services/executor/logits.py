@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.messages import Sampling
@@ -39,6 +40,11 @@ class LogitsProcessor:
             changed_V[seen] = torch.where(old > 0, old / factor, old * factor)
         changed_V[found] -= sampling.frequency_penalty * counts.double() + sampling.presence_penalty
         return changed_V.clamp_(max=torch.finfo(torch.float64).max)
+
+
+def restricted(logits_V: Tensor, allowed_V: NDArray[np.bool_]) -> Tensor:
+    """The logits of allowed tokens, minus infinity elsewhere: what is drawn from them is the target's, renormalised."""
+    return logits_V.masked_fill(torch.from_numpy(~allowed_V).to(logits_V.device), -torch.inf)
 
 
 def processor_of(sampling: Sampling, prompt: Seq[int], stop_ids: Collection[int], vocab_size: int) -> LogitsProcessor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from common.messages import DraftTree, FinishReason, InferenceRequest, OpenedSequence, Usage
+from services.executor.grammar import GrammarState
 from services.executor.logits import LogitsProcessor
 from services.executor.lora import LoraAdapter
 from services.executor.pages import PageAllocator, PageTable
@@ -27,6 +28,8 @@ class Sequence:
     first_token_due_at: float | None
     num_output: int
     processor: LogitsProcessor | None = None
+    grammar: GrammarState | None = None
+    """Advanced as tokens are drawn: never behind `tokens`, and beyond them only when the request ends."""
     digests: PageDigests | None = None
     """Names of its full pages; None: it neither uses nor fills the prefix cache."""
     num_computed: int = 0
@@ -142,11 +145,17 @@ class Sequence:
         for token in tokens:
             self.tokens.append(token)
             self.num_output += 1
-            if token in self.stop_ids:
+            if token in self.stop_ids or self._is_complete:
                 return "stop"
             if self.remaining_output <= 0:
                 return "length"
         return None
+
+    @property
+    def _is_complete(self) -> bool:
+        """Whether the constraint lets nothing follow; `ignore_eos` goes on, unconstrained."""
+        complete_at = None if self.grammar is None or self.request.ignore_eos else self.grammar.complete_at
+        return complete_at is not None and self.num_output >= complete_at
 
     def opened(self) -> OpenedSequence:
         """How a planner gets to know this sequence."""

@@ -38,6 +38,32 @@ class SloFields(Struct, kw_only=True, forbid_unknown_fields=True):
     ttft_ms: Milliseconds | None = None
 
 
+class JsonSchemaFormat(Struct, kw_only=True):
+    """`strict` changes nothing: a schema is always enforced."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, kw_only=True):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Struct, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's `structured_outputs`: exactly one of these."""
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class GenerateRequest(Struct, kw_only=True):
     """What chat and text completions share. Fields not named here are ignored."""
 
@@ -65,8 +91,12 @@ class GenerateRequest(Struct, kw_only=True):
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
     logit_bias: Annotated[dict[str, Bias], Meta(max_length=MAX_LOGIT_BIAS)] | None = None
-    structured_outputs: Any = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class ContentPart(Struct):
@@ -131,8 +161,6 @@ class DetokenizeRequest(Struct, kw_only=True):
 
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "structured_outputs": (None,),
-    "response_format": (None, {"type": "text"}),
     "functions": (None, []),
     "suffix": (None, ""),
 }

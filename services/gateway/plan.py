@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.messages import InferenceRequest, Sampling, Slo
+from services.gateway.constraints import constraint_of
 from services.gateway.errors import bad_request
 from services.gateway.models import ServedModel
 from services.gateway.openai_api import (
@@ -108,10 +109,13 @@ def make_plan(
     origin: Origin,
     echoes: tuple[str, ...] = (),
 ) -> Plan:
-    """Raises ApiError 400 when a prompt and its output do not fit the model's context, or too many numbers are asked for."""
+    """Raises ApiError 400 when a prompt and its output do not fit the model's context, too many numbers are asked for, or the
+    constraint makes no sense.
+    """
     num_samples = request.n or 1
     logprobs = logprobs_of(request)
     stop_token_ids = tuple(request.stop_token_ids or ())
+    constraint = constraint_of(request)
     seed = origin.seed if request.seed is None else request.seed & _MASK_63
     requests = [
         InferenceRequest(
@@ -123,6 +127,7 @@ def make_plan(
             logprobs=logprobs,
             prompt_logprobs=logprobs if echoes else None,
             slo=slo,
+            constraint=constraint,
             ignore_eos=bool(request.ignore_eos),
             stop_token_ids=stop_token_ids if request.ignore_eos else tuple(dict.fromkeys(stop_token_ids + model_stops)),
             priority=request.priority or 0,
