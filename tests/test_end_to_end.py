@@ -135,6 +135,20 @@ def test_completions_stop_strings_and_seeds(client: openai.OpenAI) -> None:
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_the_logprobs_of_an_answer_are_those_of_its_echo(client: openai.OpenAI) -> None:
+    """Told while decoding with draft trees, and again as a prompt, which a cached prefix must not shorten."""
+    options: Any = {"model": "smollm2", "logprobs": 2, "temperature": 0}
+    prompt = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n"
+    told = client.completions.create(prompt=prompt, max_tokens=12, **options).choices[0]
+    assert told.logprobs is not None
+    again = client.completions.create(prompt=prompt + told.text, max_tokens=0, echo=True, **options).choices[0].logprobs
+    assert again is not None
+    assert (again.tokens or [])[-12:] == told.logprobs.tokens
+    assert (again.token_logprobs or [])[-12:] == pytest.approx(told.logprobs.token_logprobs, abs=1e-3)
+    penalised = client.completions.create(prompt=prompt, max_tokens=12, frequency_penalty=2, presence_penalty=2, **options)
+    assert penalised.choices[0].text != told.text
+
+
 def test_ignore_eos_runs_to_the_limit(client: openai.OpenAI) -> None:
     answer = ask(client, [{"role": "user", "content": "Say: hi"}], max_tokens=64, extra_body={"ignore_eos": True})
     assert answer.usage.completion_tokens == 64
