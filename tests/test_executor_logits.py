@@ -105,6 +105,8 @@ def test_min_tokens_hold_back_ends_until_they_are_there() -> None:
         values_V = changed(logits_V, Sampling(min_tokens=3), [1], [5] * num_output, (7,))
         assert (values_V.isfinite().sum() == V) == is_possible
         assert (values_V.argmax() == 7) == is_possible
+    only_the_end_V = torch.full((V,), -math.inf).index_fill(0, torch.tensor([7]), 1.0)
+    assert changed(only_the_end_V, Sampling(min_tokens=3), [1], [], (7,)).argmax() == 7, "a constraint left nothing else"
 
 
 @pytest.mark.parametrize("sampling", [Sampling(repetition_penalty=1e-310), Sampling(repetition_penalty=1e308, temperature=1.0)])

@@ -31,7 +31,9 @@ class LogitsProcessor:
         sampling = self._sampling
         changed_V = logits_V.to("cpu", torch.float64, copy=True)
         if len(output) < sampling.min_tokens:
-            changed_V[self._stops] = -torch.inf
+            going_on_V = changed_V.index_fill(0, self._stops, -torch.inf)
+            if bool(torch.isfinite(going_on_V.max())):  # else a constraint is met, and nothing but the end can follow
+                changed_V = going_on_V
         changed_V.index_add_(0, self._biased, self._bias)
         found, counts = (torch.from_numpy(each) for each in np.unique(np.array(output, dtype=np.int64), return_counts=True))
         if sampling.repetition_penalty != 1.0:
