@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.native.lora import LoraWork
 from kernels.segments import LoraSegment
 
 
@@ -48,6 +49,7 @@ class LoraPlan:
         """All segments are targets of one adapter: at most three."""
         self._masks = {} if masks is None else masks
         self._calls: list[_Call] | None = None
+        self._work: LoraWork | None = None
 
     def calls(self) -> list[_Call]:
         """One call per type of adapters: those that are served have the model's, those in training fp32."""
@@ -57,6 +59,12 @@ class LoraPlan:
                 by_type.setdefault(segment.a_RI.dtype, []).append(segment)
             self._calls = [self._call(segments) for segments in by_type.values()]
         return self._calls
+
+    def work(self) -> LoraWork:
+        """What the compiled operation takes."""
+        if self._work is None:
+            self._work = LoraWork(self.segments)
+        return self._work
 
     def _call(self, segments: list[LoraSegment]) -> _Call:
         ordered = tuple(sorted(segments, key=lambda segment: segment.column))
@@ -85,9 +93,8 @@ def _rows(segments: Sequence[LoraSegment]) -> _Rows:
     )
 
 
-def segmented_lora(y_TO: Tensor, x_TI: Tensor, segments: LoraPlan | Sequence[LoraSegment]) -> None:
-    """The reference's segmented_lora; a plan saves arranging the segments again."""
-    plan = segments if isinstance(segments, LoraPlan) else LoraPlan(segments)
+def segmented_lora(y_TO: Tensor, x_TI: Tensor, plan: LoraPlan) -> None:
+    """The reference's segmented_lora of a plan's segments."""
     if plan.is_single:
         reference.segmented_lora(y_TO, x_TI, plan.segments)
         return

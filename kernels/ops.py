@@ -5,12 +5,15 @@ On a CPU: the compiled library (`kernels.native`) where it takes type and shape,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from kernels import attention, reference
+from kernels import attention, lora, reference
 from kernels.linear import Linear
-from kernels.lora import LoraPlan, segmented_lora
+from kernels.lora import LoraPlan
+from kernels.native import lora as native_lora
 from kernels.native import operations as native
 from kernels.native.build import library
 from kernels.reference import (
@@ -90,6 +93,15 @@ def ragged_attention(
     is_native = plan.segments and _is_native(q_TND, q_TND.shape[2])
     function = native.ragged_attention if is_native else attention.ragged_attention
     return function(q_TND, k_cache_SKD, v_cache_SKD, plan, scale, window)
+
+
+def segmented_lora(y_TO: Tensor, x_TI: Tensor, segments: LoraPlan | Sequence[LoraSegment]) -> None:
+    """`reference.segmented_lora`; a plan saves arranging the segments again."""
+    plan = segments if isinstance(segments, LoraPlan) else LoraPlan(segments)
+    if plan.segments and native.takes(y_TO) and native_lora.takes(y_TO, x_TI, plan.segments):
+        native_lora.segmented_lora(y_TO, x_TI, plan.work())
+    else:
+        lora.segmented_lora(y_TO, x_TI, plan)
 
 
 def linear_cross_entropy(hidden_TH: Tensor, head: Linear, labels_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:

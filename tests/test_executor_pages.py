@@ -31,8 +31,13 @@ def test_a_table_grows_by_whole_pages() -> None:
         pages.reserve(table, num_tokens)
         assert len(table.pages) == num_pages
     assert pages.num_free == 2
-    assert table.slots(2, 6) == [table.pages[0] * 4 + 2, table.pages[0] * 4 + 3, table.pages[1] * 4, table.pages[1] * 4 + 1]
-    assert table.slots(3, 3) == []
+    assert table.slots(2, 6).tolist() == [
+        table.pages[0] * 4 + 2,
+        table.pages[0] * 4 + 3,
+        table.pages[1] * 4,
+        table.pages[1] * 4 + 1,
+    ]
+    assert table.slots(3, 3).tolist() == []
 
 
 def test_a_reservation_that_cannot_be_met_changes_nothing() -> None:

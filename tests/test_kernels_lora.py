@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import bench_adapters
-from kernels import ops, reference
+from kernels import lora, ops, reference
 from kernels.segments import LoraSegment
 from tests.helpers import OperatorCount, assert_matches, randn
 from tests.tiny import tiny_pair
@@ -42,14 +43,22 @@ def widened(segments: list[LoraSegment]) -> list[LoraSegment]:
     ]
 
 
+def grouped(y: Tensor, x: Tensor, segments: list[LoraSegment]) -> None:
+    """The way of machines without the compiled library."""
+    lora.segmented_lora(y, x, ops.LoraPlan(segments))
+
+
+@pytest.mark.parametrize("update", [grouped, ops.segmented_lora])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("adapters", [(torch.float32,), (torch.bfloat16,), (torch.bfloat16, torch.float32)], ids=str)
 @pytest.mark.parametrize("seed", range(8))
-def test_every_row_gets_its_own_adapters_update(dtype: torch.dtype, adapters: tuple[torch.dtype, ...], seed: int) -> None:
+def test_every_row_gets_its_own_adapters_update(
+    dtype: torch.dtype, adapters: tuple[torch.dtype, ...], seed: int, update: Callable[..., None]
+) -> None:
     segments = random_segments(seed + 1, adapters, seed)
     x, y = randn(NUM_ROWS, INPUTS, dtype=dtype, seed=seed), randn(NUM_ROWS, sum(WIDTHS), dtype=dtype, seed=seed + 1)
     actual, expected = y.to(dtype), y.clone()
-    ops.segmented_lora(actual, x.to(dtype), segments)
+    update(actual, x.to(dtype), segments)
     reference.segmented_lora(expected, x, widened(segments))
     narrowest = torch.bfloat16 if torch.bfloat16 in (*adapters, dtype) else torch.float32
     assert_matches(actual.to(narrowest), expected)
@@ -79,7 +88,7 @@ def test_a_plan_shares_its_masks_with_the_next_layers() -> None:
         plan = ops.LoraPlan(segments, masks)
         for _ in range(2):
             actual.zero_()
-            ops.segmented_lora(actual, x, plan)
+            lora.segmented_lora(actual, x, plan)
         reference.segmented_lora(expected, x, segments)
         assert_matches(actual, expected.double())
         assert len(masks) == 1, layer
@@ -100,9 +109,9 @@ def test_the_number_of_operators_does_not_depend_on_the_number_of_adapters() -> 
             ]
         )  # fmt: skip
         x, y = torch.zeros(NUM_ROWS, INPUTS), torch.zeros(NUM_ROWS, sum(WIDTHS))
-        ops.segmented_lora(y, x, plan)
+        lora.segmented_lora(y, x, plan)
         with OperatorCount() as count:
-            ops.segmented_lora(y, x, plan)
+            lora.segmented_lora(y, x, plan)
         counts.append(count.total)
     assert counts[0] == counts[1] == counts[2] > 0
 

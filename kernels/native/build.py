@@ -31,6 +31,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "heddle_rms_norm": (None, [_POINTER] * 5 + [_INT64] * 2 + [_FLOAT, _INT]),
     "heddle_rope_and_cache": (None, [_POINTER, _INT64] * 3 + [_POINTER] * 6 + [_INT64] * 4 + [_INT]),
     "heddle_silu_mul": (None, [_POINTER] * 2 + [_INT64] * 2 + [_INT]),
+    "heddle_lora": (_INT, [_POINTER, _INT64, _POINTER, _INT64, _INT64, _POINTER, _POINTER] + [_INT64] * 3 + [_INT]),
     "heddle_attention": (_INT, [_POINTER] * 8 + [_INT64] * 5 + [_FLOAT, _INT64, _INT]),
 }
 

@@ -21,21 +21,23 @@ MAX_TASK_ROWS = 16
 """Rows of a segment that share the keys they read."""
 MAX_TASK_SCORES = 1 << 17
 """Scores of one task, in floats: they stay in the second-level cache."""
-_ELEMENT = {torch.bfloat16: 1, torch.float32: 0}
+ELEMENT = {torch.bfloat16: 1, torch.float32: 0}
 
 
 def takes(x: Tensor) -> bool:
     """Whether the library is there and computes in the type and on the device of this tensor."""
-    return x.dtype in _ELEMENT and x.device.type == "cpu" and library() is not None
+    return x.dtype in ELEMENT and x.device.type == "cpu" and library() is not None
 
 
-def _lib() -> Any:
+def loaded_library() -> Any:
+    """The library; `takes` was asked before."""
     loaded = library()
     assert loaded is not None, "callers ask `takes` first"
     return loaded
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
+    """Raises MemoryError if an operation had no memory for its scratch space."""
     if status:
         raise MemoryError("no memory for a compiled operation's scratch space")
 
@@ -46,11 +48,13 @@ class PackedLinear:
     def __init__(self, weight: Tensor, bias_O: Tensor | None = None, *, transposed: bool = False) -> None:
         weight = weight.contiguous()
         self.num_in, self.num_out = weight.shape if transposed else weight.shape[::-1]
-        self._half, self._dtype = _ELEMENT[weight.dtype], weight.dtype
+        self._half, self._dtype = ELEMENT[weight.dtype], weight.dtype
         self._packed = torch.empty(-(-self.num_out // PANEL), self.num_in, PANEL, dtype=weight.dtype)
         self._bias = None if bias_O is None else bias_O.to(weight.dtype).contiguous()
-        _lib().heddle_pack(weight.data_ptr(), self._packed.data_ptr(), self.num_out, self.num_in, int(transposed), self._half)
-        self._call, self._weight_ptr = _lib().heddle_linear, self._packed.data_ptr()
+        loaded_library().heddle_pack(
+            weight.data_ptr(), self._packed.data_ptr(), self.num_out, self.num_in, int(transposed), self._half
+        )
+        self._call, self._weight_ptr = loaded_library().heddle_linear, self._packed.data_ptr()
         self._bias_ptr = None if self._bias is None else self._bias.data_ptr()
 
     def __call__(self, x_TI: Tensor) -> Tensor:
@@ -62,7 +66,7 @@ class PackedLinear:
         num_rows, num_out = x_TI.shape[0], self.num_out
         y_TO = torch.empty(num_rows, num_out, dtype=self._dtype)
         if num_rows:
-            _check(
+            check(
                 self._call(
                     x_TI.data_ptr(),
                     x_TI.stride(0),
@@ -83,8 +87,8 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`."""
     x_TH = x_TH.contiguous()
     y_TH = torch.empty_like(x_TH)
-    _lib().heddle_rms_norm(
-        x_TH.data_ptr(), None, weight_H.data_ptr(), None, y_TH.data_ptr(), *x_TH.shape, eps, _ELEMENT[x_TH.dtype]
+    loaded_library().heddle_rms_norm(
+        x_TH.data_ptr(), None, weight_H.data_ptr(), None, y_TH.data_ptr(), *x_TH.shape, eps, ELEMENT[x_TH.dtype]
     )
     return y_TH
 
@@ -93,7 +97,7 @@ def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float
     """`reference.add_rms_norm`."""
     x_TH, residual_TH = x_TH.contiguous(), residual_TH.contiguous()
     m_TH, y_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
-    _lib().heddle_rms_norm(
+    loaded_library().heddle_rms_norm(
         x_TH.data_ptr(),
         residual_TH.data_ptr(),
         weight_H.data_ptr(),
@@ -101,7 +105,7 @@ def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float
         y_TH.data_ptr(),
         *x_TH.shape,
         eps,
-        _ELEMENT[x_TH.dtype],
+        ELEMENT[x_TH.dtype],
     )
     return m_TH, y_TH
 
@@ -111,7 +115,7 @@ def silu_mul(gate_up_T2F: Tensor) -> Tensor:
     gate_up_T2F = gate_up_T2F.contiguous()
     num_rows, num_inner = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
     y_TF = torch.empty(num_rows, num_inner, dtype=gate_up_T2F.dtype)
-    _lib().heddle_silu_mul(gate_up_T2F.data_ptr(), y_TF.data_ptr(), num_rows, num_inner, _ELEMENT[y_TF.dtype])
+    loaded_library().heddle_silu_mul(gate_up_T2F.data_ptr(), y_TF.data_ptr(), num_rows, num_inner, ELEMENT[y_TF.dtype])
     return y_TF
 
 
@@ -128,7 +132,7 @@ def rope_and_cache(
     """`reference.rope_and_cache`; heads of a row must lie side by side."""
     num_rows, num_heads, head_dim = q_TND.shape
     out_TND = torch.empty(num_rows, num_heads, head_dim, dtype=q_TND.dtype)
-    _lib().heddle_rope_and_cache(
+    loaded_library().heddle_rope_and_cache(
         q_TND.data_ptr(),
         q_TND.stride(0),
         k_TKD.data_ptr(),
@@ -145,7 +149,7 @@ def rope_and_cache(
         num_heads,
         k_TKD.shape[1],
         head_dim,
-        _ELEMENT[q_TND.dtype],
+        ELEMENT[q_TND.dtype],
     )
     return out_TND
 
@@ -159,8 +163,8 @@ def ragged_attention(
     work = plan.arranged(("native", num_heads, group), lambda: AttentionWork(plan.segments, num_heads, group))
     q_TND = q_TND.contiguous()
     out_TND = torch.empty_like(q_TND) if work.num_rows == num_rows else torch.zeros_like(q_TND)
-    _check(
-        _lib().heddle_attention(
+    check(
+        loaded_library().heddle_attention(
             q_TND.data_ptr(),
             k_cache_SKD.data_ptr(),
             v_cache_SKD.data_ptr(),
@@ -173,7 +177,7 @@ def ragged_attention(
             head_dim,
             scale,
             window or 0,
-            _ELEMENT[q_TND.dtype],
+            ELEMENT[q_TND.dtype],
         )
     )
     return out_TND

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.ops import AttentionPlan, AttentionSegment
 from services.executor.adapter_rows import AdapterPlan, AdapterRows, arranged, joined
 from services.executor.lora import LoraAdapter
+from services.executor.pages import Slots
 from services.executor.tape import ActivationTape
 
 
@@ -27,8 +29,8 @@ class Segment:
 
     tokens: Seq[int]
     positions: Seq[int]
-    context_slots: Seq[int]
-    slots: Seq[int]
+    context_slots: Seq[int] | Slots
+    slots: Seq[int] | Slots
     adapter: LoraAdapter | None = None
     parents: Seq[int] | None = None
     wants_logits: str = "none"
@@ -79,7 +81,7 @@ def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:
     """The batch of these segments, in their order; neighbours with the same adapter share its launches."""
     tokens: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
+    slots: list[Slots] = []
     starts: list[int] = []
     logit_rows: list[int] = []
     attention: list[AttentionSegment] = []
@@ -89,7 +91,7 @@ def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:
         start = len(tokens)
         tokens += segment.tokens
         positions += segment.positions
-        slots += segment.slots
+        slots.append(np.asarray(segment.slots, dtype=np.int64))
         end = len(tokens)
         starts.append(start)
         attention.append(_attention(segment, start, end, device))
@@ -101,7 +103,7 @@ def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:
     return Batch(
         tokens_T=torch.tensor(tokens, dtype=torch.int64, device=device),
         positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
-        slots_T=torch.tensor(slots, dtype=torch.int64, device=device),
+        slots_T=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *slots])).to(device),
         attention=AttentionPlan(attention),
         adapters=arranged(tuple(adapters)),
         training=tuple(training),
@@ -120,6 +122,6 @@ def ancestor_mask(parents: Seq[int]) -> Tensor:
 
 
 def _attention(segment: Segment, start: int, end: int, device: torch.device) -> AttentionSegment:
-    keys = torch.tensor([*segment.context_slots, *segment.slots], dtype=torch.int64, device=device)
+    keys = torch.from_numpy(np.concatenate([segment.context_slots, segment.slots], dtype=np.int64, casting="unsafe")).to(device)
     mask = None if segment.parents is None else ancestor_mask(segment.parents).to(device)
     return AttentionSegment(start=start, end=end, slots_L=keys, mask_nn=mask)

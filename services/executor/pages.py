@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import numpy as np
+import numpy.typing as npt
+
+Slots = npt.NDArray[np.int64]
+
 
 class OutOfPagesError(Exception):
     """Fewer pages are free than a sequence needs; nothing was allocated."""
@@ -16,7 +21,7 @@ class OutOfPagesError(Exception):
 class PageTable:
     """The pages of one sequence, in order. Published ones, which nobody writes into, come first."""
 
-    __slots__ = ("num_published", "num_taken", "page_size", "pages")
+    __slots__ = ("_slots", "num_published", "num_taken", "page_size", "pages")
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
@@ -25,11 +30,21 @@ class PageTable:
         """Pages taken over from the cache."""
         self.num_published = 0
         """Pages whose content will not change any more: those taken over and those published."""
+        self._slots = np.empty(0, dtype=np.int64)
 
-    def slots(self, start: int, end: int) -> list[int]:
-        """Cache slots of the tokens start..end, which must be allocated."""
-        size = self.page_size
-        return [self.pages[i // size] * size + i % size for i in range(start, end)]
+    def slots(self, start: int, end: int) -> Slots:
+        """Cache slots of the tokens start..end, which must be allocated. A view: it costs the same for any context."""
+        if (num_known := len(self._slots) // self.page_size) < len(self.pages):
+            firsts = np.array(self.pages[num_known:], dtype=np.int64) * self.page_size
+            self._slots = np.concatenate([self._slots, (firsts[:, None] + np.arange(self.page_size)).ravel()])
+        return self._slots[start:end]
+
+    def clear(self) -> list[int]:
+        """Empty the table; returns the pages it had."""
+        pages, self.pages = self.pages, []
+        self.num_taken = self.num_published = 0
+        self._slots = self._slots[:0]
+        return pages
 
 
 class PageAllocator:
@@ -112,7 +127,8 @@ class PageAllocator:
 
         Its last pages are forgotten first: a page is of use to those only who find all pages before it.
         """
-        for page in reversed(table.pages):
+        pages = table.clear()
+        for page in reversed(pages):
             if not is_sound:
                 self._unpublish(page)
             self._num_references[page] -= 1
@@ -122,9 +138,7 @@ class PageAllocator:
                 self._cached[page] = None
             else:
                 self._free.append(page)
-        self.num_freed += len(table.pages)
-        table.pages = []
-        table.num_taken = table.num_published = 0
+        self.num_freed += len(pages)
 
     def forget_all(self) -> None:
         """Forget everything published; tables keep what they hold."""
