@@ -87,6 +87,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="infer.1")
     arrived_at: float = 0.0
     cache_salt: str = ""
     """Only requests with the same salt share cached keys and values."""
+    gateway_id: str = ""
+    """The gateway that takes the tokens: when it dies, the request ends. Empty: whoever asked, it runs to its end."""
 
 
 class Admit(msgspec.Struct, frozen=True, kw_only=True, tag="admit.1"):

@@ -97,6 +97,20 @@ async def test_a_missing_chunk_is_noticed_and_made_good(connect: Connect, model_
         assert await asyncio.wait_for(stage.executor.cancelled.get(), WAIT_S) == first.request_id
 
 
+async def test_a_gateway_that_was_taken_for_dead_has_its_request_continued(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir, fake=MORTAL | {"stall_at": 3}) as stage:
+        second = await stage.second_executor()
+        collecting = asyncio.create_task(collect(stage))
+        await asyncio.wait_for(stage.executor.stalled.wait(), WAIT_S)
+        (first,) = stage.executor.requests
+        assert first.gateway_id == stage.gateway.actor._config.instance_id != ""
+        end = TokenChunk(request_id=first.request_id, seq=3, finish_reason="cancelled", error="its gateway was silent")
+        stage.admission.executors.remove(stage.executor)
+        await stage.bus.publish(subjects.stream(first.request_id), end)
+        assert (await asyncio.wait_for(collecting, WAIT_S))[:2] == (SAID, "stop")
+        check_continued(stage, second, 3)
+
+
 async def test_chunks_of_an_abandoned_attempt_do_not_mix_in(connect: Connect, model_dir: Path) -> None:
     async with staged(connect, model_dir, fake=MORTAL | {"stall_at": 3}) as stage:
         second = await stage.second_executor()

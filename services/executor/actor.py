@@ -15,11 +15,12 @@ from nats.errors import Error as NatsError
 from common import subjects
 from common.bus import Bus, BusError
 from common.latency import predict_ms
-from common.messages import Admit, Admitted, Cancel, Rejected, TokenChunk
+from common.messages import Admit, Admitted, Beat, Cancel, Rejected, TokenChunk
 from common.service import Vitals
 from services.executor.adapter_store import AdapterStore
 from services.executor.config import ExecutorConfig
 from services.executor.engine import Iteration
+from services.executor.gateway_watch import GatewayWatch
 from services.executor.grammar_store import GrammarStore
 from services.executor.inbox import Inbox
 from services.executor.load import executor_vitals
@@ -53,6 +54,7 @@ class ExecutorActor:
         self._unknown: frozenset[str] = frozenset()
         self._dropped: list[str] = []
         """Requests that ended outside of a pass, which the planner is still to hear of."""
+        self._gateways = GatewayWatch(config.heartbeat_s, self._on_lost_gateway)
         self._planner = PlannerLink(config.instance_id, self._model, config.tree_wait_ms / 1e3)
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -66,6 +68,8 @@ class ExecutorActor:
         self._adapters = AdapterStore(bus, self._engine.decoder, self._model, self._on_adapter)
         tasks.create_task(self._adapters.follow())
         await self._adapters.loaded.wait()
+        await bus.subscribe(subjects.beat("gateway", "*"), Beat, self._on_gateway_beat)
+        tasks.create_task(self._gateways.run(bus))
         await bus.subscribe(subjects.executor_admit(self._config.instance_id), Admit, self._on_admit, concurrent=True)
         await bus.subscribe(subjects.ALL_CANCELS, Cancel, self._on_cancel)
         await self._training.start()
@@ -103,17 +107,33 @@ class ExecutorActor:
 
         def submit() -> Rejected | None:
             refused = self._engine.submit(request, adapter, message.first_token_due_at, grammar)
+            if refused is None and request.gateway_id:
+                self._gateways.expect(request.gateway_id, time.monotonic())
             self._refresh_vitals()
             return refused
 
         return await self._inbox.ask(submit) or Admitted(request_id=request.request_id, executor_id=self._config.instance_id)
 
     async def _on_cancel(self, message: Cancel) -> None:
+        self._inbox.post(lambda: self._cancel(message.request_id))
+
+    def _cancel(self, request_id: str, error: str | None = None) -> None:
+        chunk = self._engine.cancel(request_id, error)
+        if chunk is not None:
+            self._dropped.append(request_id)
+            self._bus.spawn(self._send([chunk]))
+
+    async def _on_gateway_beat(self, beat: Beat) -> None:
+        self._gateways.observe(beat, time.monotonic())
+
+    def _on_lost_gateway(self, gateway_id: str) -> None:
         def cancel() -> None:
-            chunk = self._engine.cancel(message.request_id)
-            if chunk is not None:
-                self._dropped.append(message.request_id)
-                self._bus.spawn(self._send([chunk]))
+            lost = [s.request_id for s in self._engine.sequences.values() if s.request.gateway_id == gateway_id]
+            if lost:
+                log.warning("gateway.lost", gateway=gateway_id, num_requests=len(lost))
+            self._engine.counters["orphaned_requests"] += len(lost)
+            for request_id in lost:
+                self._cancel(request_id, "nothing was heard of the request's gateway")
 
         self._inbox.post(cancel)
 

@@ -143,10 +143,13 @@ class Engine:
     def _digests(self, request: InferenceRequest, adapter: LoraAdapter | None) -> PageDigests:
         return PageDigests(self.pages.page_size, adapter.version if adapter else 0, request.cache_salt)
 
-    def cancel(self, request_id: str) -> TokenChunk | None:
-        """End a request now: its pages are free when this returns. None if it is not here."""
+    def cancel(self, request_id: str, error: str | None = None) -> TokenChunk | None:
+        """End a request now: its pages are free when this returns. None if it is not here.
+
+        `error` says why, if it was not its requester who asked for it.
+        """
         sequence = self.sequences.get(request_id)
-        return None if sequence is None else self._finish(sequence, (), "cancelled")
+        return None if sequence is None else self._finish(sequence, (), "cancelled", error=error)
 
     def set_trees(self, message: DraftTrees) -> None:
         """Attach draft trees to their sequences; a late, wrong or orphaned tree is counted and dropped."""

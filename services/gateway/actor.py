@@ -95,6 +95,7 @@ class GatewayActor:
         generations = Generations(
             self._admission,
             self._watch,
+            gateway_id=config.instance_id,
             open_wait_s=config.open_wait_s,
             migration_limit=config.migration_limit,
             migration_wait_s=config.migration_wait_s,

@@ -48,12 +48,14 @@ class Generations:
         admission: AdmissionClient,
         watch: ExecutorWatch,
         *,
+        gateway_id: str,
         open_wait_s: float,
         migration_limit: int,
         migration_wait_s: float,
     ) -> None:
         self.admission = admission
         self.watch = watch
+        self.gateway_id = gateway_id
         self.open_wait_s = open_wait_s
         self.migration_limit = migration_limit
         self.migration_wait_s = migration_wait_s
@@ -106,6 +108,8 @@ class TokenStream:
                 tokens = await self._migrate("a chunk is missing")
             elif item.finish_reason in ("cancelled", "error") and not self._is_executor_ready():
                 tokens = await self._migrate("its executor stops")
+            elif item.finish_reason == "cancelled" and item.error:
+                tokens = await self._migrate(item.error)  # this gateway was silent for too long, but lives
             else:
                 tokens = self._accept(item)
             if tokens is not None:
@@ -193,6 +197,7 @@ class TokenStream:
         request = msgspec.structs.replace(
             self.request,
             request_id=attempt_id,
+            gateway_id=self._owner.gateway_id,
             prompt_tokens=self.request.prompt_tokens + tuple(self.generated),
             num_generated=self.request.num_generated + len(self.generated),
             prompt_logprobs=None if self.generated else self.request.prompt_logprobs,
