@@ -15,13 +15,14 @@ import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
+from common.model_folder import ModelFolderError, end_token_ids, read_json_object, token_text
 from common.token_bytes import token_bytes_of
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-class ChatFolderError(ValueError):
-    """The model folder has no readable tokenizer; the message names the file."""
+class ChatFolderError(ModelFolderError):
+    """The model folder has no readable tokenizer, or a chat template that does not compile; the message names the place."""
 
 
 class ChatTemplateError(ValueError):
@@ -52,7 +53,8 @@ class ChatTokenizer:
     def load(cls, model_dir: Path) -> ChatTokenizer:
         """Read a Hugging Face folder: tokenizer.json, tokenizer_config.json, chat_template.jinja, (generation_)config.json.
 
-        Raises ChatFolderError without a readable tokenizer, ChatTemplateError when the template does not compile.
+        Raises ModelFolderError for a file that cannot be used: ChatFolderError for the tokenizer and a template that does not
+        compile.
         """
         path = model_dir / "tokenizer.json"
         try:
@@ -61,13 +63,14 @@ class ChatTokenizer:
             raise ChatFolderError(f"{path} is not a readable tokenizer: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        settings = _read_json(model_dir / "tokenizer_config.json")
-        model = _read_json(model_dir / "config.json")
-        special = {name: _token_text(settings[name]) for name in SPECIAL_TOKENS if settings.get(name) is not None}
-        named = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
-        eos = _eos_ids(_read_json(model_dir / "generation_config.json"), model, named)
-        vocab_size = int(model.get("vocab_size") or tokenizer.get_vocab_size())
-        return cls(tokenizer, _read_template(model_dir, settings), special, eos, vocab_size)
+        settings = read_json_object(model_dir / "tokenizer_config.json")
+        special = {name: token_text(settings[name]) for name in SPECIAL_TOKENS if settings.get(name) is not None}
+        stated = read_json_object(model_dir / "config.json").get("vocab_size")
+        vocab_size = stated if type(stated) is int and stated > 0 else tokenizer.get_vocab_size()
+        try:
+            return cls(tokenizer, _read_template(model_dir, settings), special, end_token_ids(model_dir), vocab_size)
+        except ChatTemplateError as error:
+            raise ChatFolderError(f"{model_dir}: {error}") from error
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text; names of special tokens in it become those tokens. Releases the GIL."""
@@ -120,18 +123,6 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ChatFolderError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ChatFolderError(f"{path} is not a JSON object")
-    return value
-
-
 def _read_template(model_dir: Path, settings: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else the template (of several: the one named default) in tokenizer_config.json."""
     path = model_dir / "chat_template.jinja"
@@ -141,16 +132,3 @@ def _read_template(model_dir: Path, settings: Mapping[str, Any]) -> str | None:
     if isinstance(template, list):
         template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
     return template
-
-
-def _token_text(token: Any) -> str:
-    """Special tokens are strings, or objects with the string in `content`."""
-    return str(token["content"]) if isinstance(token, dict) else str(token)
-
-
-def _eos_ids(generation: Mapping[str, Any], model: Mapping[str, Any], named: int | None) -> list[int]:
-    """Every id that some file of the model calls end of sequence, without repeats."""
-    ids: list[int] = []
-    for value in (generation.get("eos_token_id"), model.get("eos_token_id"), named):
-        ids += value if isinstance(value, list) else [] if value is None else [value]
-    return list(dict.fromkeys(ids))

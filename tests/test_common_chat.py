@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.chat import ChatFolderError, ChatTemplateError, ChatTokenizer
+from common.model_folder import ModelFolderError
 from tests.trainer_fakes import CHATML, write_model_dir
 
 USER = {"role": "user", "content": "hi \u00e9"}
@@ -81,8 +82,8 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(ChatFolderError, match=r"tokenizer\.json"):
         ChatTokenizer.load(tmp_path)
     write_model_dir(tmp_path, CHATML + "{% if %}")
-    with pytest.raises(ChatTemplateError, match="compile"):
+    with pytest.raises(ChatFolderError, match="compile"):
         ChatTokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ChatFolderError, match="tokenizer_config"):
+    with pytest.raises(ModelFolderError, match="tokenizer_config"):
         ChatTokenizer.load(tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from common import subjects
 from common.bus import TooLargeError
@@ -128,14 +129,17 @@ async def test_vitals_follow_requests(stage: Stage) -> None:
     assert gauges["pages_allocated"] == gauges["pages_freed"] > 0
 
 
-def break_passes(stage: Stage, monkeypatch: pytest.MonkeyPatch, num_failures: int) -> None:
+UNWELL = RuntimeError("the device is unwell")
+
+
+def break_passes(stage: Stage, monkeypatch: pytest.MonkeyPatch, num_failures: int, error: Exception = UNWELL) -> None:
     """The engine's next passes fail."""
     work, left = stage.engine.forward_pass, [None] * num_failures
 
     def forward_pass() -> Iteration:
         if left:
             left.pop()
-            raise RuntimeError("the device is unwell")
+            raise error
         return work()
 
     monkeypatch.setattr(stage.engine, "forward_pass", forward_pass)
@@ -163,6 +167,16 @@ async def test_failures_with_a_good_pass_between_them_do_not_add_up(stage: Stage
             assert (await stage.end(name)).finish_reason == "error"
         await assert_serves(stage, f"{i}c")
     assert not stage.ended.done()
+
+
+async def test_an_executor_that_lacks_memory_ends_requests_but_goes_on(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_passes(stage, monkeypatch, 4, torch.OutOfMemoryError("no room"))
+    for name in ("a", "b", "c", "d"):
+        await stage.admit(tiny_request(name, PROMPTS["r3"], NUM_TOKENS))
+        assert "ran out of memory" in ((await stage.end(name)).error or "")
+    await assert_serves(stage)
+    await stage.settled()
+    assert stage.load.free_pages == stage.load.num_pages
 
 
 async def test_three_failed_passes_in_a_row_end_the_executor(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from common.chat import ChatTokenizer
+from common.model_folder import ModelFolderError
 from services.executor.batch import Segment, build_batch
 from services.executor.loader import choose_dtype, load_decoder
 from services.executor.model import Decoder
 from services.executor.model_config import UnsupportedModelError, read_model_config
 from tests.helpers import CPU, as_decoder, new_cache, tiny_model
 from tests.tiny import SHAPE, random_prompt
+from tests.trainer_fakes import write_model_dir
 
 
 def assert_loads_as(decoder: Decoder, model: Any) -> None:
@@ -163,11 +166,37 @@ def test_tensors_that_the_configuration_has_no_place_for_are_refused(tmp_path: P
         load_decoder(tmp_path, torch.float32, CPU)
 
 
-def test_end_tokens_come_from_both_files(folder: Path) -> None:
-    assert read_model_config(folder).eos_token_ids == ()
-    edit(folder / "config.json", eos_token_id=2)
-    edit(folder / "generation_config.json", eos_token_id=[5, 2])
-    assert read_model_config(folder).eos_token_ids == (2, 5)
+@pytest.mark.parametrize(
+    ("generation", "config", "named", "expected"),
+    [
+        (None, None, None, ()),
+        ([5, 2], 2, None, (5, 2)),
+        (None, [7, 2], "<|im_end|>", (7, 2, 259)),
+        (3, 259, {"content": "<|im_end|>"}, (3, 259)),
+        (None, None, "a", (64,)),
+        (4, None, "of no tokenizer", (4,)),
+    ],
+)
+def test_executor_and_gateway_know_the_same_end_tokens(
+    folder: Path, generation: object, config: object, named: object, expected: tuple[int, ...]
+) -> None:
+    """From generation_config.json, then config.json, then the tokenizer's own."""
+    write_model_dir(folder)
+    edit(folder / "generation_config.json", eos_token_id=generation)
+    edit(folder / "config.json", eos_token_id=config)
+    edit(folder / "tokenizer_config.json", eos_token=named)
+    assert ChatTokenizer.load(folder).eos_token_ids == expected
+    assert read_model_config(folder).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("value", ["</s>", [1, "</s>"], True, 1.5])
+def test_end_tokens_that_are_no_ids_are_refused_by_both(folder: Path, value: object) -> None:
+    write_model_dir(folder)
+    edit(folder / "generation_config.json", eos_token_id=value)
+    with pytest.raises(ModelFolderError, match=r"eos_token_id.*generation_config\.json"):
+        ChatTokenizer.load(folder)
+    with pytest.raises(UnsupportedModelError, match=r"eos_token_id.*generation_config\.json"):
+        read_model_config(folder)
 
 
 def test_the_type_is_the_checkpoints_where_the_device_computes_in_it(folder: Path) -> None:

@@ -19,6 +19,7 @@ from common.messages import Admit, Admitted, Beat, Cancel, Rejected, TokenChunk
 from common.service import Vitals
 from services.executor.adapter_store import AdapterStore
 from services.executor.config import ExecutorConfig
+from services.executor.device import is_out_of_memory
 from services.executor.engine import Iteration
 from services.executor.gateway_watch import GatewayWatch
 from services.executor.grammar_store import GrammarStore
@@ -165,14 +166,20 @@ class ExecutorActor:
 
     async def _survive(self, error: Exception) -> None:
         """A pass failed: its requests end with an error. When passes keep failing the device is to blame, and we stop:
-        whoever supervises starts us again, gateways and trainers go on elsewhere.
+        whoever supervises starts us again, gateways and trainers go on elsewhere. Not when memory is what they lacked: that is
+        the requests' doing, and free again without them.
         """
-        log.exception("iteration.failed", error=str(error))
-        self._num_failures += 1
         self._engine.counters["failed_iterations"] += 1
-        if self._num_failures >= MAX_FAILURES:
-            raise error
-        chunks = self._engine.release_all(f"the pass failed: {type(error).__name__}")
+        if is_out_of_memory(error):
+            log.error("iteration.out_of_memory", error=str(error).partition("\n")[0])
+            reason = "the executor ran out of memory: HEDDLE_EXECUTOR_MAX_SEQUENCES bounds what it takes in"
+        else:
+            log.exception("iteration.failed", error=str(error))
+            self._num_failures += 1
+            if self._num_failures >= MAX_FAILURES:
+                raise error
+            reason = f"the pass failed: {type(error).__name__}"
+        chunks = self._engine.release_all(reason)
         self._dropped += [chunk.request_id for chunk in chunks]
         await self._send(chunks)
 

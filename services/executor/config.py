@@ -53,6 +53,7 @@ class ExecutorConfig(ServiceConfig):
         require(
             self.max_tree_nodes >= 0 and self.max_draft_tokens >= 0, "max_tree_nodes and max_draft_tokens", "not be negative"
         )
+        require(self.kv_cache_tokens >= self.page_size, "kv_cache_tokens", "be at least page_size")
         require(self.tree_wait_ms >= 0, "tree_wait_ms", "not be negative")
         cores = os.cpu_count() or 1
         require(self.threads <= cores, "threads", f"not be more than this machine's {cores} cores")

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import structlog
 import torch
 
 from common.latency import backward_corrected, corrected
@@ -28,6 +29,7 @@ from common.messages import (
 from services.executor.assembly import Assembly, Work
 from services.executor.batch import build_batch
 from services.executor.commit import Moves, commit, verify
+from services.executor.device import is_out_of_memory
 from services.executor.draws import WorkDraws, drawn_by
 from services.executor.grammar import GrammarError, GrammarState
 from services.executor.logits import processor_of
@@ -41,6 +43,10 @@ from services.executor.scheduler import IterationPlan, Limits, plan_iteration
 from services.executor.sequences import Sequence
 from services.executor.training import BackwardWork, Training
 from services.executor.verify import InvalidTreeError, Verdict, check_tree
+
+MIN_BATCH_TOKENS = 16
+"""A pass of so few rows is not made smaller when memory runs out: then its requests end with an error."""
+log = structlog.get_logger()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,8 +84,8 @@ class Engine:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.decoder = decoder
-        self.pages = PageAllocator(num_pages, page_size)
         self.cache = KvCache(decoder.config, num_pages * page_size, decoder.dtype, decoder.device)
+        self.pages = PageAllocator(num_pages, page_size)
         self.training = Training(decoder, self.cache, self.pages)
         self._assembly = Assembly(self.pages)
         self.profile = profile
@@ -182,11 +188,16 @@ class Engine:
         self._plan = plan
         if not segments:
             return self._finish_iteration([], [], plan, 0)
-        batch = build_batch(segments, self.decoder.device)
-        hidden_TH = self.decoder.forward(batch, self.cache)
         num_training = sum(len(window.segment.tokens) for window in windows)
-        self.training.heads(windows, hidden_TH[len(hidden_TH) - num_training :])
-        draws = Draws(self.decoder.logits(hidden_TH[batch.logit_rows])) if len(batch.logit_rows) else None
+        try:
+            batch = build_batch(segments, self.decoder.device)
+            hidden_TH = self.decoder.forward(batch, self.cache)
+            self.training.heads(windows, hidden_TH[len(hidden_TH) - num_training :])
+            draws = Draws(self.decoder.logits(hidden_TH[batch.logit_rows])) if len(batch.logit_rows) else None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or not self._shrink(plan.num_tokens):
+                raise
+            return self._finish_iteration([], [], plan, 0)
         if len(batch.tokens_T) == plan.num_tokens:  # else pages were short, and the prediction was for another pass
             self.profile = corrected(self.profile, plan.rows, (self._clock() - now) * 1e3)
         drawn = drawn_by(works, draws, batch.starts, hidden_TH, self.decoder.logits)
@@ -208,6 +219,19 @@ class Engine:
         """End every request with an error, for example when a pass failed: then no cached page can be relied on either."""
         self.pages.forget_all()
         return [self._finish(sequence, (), "error", error=error) for sequence in list(self.sequences.values())]
+
+    def _shrink(self, num_tokens: int) -> bool:
+        """A pass of that many rows ran out of memory, which changed no request: make the next ones half as large, for good.
+
+        False if they cannot be made smaller.
+        """
+        smaller = max(MIN_BATCH_TOKENS, num_tokens // 2)
+        if smaller >= min(num_tokens, self.limits.max_batch_tokens):
+            return False
+        self.limits = dataclasses.replace(self.limits, max_batch_tokens=smaller)
+        self.counters["passes_out_of_memory"] += 1
+        log.warning("pass.out_of_memory", rows=num_tokens, max_batch_tokens=smaller)
+        return True
 
     # --- parts of an iteration -------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.config import ConfigError
 from kernels import ops
 from services.executor.model import Decoder, LayerWeights
 from services.executor.model_config import ModelConfig, UnsupportedModelError, read_model_config
@@ -20,11 +21,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
     """`auto` is the checkpoint's type where the device is fast in it, else float32; on a CPU half precision is bfloat16.
 
-    Raises ValueError for an unknown name.
+    Raises ConfigError for an unknown name.
     """
     if name != "auto":
         if name not in DTYPES:
-            raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {name}")
+            raise ConfigError(f"HEDDLE_EXECUTOR_DTYPE must be auto or one of {', '.join(DTYPES)}, not {name}")
         return DTYPES[name]
     wanted = DTYPES.get(config.torch_dtype, torch.float32)
     if device.type != "cpu":

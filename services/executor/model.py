@@ -46,6 +46,11 @@ class Linears:
 class KvCache:
     """Keys and values of all pages: per layer [S, K, D]; slot = page * page_size + offset."""
 
+    @staticmethod
+    def num_bytes(config: ModelConfig, num_slots: int, dtype: torch.dtype) -> int:
+        """Size of a cache, before there is one."""
+        return 2 * config.num_layers * num_slots * config.num_kv_heads * config.head_dim * dtype.itemsize
+
     def __init__(self, config: ModelConfig, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.num_layers, num_slots, config.num_kv_heads, config.head_dim)
         self._keys = torch.zeros(shape, dtype=dtype, device=device)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from common.model_folder import ModelFolderError, end_token_ids, read_json_object
 from services.executor.rope import Llama3Bands, Rope
 
 
-class UnsupportedModelError(ValueError):
-    """The model's configuration asks for something this executor cannot run; the message names the field."""
+class UnsupportedModelError(ModelFolderError):
+    """The model's folder is damaged or asks for something this executor cannot run; the message names the file or the field."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         rope=_rope(raw, max_positions),
         max_position_embeddings=max_positions,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        eos_token_ids=_eos_token_ids(folder, raw),
+        eos_token_ids=_end_token_ids(folder),
         torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         qkv_bias=family.qkv_bias or has_bias,
         o_bias=has_bias,
@@ -141,13 +141,12 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UnsupportedModelError(f"{path} is missing: {path.parent} is no Hugging Face model folder")
     try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UnsupportedModelError(f"{path} is not a readable model configuration: {error}") from error
-    if not isinstance(raw, dict):
-        raise UnsupportedModelError(f"{path} is not a readable model configuration: no JSON object")
-    return raw
+        return read_json_object(path)
+    except ModelFolderError as error:
+        raise UnsupportedModelError(str(error)) from error
 
 
 def _count(raw: dict[str, Any], field: str, default: int | None = None, *, least: int = 1) -> int:
@@ -230,13 +229,8 @@ def _window(raw: dict[str, Any], family: _Family) -> int | None:
     return _count(raw, "sliding_window", DEFAULT_WINDOW)
 
 
-def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
-    ids: list[int] = []
-    generation = folder / "generation_config.json"
-    sources = [raw, _read_object(generation)] if generation.exists() else [raw]
-    for source in sources:
-        value = source.get("eos_token_id")
-        ids += value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int for token in ids):
-        raise UnsupportedModelError(f"eos_token_id: {ids} are no token ids")
-    return tuple(dict.fromkeys(ids))
+def _end_token_ids(folder: Path) -> tuple[int, ...]:
+    try:
+        return end_token_ids(folder)
+    except ModelFolderError as error:
+        raise UnsupportedModelError(str(error)) from error

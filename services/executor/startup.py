@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import structlog
 import torch
 
+from common.config import ConfigError
+from common.messages import LatencyProfile
 from services.executor.config import ExecutorConfig
+from services.executor.device import choose_device, is_out_of_memory, memory_bytes
 from services.executor.engine import Engine
 from services.executor.loader import choose_dtype, load_decoder
-from services.executor.model import KvCache
-from services.executor.model_config import read_model_config
+from services.executor.model import Decoder, KvCache
+from services.executor.model_config import ModelConfig, read_model_config
 from services.executor.profile_store import ProfileStore
 from services.executor.profiling import NUM_SLOTS, measure_profile
 from services.executor.scheduler import Limits
@@ -22,6 +26,8 @@ from services.executor.scheduler import Limits
 PROFILE_TERMS = "row-context"
 """The newest term of the latency model, in the key: profiles of before would be read, but lack it for ever."""
 log = structlog.get_logger()
+
+POOL_SETTING = "HEDDLE_EXECUTOR_KV_CACHE_TOKENS (heddle up --kv-cache-tokens)"
 
 OnDevice = Callable[[Callable[[], Any]], Awaitable[Any]]
 """Runs a function on the device's thread."""
@@ -31,10 +37,13 @@ async def make_engine(config: ExecutorConfig, model: str, profiles: ProfileStore
     """Load the model, recall its latency profile or measure it, and build the engine."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
+    device = choose_device(config.device)
     folder = Path(config.model_dir)
-    dtype = choose_dtype(config.dtype, read_model_config(folder), device)
-    decoder = await on_device(lambda: load_decoder(folder, dtype, device))
+    shape = read_model_config(folder)
+    dtype = choose_dtype(config.dtype, shape, device)
+    check_pool_fits(shape, config.kv_cache_tokens, dtype, device)
+    with _out_of_memory_is(f"the weights of {folder} do not fit into memory as {dtype_name(dtype)}"):
+        decoder = await on_device(lambda: load_decoder(folder, dtype, device))
     key = profile_key(model, dtype, device)
     profile = await profiles.recall(key)
     if profile is None:
@@ -42,6 +51,35 @@ async def make_engine(config: ExecutorConfig, model: str, profiles: ProfileStore
         profile = await on_device(lambda: measure_profile(decoder, scratch, config.max_batch_tokens))
         await profiles.keep(key, profile)
     log.info("executor.profile", key=key, points=profile.points, backward_ms_per_token=profile.backward_ms_per_token)
+    with _out_of_memory_is(f"{_pool(shape, config.kv_cache_tokens, dtype)} beside the weights: lower {POOL_SETTING}"):
+        return _engine(config, decoder, profile)
+
+
+@contextlib.contextmanager
+def _out_of_memory_is(reason: str) -> Iterator[None]:
+    """Turns an allocation that failed into a ConfigError with this reason."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ConfigError(reason) from error
+        raise
+
+
+def check_pool_fits(shape: ModelConfig, num_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ConfigError for a KV pool larger than the device: a CPU would promise that memory, and kill us when we use it."""
+    has_bytes = memory_bytes(device)
+    if KvCache.num_bytes(shape, num_tokens, dtype) > has_bytes:
+        where = "this machine" if device.type == "cpu" else str(device)
+        raise ConfigError(f"{_pool(shape, num_tokens, dtype)}; {where} has {has_bytes / 1e9:.1f} GB: lower {POOL_SETTING}")
+
+
+def _pool(shape: ModelConfig, num_tokens: int, dtype: torch.dtype) -> str:
+    size_gb = KvCache.num_bytes(shape, num_tokens, dtype) / 1e9
+    return f"a KV cache of {num_tokens} tokens takes {size_gb:.1f} GB as {dtype_name(dtype)}, which does not fit"
+
+
+def _engine(config: ExecutorConfig, decoder: Decoder, profile: LatencyProfile) -> Engine:
     return Engine(
         decoder,
         num_pages=config.kv_cache_tokens // config.page_size,
@@ -62,7 +100,11 @@ async def make_engine(config: ExecutorConfig, model: str, profiles: ProfileStore
     )
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As settings call it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def profile_key(model: str, dtype: torch.dtype, device: torch.device) -> str:
     """Under what a profile is kept: all that the latency depends on."""
-    dtype_name = str(dtype).removeprefix("torch.")
-    return f"{platform.node()}.{model}.{device.type}.{dtype_name}.{torch.get_num_threads()}.{PROFILE_TERMS}"
+    return f"{platform.node()}.{model}.{device.type}.{dtype_name(dtype)}.{torch.get_num_threads()}.{PROFILE_TERMS}"
