@@ -79,14 +79,21 @@ def _write(source: Source, folder: Path) -> None:
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     place, options = _loading_options(source)
+    loader: Any = transformers.AutoModelForCausalLM
     try:
         # Dequantizing in float32 and rounding once is more exact than dequantizing in bfloat16.
-        model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
+        model, info = loader.from_pretrained(place, dtype=torch.float32, output_loading_info=True, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **{k: v for k, v in options.items() if k == "gguf_file"})
     except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError, ImportError) as error:
         raise ModelError(f"{source.location} cannot be converted: {error}") from error
+    if missing := sorted(info["missing_keys"]):  # transformers would make them up
+        raise ModelError(f"{source.location} lacks {len(missing)} tensors of a {type(model).__name__}: {missing[0]}")
     if source.kind == "gguf":
-        _restore_pre_tokenizer(tokenizer, Path(source.location))
+        from services.cli.gguf_extras import check_all_read, restore_pre_tokenizer, restore_rope
+
+        check_all_read(model, Path(source.location))
+        restore_pre_tokenizer(tokenizer, Path(source.location))
+        restore_rope(model.config, Path(source.location))
     tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -104,28 +111,17 @@ def _loading_options(source: Source) -> tuple[str, dict[str, Any]]:
     return str(path.parent), {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
 
 
-def _restore_pre_tokenizer(tokenizer: Any, gguf_path: Path) -> None:
-    """transformers ignores `tokenizer.ggml.pre`; models of the SmolLM family split numbers into digits before merging.
-
-    Without it 35 of HumanEval's 164 problems get other tokens than the model was trained on.
-    """
-    import gguf
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-
-    field = gguf.GGUFReader(gguf_path).get_field("tokenizer.ggml.pre")
-    if field is not None and field.contents() == "smollm":
-        steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
-
-
 def _downloaded(source: Source) -> Source:
     """The hub's model as a folder in the hub's own cache. Raises ModelError when it cannot be had."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(source.location, allow_patterns=HUB_FILES)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the hub does not answer"
+        raise ModelError(f"{source.location} is not in the hub's cache on this machine, and {why}") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ModelError(f"{source.location} cannot be downloaded from the hub: {error}") from error
     return Source(kind="folder", name=source.name, location=folder)
 
@@ -135,7 +131,7 @@ def main() -> None:
     try:
         print(convert(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None))
     except ModelError as error:
-        sys.exit(f"heddle: {error}")
+        sys.exit(f"heddle: {' '.join(str(error).split())}")  # `heddle up` shows one line
 
 
 if __name__ == "__main__":
