@@ -183,7 +183,7 @@ def test_tensors_that_are_missing_or_have_no_place_are_refused(tmp_path: Path) -
 
 
 def test_other_factors_of_positions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.test_cli_gguf.llama3_factors", lambda theta, dim, factor: np.linspace(1, factor, dim // 2))
+    monkeypatch.setitem(globals(), "llama3_factors", lambda theta, dim, factor: np.linspace(1, factor, dim // 2))
     path = write_gguf(tmp_path / "tiny.gguf", make_model("llama", rope_parameters=LLAMA3_ROPE), "llama")
     with pytest.raises(ModelError, match=r"rope_freqs\.weight is not Llama 3's"):
         convert(str(path))
