@@ -26,6 +26,7 @@ LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 """A lexer state takes up to 2 kB, and each sequence may have its own; every other limit is the library's."""
 WHITESPACE = r"(\x20|\r?\n[\x20\t]{0,32})"
 """Between JSON's tokens: none, a space, or a new line and its indentation. Small models never end it where they may go on."""
+MAX_GRAMMAR_CHARS = 16384
 PROBE_TOKENS = 16
 MAX_PROBE_S = 0.15
 """CPU time that a grammar's first masks may take; ordinary ones take a few ms with the very first, which fills caches."""
@@ -135,7 +136,9 @@ def _source(constraint: Constraint) -> str:
             return _json(constraint.text)
         if constraint.kind == "choice":
             return grammar_from("lark", _alternatives(constraint.text))
-        return grammar_from("regex" if constraint.kind == "regex" else "grammar", constraint.text)
+        if constraint.kind == "regex":
+            return grammar_from("regex", constraint.text)
+        return _lark_or_gbnf(constraint.text)
     except ValueError as error:
         raise GrammarError(_short(error)) from error
 
@@ -144,6 +147,15 @@ def _json(schema: str) -> str:
     """These options win over those that a schema may carry: it cannot have keywords ignored."""
     options: JsonCompileOptions = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+
+
+def _lark_or_gbnf(text: str) -> str:
+    """The library tells them apart, and converts GBNF, in Python that takes quadratic time: in blank space without letting
+    other threads run. So blank lines and indentation go first, and the rest is short.
+    """
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise GrammarError(f"longer than {MAX_GRAMMAR_CHARS} characters")
+    return grammar_from("grammar", "\n".join(filter(None, map(str.strip, text.split("\n")))))
 
 
 def _alternatives(text: str) -> str:

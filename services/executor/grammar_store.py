@@ -12,8 +12,8 @@ from services.executor.grammar import Grammar, GrammarError, GrammarState, Vocab
 from services.executor.model_config import ModelConfig
 
 MAX_GRAMMARS = 32
-MAX_WAIT_S = 2.0
-"""Longest that a request waits for its grammar: admission takes an executor for dead that is silent twice as long."""
+MAX_WAIT_S = 2.5
+"""Longest that a request waits for its grammar: admission takes an executor for dead that is silent for 4 s."""
 
 
 class GrammarStore:
@@ -41,10 +41,6 @@ class GrammarStore:
         if state.complete_at is not None and not request.ignore_eos:
             return Rejected(reason="invalid", message="the output so far is complete under its constraint")
         return state
-
-    def close(self) -> None:
-        """Compile no more."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _late(self, constraint: Constraint, *, has_started: bool) -> Rejected:
         if has_started and self._vocabulary is not None:
