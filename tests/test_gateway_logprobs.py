@@ -112,6 +112,36 @@ async def test_echo_with_prompt_logprobs(connect: Connect, model_dir: Path, prom
         assert stage.executor.requests[-1].prompt_logprobs is None, "a cached prefix may be used"
 
 
+async def test_prompt_logprobs_of_vllm(connect: Connect, model_dir: Path) -> None:
+    """Beside the choices, with other numbers of alternatives than the output's."""
+    async with staged(connect, model_dir) as stage:
+        tokens = stage.tokenizer.encode("one two")
+        body: dict[str, Any] = {
+            "model": MODEL,
+            "prompt": tokens,
+            "prompt_logprobs": 2,
+            "logprobs": 1,
+            "echo": True,
+            "max_tokens": 1,
+        }
+        choice = (await stage.http.post("/v1/completions", json=body)).json()["choices"][0]
+        assert [len(top or {}) <= 2 for top in choice["logprobs"]["top_logprobs"]] == [True] * (len(tokens) + 1)
+        first, *others = choice["prompt_logprobs"]
+        assert first is None
+        assert [entry[str(token)]["logprob"] for token, entry in zip(tokens[1:], others, strict=True)] == expected_logprobs(
+            tokens[1:]
+        )
+        assert others[0]["2"] == {"logprob": -1.0, "rank": 1, "decoded_token": "<|im_end|>"}
+        assert others[0]["3"]["rank"] == 2
+        assert stage.executor.requests[0].prompt_logprobs == 2
+        chat = (await stage.http.post("/v1/chat/completions", json=CHAT | {"prompt_logprobs": 0})).json()
+        asked = stage.executor.requests[1].prompt_tokens
+        assert [list(entry or ()) for entry in chat["prompt_logprobs"]] == [[], *([str(token)] for token in asked[1:])]
+        assert chat["choices"][0]["logprobs"] is None
+        (refused,) = await ask(stage, msgspec.json.encode(CHAT | {"prompt_logprobs": 0}))
+        assert msgspec.json.decode(refused)["error"]["param"] == "prompt_logprobs", "NATS has streams only"
+
+
 async def test_a_stop_string_ends_numbers_with_the_text(connect: Connect, model_dir: Path) -> None:
     async with staged(connect, model_dir, fake={"chunk_size": 4}) as stage:
         answer = await stage.openai.chat.completions.create(**CHAT, logprobs=True, stop=", one")

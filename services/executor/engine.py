@@ -198,10 +198,11 @@ class Engine:
             if not is_out_of_memory(error) or not self._shrink(plan.num_tokens):
                 raise
             return self._finish_iteration([], [], plan, 0)
+        drawn = drawn_by(works, draws, batch.starts, hidden_TH, self.decoder.logits)
+        iteration = self._finish_iteration(works, drawn, plan, num_training)
         if len(batch.tokens_T) == plan.num_tokens:  # else pages were short, and the prediction was for another pass
             self.profile = corrected(self.profile, plan.rows, (self._clock() - now) * 1e3)
-        drawn = drawn_by(works, draws, batch.starts, hidden_TH, self.decoder.logits)
-        return self._finish_iteration(works, drawn, plan, num_training)
+        return iteration
 
     @torch.inference_mode()
     def backward_pass(self) -> BackwardWork:

@@ -70,6 +70,7 @@ class Choice:
         self.first_at: float | None = None
         self.last_at: float | None = None
         self.stream = stream
+        self.scored_prompt: list[ScoredToken] = []
         self._num_first = 0
         self._text = TextStream(tokenizer.decode, request.prompt_tokens, plan.stops, request.sampling.min_tokens)
         self._scorer = Scorer(tokenizer.token_bytes, tokenizer.special_ids)
@@ -86,7 +87,7 @@ class Choice:
 
     async def next_piece(self, on_tokens: OnTokens) -> Piece:
         """Wait for tokens and turn them into text. Raises ApiError when the stream failed."""
-        received = await self.stream.receive()
+        received, request = await self.stream.receive(), self.stream.request
         if self._plan.hides_output:
             received = Tokens((), received.finish_reason, received.usage)
         is_first = self.first_at is None
@@ -100,6 +101,8 @@ class Choice:
         if received.finish_reason is not None and not stopped:
             rest = self._text.finish()
             text, stopped = text + rest.text, rest.stopped
+        if is_first and request.prompt_logprobs is not None:
+            self.scored_prompt = self._scorer.prompt(request.prompt_tokens, self._echo, self.stream.prompt_logprobs)
         echo, scored = self._echo, self._scored(received, num_new, is_first)
         self._echo = ""
         self._stamp(num_new, time.monotonic(), on_tokens)
@@ -109,12 +112,11 @@ class Choice:
         return Piece(self.index, echo + text, self.finish_reason, is_first, scored)
 
     def _scored(self, received: Tokens, num_new: int, is_first: bool) -> tuple[ScoredToken, ...] | None:
-        request, found = self.stream.request, []
-        if request.logprobs is None:
+        num_top = self.stream.request.logprobs
+        if num_top is None:
             return None
-        if is_first and self._plan.echoes:
-            found = self._scorer.prompt(request.prompt_tokens, self._echo, self.stream.prompt_logprobs)
-        return tuple(found + self._scorer.output(received.tokens[:num_new], received.logprobs))
+        echoed = [token.with_top(num_top) for token in self.scored_prompt] if is_first and self._plan.echoes else []
+        return tuple(echoed + self._scorer.output(received.tokens[:num_new], received.logprobs))
 
     def _stamp(self, num_new: int, now: float, on_tokens: OnTokens) -> None:
         self.num_tokens += num_new

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common.messages import Logprobs
@@ -21,11 +21,16 @@ class ScoredToken:
     offset: int
     logprob: float | None
     top: tuple[tuple[bytes, float], ...]
+    top_ids: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
         """Its bytes as text, which may be a part of a character."""
         return as_text(self.data)
+
+    def with_top(self, num_top: int) -> ScoredToken:
+        """The same with fewer alternatives."""
+        return replace(self, top=self.top[:num_top], top_ids=self.top_ids[:num_top])
 
 
 class Scorer:
@@ -44,7 +49,7 @@ class Scorer:
             logprob, top = numbers[place - 1] if 0 < place <= len(numbers) else (None, ())
             is_shown = token not in self._hidden or text.startswith(as_text(self._token_bytes(token)), self._offset)
             found.append(self._scored(token, logprob, top, is_shown))
-        self._offset = len(text)
+        self._offset = len(text)  # nothing of a prompt that is not echoed
         return found
 
     def output(self, tokens: Sequence[int], part: Logprobs | None) -> list[ScoredToken]:
@@ -56,7 +61,9 @@ class Scorer:
         data = self._token_bytes(token)
         offset = self._offset - (bool(data) and data[0] in _CONTINUING and self._offset > 0)
         self._offset += sum(byte not in _CONTINUING for byte in data) if is_shown else 0
-        return ScoredToken(data, offset, logprob, tuple((self._token_bytes(other), number) for other, number in top))
+        alternatives = tuple(top)
+        ids = tuple(other for other, _ in alternatives)
+        return ScoredToken(data, offset, logprob, tuple((self._token_bytes(other), own) for other, own in alternatives), ids)
 
 
 def chat_logprobs(tokens: Sequence[ScoredToken]) -> dict[str, Any]:
@@ -78,6 +85,24 @@ def completion_logprobs(tokens: Sequence[ScoredToken]) -> dict[str, Any]:
         "top_logprobs": [_alternatives(token) for token in tokens],
         "text_offset": [token.offset for token in tokens],
     }
+
+
+def prompt_logprobs(
+    tokens: Sequence[int], scored: Sequence[ScoredToken], num_top: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """vLLM's `prompt_logprobs`: per token a map from token id, its own first; ranks are told of the most probable ones."""
+    found: list[dict[str, dict[str, Any]] | None] = []
+    for number, token in zip(tokens, scored, strict=True):
+        ranks = {other: rank for rank, other in enumerate(token.top_ids, start=1)}
+        entries = {str(number): _ranked(token.data, token.logprob, ranks.get(number))}
+        for other, (data, logprob) in zip(token.top_ids[:num_top], token.top, strict=False):
+            entries.setdefault(str(other), _ranked(data, logprob, ranks[other]))
+        found.append(None if token.logprob is None else entries)
+    return found
+
+
+def _ranked(data: bytes, logprob: float | None, rank: int | None) -> dict[str, Any]:
+    return {"logprob": logprob, "rank": rank, "decoded_token": as_text(data)}
 
 
 def as_text(data: bytes) -> str:

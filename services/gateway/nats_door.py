@@ -64,7 +64,9 @@ class NatsDoor:
     async def _answer(self, message: Msg, encode: Encode) -> None:
         request_id = uuid4().hex
         headers = {name.lower(): value for name, value in (message.headers or {}).items()}
-        plan = await self._core.plan(decode_request(message.data), headers, request_id)
+        request = decode_request(message.data)
+        request.stream = True  # here all answers are
+        plan = await self._core.plan(request, headers, request_id)
         answer = await self._core.start(plan)
         cancels = await self._bus.client.subscribe(subjects.cancel(request_id), cb=self._on_cancel)
         try:

@@ -61,6 +61,8 @@ class Plan:
     slo: Slo
     echoes: tuple[str, ...] = ()
     """Texts of the prompts, if answers begin with them."""
+    prompt_logprobs: int | None = None
+    """Alternatives per prompt token beside the choices, as in vLLM; None: not asked for."""
     hides_output: bool = False
     """Whether the only token that was asked of an executor is not shown: the client wants none."""
 
@@ -75,6 +77,8 @@ def check(request: GenerateRequest, limits: Limits) -> None:
     check_supported(request)
     logprobs_of(request)
     bias_of(request, limits.vocab_size)
+    if request.prompt_logprobs is not None and request.stream:
+        raise bad_request("prompt_logprobs are not told in streams; completions have echo with logprobs.", "prompt_logprobs")
     if (request.n or 1) > limits.max_n:
         raise bad_request(f"n must be at most {limits.max_n}.", "n")
     name, value = max_tokens_of(request)
@@ -116,6 +120,7 @@ def make_plan(
     logprobs = logprobs_of(request)
     stop_token_ids = tuple(request.stop_token_ids or ())
     constraint = constraint_of(request)
+    asked = [number for number in (logprobs if echoes else None, request.prompt_logprobs) if number is not None]
     seed = origin.seed if request.seed is None else request.seed & _MASK_63
     requests = [
         InferenceRequest(
@@ -125,7 +130,7 @@ def make_plan(
             max_tokens=max(fit_max_tokens(request, len(prompt), model, limits), 1),
             sampling=sampling_of(request, derive_seed(seed, sample), limits.vocab_size),
             logprobs=logprobs,
-            prompt_logprobs=logprobs if echoes else None,
+            prompt_logprobs=max(asked, default=None),
             slo=slo,
             constraint=constraint,
             ignore_eos=bool(request.ignore_eos),
@@ -154,6 +159,7 @@ def make_plan(
         has_usage_chunk=bool(request.stream_options and request.stream_options.include_usage),
         slo=slo,
         echoes=echoes,
+        prompt_logprobs=request.prompt_logprobs,
         hides_output=max_tokens_of(request)[1] == 0,
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from services.gateway.answer import Answer, Piece
-from services.gateway.logprobs import chat_logprobs, completion_logprobs
+from services.gateway.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from services.gateway.plan import Plan
 
 
@@ -35,7 +35,20 @@ def response(answer: Answer, pieces: Sequence[Piece]) -> dict[str, Any]:
     plan = answer.plan
     kind = "chat.completion" if plan.kind == "chat" else "text_completion"
     choices = [_choice(plan, piece) | _content(plan, piece.text) for piece in pieces]
-    return _head(plan, kind) | {"choices": choices, "usage": usage(answer)}
+    whole = _head(plan, kind) | {"choices": choices, "usage": usage(answer)}
+    if plan.prompt_logprobs is not None:
+        _add_prompt_logprobs(answer, plan.prompt_logprobs, whole)
+    return whole
+
+
+def _add_prompt_logprobs(answer: Answer, num_top: int, whole: dict[str, Any]) -> None:
+    """vLLM's fields: of a chat at the top, of text completions in each choice."""
+    told = [
+        {"prompt_logprobs": prompt_logprobs(choice.stream.request.prompt_tokens, choice.scored_prompt, num_top)}
+        for choice in (answer.choices[:1] if answer.plan.kind == "chat" else answer.choices)
+    ]
+    for holder, field in zip([whole] if answer.plan.kind == "chat" else whole["choices"], told, strict=True):
+        holder |= field
 
 
 def usage(answer: Answer) -> dict[str, Any]:
