@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import msgpack
+import msgspec
 import pytest
 import torch
 
@@ -150,6 +151,21 @@ def test_the_measurement_finds_a_device_in_few_passes(monkeypatch: pytest.Monkey
     assert sum(context > 0 for _, context in passes) == 8
     short = tiny_pair(max_position_embeddings=50)[1]
     assert profiling.measure_profile(short, KvCache(short.config, 1, short.dtype, short.device), 1024).points
+
+
+def test_a_cost_of_context_that_noise_has_hidden_can_still_be_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "_pass_ms", lambda decoder, cache, num_tokens, context_tokens=0: 20.0 + num_tokens)
+    decoder = tiny_pair(max_position_embeddings=2048)[1]
+    profile = profiling.measure_profile(decoder, KvCache(decoder.config, 1, decoder.dtype, decoder.device), 1024)
+    assert profile.ms_per_row_context == pytest.approx(2 * 32 / (32 * (32 + 2 * 16 + 32 + 3 * 48)))
+    profile = msgspec.structs.replace(profile, ms_per_row_context=2e-5)
+    device = msgspec.structs.replace(profile, ms_per_row_context=2e-4)
+    alone = Rows().with_segment(1, 10)
+    beside = alone.with_segment(64, 6000)
+    for rows in (alone, beside) * 1500:
+        profile = corrected(profile, rows, predict_ms(device, rows))
+    assert predict_ms(profile, beside) == pytest.approx(predict_ms(device, beside), rel=0.05)
+    assert predict_ms(profile, alone) == pytest.approx(predict_ms(device, alone), rel=0.1)
 
 
 def test_a_profile_of_before_the_term_is_read_and_measured_anew() -> None:

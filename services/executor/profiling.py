@@ -10,6 +10,7 @@ from common.latency import Rows, context_costs, make_profile
 from common.messages import LatencyProfile
 from services.executor.batch import Segment, build_batch
 from services.executor.model import Decoder, KvCache
+from services.executor.model_config import ModelConfig
 
 POINTS = (1, 8, 16, 32, 64, 128, 256)
 CONTEXT_TOKENS = 1024
@@ -32,13 +33,22 @@ def measure_profile(decoder: Decoder, cache: KvCache, max_tokens: int) -> Latenc
         _pass_ms(decoder, cache, num_tokens)
         measured.append((num_tokens, min(_pass_ms(decoder, cache, num_tokens) for _ in range(REPEATS))))
     per_context_token, per_row_context = _context_costs(decoder, cache, measured)
-    slope = (measured[-1][1] - measured[0][1]) / max(1, measured[-1][0] - measured[0][0])
+    slope = max(1e-3, (measured[-1][1] - measured[0][1]) / max(1, measured[-1][0] - measured[0][0]))
     return make_profile(
         measured,
         ms_per_context_token=per_context_token,
-        ms_per_row_context=per_row_context,
-        backward_ms_per_token=BACKWARD_FACTOR * max(slope, 1e-3),
+        ms_per_row_context=per_row_context or slope * attention_share(decoder.config),
+        backward_ms_per_token=BACKWARD_FACTOR * slope,
     )
+
+
+def attention_share(config: ModelConfig) -> float:
+    """Multiplications of one row's attention to one token, relative to those of a row's linears: what attention costs if it is
+    as efficient as they are. A busy machine may measure no cost at all, and no factor would ever correct zero.
+    """
+    q, k, v = config.qkv_sizes
+    linears = config.hidden_size * (2 * q + k + v + 3 * config.intermediate_size)
+    return 2 * q / linears
 
 
 def _context_costs(decoder: Decoder, cache: KvCache, measured: list[tuple[int, float]]) -> tuple[float, float]:
