@@ -89,6 +89,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="infer.1")
     """Only requests with the same salt share cached keys and values."""
     gateway_id: str = ""
     """The gateway that takes the tokens: when it dies, the request ends. Empty: whoever asked, it runs to its end."""
+    base_model: str = ""
+    """The base model of an adapter: executors that serve it load the adapter if need be. Empty: `model` is what they list."""
 
 
 class Admit(msgspec.Struct, frozen=True, kw_only=True, tag="admit.1"):
@@ -191,6 +193,11 @@ class ExecutorLoad(msgspec.Struct, frozen=True, kw_only=True):
     """Who drafts for it."""
     max_training_tokens: int = 0
     """Longest training sequence that it takes; 0: unknown."""
+    max_loras: int = 0
+    """Adapters that can be resident; `adapters` are those that are, the one used longest ago first."""
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
+    """Of requests that decode, and of those before their first token."""
 
 
 class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat.1"):
@@ -424,6 +431,21 @@ class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True, tag="adapter.1"):
     job_id: str = ""
 
 
+class CheckAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="check_adapter.1"):
+    """Could this adapter be served? Asked of any executor of its base model, when its artifact is stored and before its record.
+
+    The answer is AdapterChecked or Rejected with the reason.
+    """
+
+    record: AdapterRecord
+
+
+class AdapterChecked(msgspec.Struct, frozen=True, kw_only=True, tag="adapter_checked.1"):
+    """The adapter fits the base model."""
+
+    name: str
+
+
 # --- finetuning API: anyone -> trainer ---------------------------------------------------------------------------------
 
 
@@ -529,7 +551,7 @@ Message = (
     InferenceRequest | Admit | Admitted | Rejected | TokenChunk | Cancel | Beat
     | PlannerClaim | PlannerGranted | IterationReport | DraftTrees
     | OpenJob | JobOpened | TrainingSlice | SliceAccepted | StepDone | JobFailed | WriteCheckpoint | CheckpointWritten
-    | CloseJob | JobClosed | AdapterRecord
+    | CloseJob | JobClosed | AdapterRecord | CheckAdapter | AdapterChecked
     | CreateJob | JobQuery | FineTuningJob | JobPage | EventPage | CheckpointPage | ErrorReply
 )  # fmt: skip
 """All that can be the body of a bus message."""

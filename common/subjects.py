@@ -46,6 +46,11 @@ def executor_slices(executor_id: str) -> str:
     return f"{PREFIX}executor.{executor_id}.slices"
 
 
+def check_adapter(base_model: str) -> str:
+    """CheckAdapter to any executor that serves this base model, queue group `executor`."""
+    return f"{PREFIX}adapters.check.{base_model.encode().hex()}"
+
+
 def planner_report(planner_id: str) -> str:
     """IterationReports to one planner."""
     return f"{PREFIX}planner.{planner_id}.report"

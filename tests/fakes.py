@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nats.aio.subscription import Subscription
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -92,6 +93,7 @@ class FakeExecutor:
     executor_id: str = "executor-1"
     model: str = MODEL
     adapters: tuple[str, ...] = ()
+    load_fields: dict[str, Any] = field(default_factory=dict)
     max_model_len: int = 512
     chunk_size: int = 1
     stall_at: int | None = None
@@ -158,6 +160,7 @@ class FakeExecutor:
             context_tokens=20,
             promised_tpot_ms=(),
             latency=LatencyProfile(points=((1, 10.0), (64, 20.0))),
+            **self.load_fields,
         )
         await self.bus.publish(subjects.beat("executor", self.executor_id), self._beat(load))
 

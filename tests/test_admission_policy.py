@@ -95,6 +95,15 @@ def test_invalid_requests_are_refused_for_good(asked: InferenceRequest) -> None:
     assert (refusal.reason, refusal.retry_after_ms) == ("invalid", 0)
 
 
+def test_an_adapter_goes_where_it_is_resident_unless_targets_are_missed_there() -> None:
+    asked = msgspec.structs.replace(request(model="tuned", tpot_ms=50.0), base_model="base")
+    without, busy = beat("a", adapters=()), beat("e", num_running=3)
+    assert place(asked, without, busy).executor_id == "e"
+    assert place(asked, without).executor_id == "a"
+    assert place(asked, without, beat("e", num_running=60)).executor_id == "a"
+    assert refuse(asked, beat("f", adapters=(), model="another")).reason == "unknown_model"
+
+
 def test_an_unknown_model_is_named() -> None:
     refusal = refuse(request(model="gpt-9"), beat())
     assert (refusal.reason, refusal.retry_after_ms) == ("unknown_model", 0)

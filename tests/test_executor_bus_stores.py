@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from common import subjects
 from common.bus import Bus
 from common.codec import decode, encode
-from common.messages import AdapterRecord, Admitted, LatencyProfile, LoraSpec, Rejected
+from common.messages import AdapterChecked, AdapterRecord, Admitted, CheckAdapter, LatencyProfile, LoraSpec, Rejected
 from services.executor import startup
 from services.executor.lora import LoraAdapter
 from tests.executor_stage import MODEL, Connect, Gate, Stage, known_profile, running_executor, write_model
@@ -80,7 +82,7 @@ async def test_an_announced_adapter_is_served_and_a_deleted_one_refused(stage: S
     await store(stage.client, second.to_safetensors(), "ft:a2")
     await announce(stage.client, artifact="ft:a2")
     before = stage.engine.adapters["ft:a"]
-    await stage.poll(lambda: stage.engine.adapters["ft:a"] is not before)
+    await stage.poll(lambda: stage.engine.adapters.get("ft:a") not in (None, before))
     assert await say(stage, "ft:a", "2") == expected(second)
     await (await stage.client.key_value(subjects.ADAPTERS_BUCKET)).delete(subjects.adapter_key("ft:a"))
     await has(stage)
@@ -152,6 +154,100 @@ async def test_a_missing_artifact_that_comes_late_is_found_when_the_watch_is_ren
         await has(stage)
         await store(bus, make_adapter().to_safetensors())
         await has(stage, "ft:a")
+
+
+@pytest.fixture
+async def narrow(connect: Connect, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
+    """An executor with two slots for four adapters, and not much patience."""
+    known_profile(monkeypatch)
+    monkeypatch.setattr("services.executor.adapter_store.LOAD_WAIT_S", 0.3)
+    async with running_executor(connect, model_dir, max_loras=2, max_lora_rank=4) as stage:
+        for i in range(4):
+            await store(stage.client, make_adapter(i).to_safetensors(), f"o{i}")
+            await announce(stage.client, f"a{i}", artifact=f"o{i}", created_at=float(i))
+        await stage.poll(lambda: len(stage.actor._adapters._records) == 4)
+        yield stage
+
+
+async def test_adapters_beyond_the_slots_are_loaded_when_they_are_asked_for(narrow: Stage) -> None:
+    for turn, i in enumerate((0, 1, 2, 3, 0, 3, 1)):
+        assert await say(narrow, f"a{i}", f"r{turn}") == expected(make_adapter(i))
+        assert len(narrow.engine.adapters) <= 2
+    assert list(narrow.engine.adapters) == ["a3", "a1"]
+    await narrow.settled()
+    assert (narrow.load.adapters, narrow.load.max_loras) == (("a3", "a1"), 2)
+    assert await say(narrow, MODEL, "base") == truth()["r3"]
+
+
+async def test_many_requests_for_many_adapters_at_once_all_end_right(narrow: Stage) -> None:
+    async def insist(i: int, request_id: str) -> None:
+        for attempt in range(100):
+            answer = await say(narrow, f"a{i}", f"{request_id}-{attempt}")
+            if not isinstance(answer, Rejected):
+                assert answer == expected(make_adapter(i))
+                return
+            assert (answer.reason, answer.retry_after_ms > 0) == ("overloaded", True)
+        raise AssertionError("never served")
+
+    await asyncio.gather(*(insist(n % 4, f"r{n}") for n in range(12)))
+    assert len(narrow.engine.adapters) <= 2
+
+
+async def test_an_adapter_in_use_is_not_evicted_and_the_request_for_another_is_told_to_come_back(
+    narrow: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.executor.adapter_store.LOAD_WAIT_S", 0.1)
+    for i in (0, 1):
+        await say(narrow, f"a{i}", f"first{i}")
+    for i in (0, 1):
+        long = msgspec.structs.replace(REQUEST, model=f"a{i}", request_id=f"long{i}", max_tokens=240)
+        assert isinstance(await narrow.admit(long), Admitted)
+    refused = await say(narrow, "a2", "2")
+    assert isinstance(refused, Rejected)
+    assert (refused.reason, refused.retry_after_ms) == ("overloaded", 1000)
+    assert refused.message == "all 2 adapter slots (max_loras) are in use"
+    assert set(narrow.engine.adapters) == {"a0", "a1"}
+    for i in (0, 1):
+        await narrow.cancel(f"long{i}")
+        assert (await narrow.end(f"long{i}")).finish_reason == "cancelled"
+    assert await say(narrow, "a2", "again") == expected(make_adapter(2))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"artifact": "nowhere"}, "adapter x: its weights .nowhere. are not in the object store"),
+        ({"artifact": "garbage"}, "adapter x is not in safetensors format"),
+        ({"lora": LoraSpec(rank=5)}, "adapter x: rank 5 is over max_lora_rank 4"),
+        ({"lora": LoraSpec(rank=3)}, "rank and base model ask for .*; was it made for another model"),
+        ({"lora": LoraSpec(rank=2, target_modules=("lm_head",))}, "target_modules must be some of .*, not lm_head"),
+        ({"lora": LoraSpec(rank=2, target_modules=("q_proj",))}, "adapter x has unknown .* check targets and layers"),
+    ],
+    ids=str,
+)
+async def test_a_request_for_an_unusable_adapter_is_told_why(narrow: Stage, fields: dict[str, Any], message: str) -> None:
+    await store(narrow.client, b"garbage", "garbage")
+    await announce(narrow.client, "x", **({"artifact": "o0"} | fields))
+    refused = await say(narrow, "x", "1")
+    assert isinstance(refused, Rejected)
+    assert refused.reason == "invalid"
+    assert re.search(message, refused.message), refused.message
+    values: dict[str, Any] = {"artifact": "o0", "lora": SPEC} | fields
+    record = AdapterRecord(name="x", base_model=MODEL, created_at=1.0, **values)
+    either: Any = AdapterChecked | Rejected
+    checked = await narrow.client.request(subjects.check_adapter(MODEL), CheckAdapter(record=record), either)
+    assert isinstance(checked, Rejected)
+    assert re.search(message, checked.message)
+    assert await say(narrow, "a0", "2") == expected(make_adapter(0))
+
+
+async def test_served_adapters_have_the_models_type(connect: Connect, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known_profile(monkeypatch)
+    async with running_executor(connect, model_dir, dtype="bfloat16") as stage:
+        await store(stage.client, make_adapter().to_safetensors())
+        await announce(stage.client)
+        await has(stage, "ft:a")
+        assert stage.engine.adapters["ft:a"].weights.flat.dtype == torch.bfloat16
 
 
 async def test_a_second_start_recalls_the_profile(

@@ -47,16 +47,18 @@ class Forecast:
     has_pages: bool
     num_ahead: int
     num_waiting: int
+    is_resident: bool = True
+    """The request's adapter need not be loaded first."""
 
     @property
     def keeps_promises(self) -> bool:
         """Whether every target is met."""
         return self.excess == 0 and self.num_broken == 0 and self.has_pages
 
-    def cost(self) -> tuple[float, float, float, int, str]:
-        """Orders forecasts, best first: missed targets, then the wait, then the load."""
+    def cost(self) -> tuple[float, bool, float, float, int, str]:
+        """Orders forecasts, best first: missed targets, then an adapter to load, then the wait, then the load."""
         missed = self.excess + self.num_broken + (0 if self.has_pages else 1)
-        return missed, self.ttft_ms, self.tpot_ms, self.num_ahead, self.executor_id
+        return missed, not self.is_resident, self.ttft_ms, self.tpot_ms, self.num_ahead, self.executor_id
 
 
 def admit(
@@ -68,7 +70,7 @@ def admit(
     """
     if fault := find_fault(request):
         return Rejected(reason="invalid", message=fault)
-    serving = [beat for beat in executors if serves(beat, request.model)]
+    serving = [beat for beat in executors if serves(beat, request)]
     ready = [beat for beat in serving if beat.state == "ready" and beat.instance_id not in excluded]
     if not ready:
         return _nobody(request, executors, bool(serving))
@@ -99,9 +101,10 @@ def find_fault(request: InferenceRequest) -> str | None:
     return None
 
 
-def serves(beat: Beat, model: str) -> bool:
-    """Whether this instance answers to that model name."""
-    return beat.executor is not None and (model == beat.executor.model or model in beat.executor.adapters)
+def serves(beat: Beat, request: InferenceRequest) -> bool:
+    """Whether this instance answers to the request's model; adapters of its base model it loads when they are asked for."""
+    load = beat.executor
+    return load is not None and ((request.base_model or request.model) == load.model or request.model in load.adapters)
 
 
 def has_room(request: InferenceRequest, load: ExecutorLoad) -> bool:
@@ -133,6 +136,7 @@ def forecast(request: InferenceRequest, executor_id: str, load: ExecutorLoad, no
         has_pages=-(-(len(request.prompt_tokens) + 1) // load.page_size) <= load.free_pages,
         num_ahead=num_ahead,
         num_waiting=load.num_waiting,
+        is_resident=request.model in (load.model, *load.adapters),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from common.bus import Bus, BusError
 from common.nats_server import NatsServerError
-from services.cli.adapters import AdapterError, export, list_adapters, show_adapters
+from services.cli.adapters import AdapterError, delete, export, import_folder, list_adapters, show_adapters
 from services.cli.convert import convert
 from services.cli.health import HealthError, check
 from services.cli.layout import UpOptions
@@ -70,6 +70,13 @@ async def _with_bus(nats_url: str, options: argparse.Namespace) -> None:
         if options.action == "export":
             record = await export(bus, options.name, options.dir)
             print(f"{record.name}: a PEFT adapter for {record.base_model}, in {options.dir}")
+            return
+        if options.action == "import":
+            record = await import_folder(bus, options.dir, options.name, options.base_model)
+            print(f"{record.name}: served as an adapter of {record.base_model}, rank {record.lora.rank}")
+            return
+        if options.action == "delete":
+            print(f"{(await delete(bus, options.name)).name}: deleted")
             return
         show_adapters(await list_adapters(bus))
     finally:

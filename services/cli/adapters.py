@@ -1,4 +1,4 @@
-"""`heddle adapters`: lists the adapters of a running system and writes one as a Hugging Face PEFT folder. No torch."""
+"""`heddle adapters`: lists, imports, exports and deletes the adapters of a running system, as PEFT folders. No torch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from nats.js.errors import KeyNotFoundError, NoKeysError, ObjectNotFoundError
 from rich.table import Table
 
 from common import subjects
+from common.adapters import AdapterRefusedError, UnknownAdapterError, add_adapter, remove_adapter
 from common.artifacts import read_object
 from common.bus import Bus
 from common.codec import MalformedMessageError, decode
 from common.messages import AdapterRecord
+from common.peft_folder import CONFIG, WEIGHTS, PeftFolderError, read_peft_folder
 from services.cli.status import wide_console
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 READ_TIMEOUT_S = 120.0
 
 
 class AdapterError(ValueError):
-    """The adapter does not exist, is damaged, or cannot be written there."""
+    """The adapter does not exist, is damaged, does not fit, or cannot be written there."""
 
 
 async def list_adapters(bus: Bus) -> list[AdapterRecord]:
@@ -58,6 +58,32 @@ async def export(bus: Bus, name: str, folder: Path) -> AdapterRecord:
         raise AdapterError(f"no adapter {name}; there are: {', '.join(records) or 'none'}")
     write_folder(folder, records[name], await _weights(bus, records[name]))
     return records[name]
+
+
+async def import_folder(bus: Bus, folder: Path, name: str | None, base_model: str | None) -> AdapterRecord:
+    """Serve the PEFT folder as `name` (default: the folder's name). Raises AdapterError.
+
+    It has to be made for a base model that is served; `base_model` says which one that is, if its maker called it otherwise.
+    """
+    try:
+        found = read_peft_folder(folder)
+        served = base_model or found.base_model.rstrip("/").rpartition("/")[2]
+        if not served:
+            raise AdapterError(f"{CONFIG}: base_model_name_or_path is empty; name the base model with --base-model")
+        return await add_adapter(bus, name or folder.name, served, found.lora, found.weights)
+    except AdapterRefusedError as error:
+        hint = "" if base_model else f" ({CONFIG} names {found.base_model}; --base-model names what it is served as)"
+        raise AdapterError(f"{error}{hint if 'no executor' in str(error) else ''}") from error
+    except (PeftFolderError, OSError) as error:
+        raise AdapterError(str(error)) from error
+
+
+async def delete(bus: Bus, name: str) -> AdapterRecord:
+    """Serve the adapter no more, and delete its weights. Raises AdapterError."""
+    try:
+        return await remove_adapter(bus, name)
+    except UnknownAdapterError as error:
+        raise AdapterError(str(error.args[0])) from error
 
 
 def write_folder(folder: Path, record: AdapterRecord, weights: bytes) -> None:

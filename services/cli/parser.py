@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_up(_add(commands, "up", "start a NATS server and all five services; Ctrl-C stops them"))
     _add_status(_add(commands, "status", "show the running services and their load"))
     _add_convert(_add(commands, "convert", "turn a model into the folder of safetensors that executors read"))
-    _add_adapters(_add(commands, "adapters", "list finetuned adapters, or export one for PEFT"))
+    _add_adapters(_add(commands, "adapters", "list, import, export or delete LoRA adapters"))
     _add_health(_add(commands, "health", "exit with 0 if a service of this machine is ready, for containers"))
     _add(commands, "version", "print the version")
     return parser
@@ -157,7 +157,15 @@ def _add_adapters(parser: _Parser) -> None:
     export = _add(actions, "export", "write one adapter as a Hugging Face PEFT folder")
     export.add_argument("name", help="the adapter's name, as in `heddle adapters list`")
     export.add_argument("dir", type=_path, metavar="DIR", help="new or empty folder")
-    for action in (listing, export):
+    importing = _add(actions, "import", "serve a Hugging Face PEFT folder as a model of its own, without restart")
+    importing.add_argument("dir", type=_path, metavar="DIR", help="folder with adapter_config.json, adapter_model.safetensors")
+    importing.add_argument("--name", help="the adapter's name for clients (default: the folder's)")
+    importing.add_argument(
+        "--base-model", metavar="MODEL", help="the served base model (default: base_model_name_or_path of adapter_config.json)"
+    )
+    deleting = _add(actions, "delete", "serve an adapter no more, and delete its weights")
+    deleting.add_argument("name", help="the adapter's name, as in `heddle adapters list`")
+    for action in (listing, export, importing, deleting):
         action.add_argument("--nats", metavar="URL", help="the system's NATS server (default: asked from the gateway)")
         action.add_argument("--url", default=DEFAULT_URL, help="a gateway, asked for the NATS URL")
         _add_api_key(action)

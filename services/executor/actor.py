@@ -15,8 +15,9 @@ from nats.errors import Error as NatsError
 from common import subjects
 from common.bus import Bus, BusError
 from common.latency import predict_ms
-from common.messages import Admit, Admitted, Beat, Cancel, Rejected, TokenChunk
+from common.messages import Admit, Admitted, Beat, Cancel, CheckAdapter, Rejected, TokenChunk
 from common.service import Vitals
+from services.executor.adapter_slots import AdapterSlots
 from services.executor.adapter_store import AdapterStore
 from services.executor.config import ExecutorConfig
 from services.executor.device import is_out_of_memory
@@ -25,7 +26,6 @@ from services.executor.gateway_watch import GatewayWatch
 from services.executor.grammar_store import GrammarStore
 from services.executor.inbox import Inbox
 from services.executor.load import executor_vitals
-from services.executor.lora import LoraAdapter
 from services.executor.planner_link import PlannerLink
 from services.executor.profile_store import ProfileStore
 from services.executor.scheduler import root_rows
@@ -34,6 +34,8 @@ from services.executor.training import BackwardWork
 from services.executor.training_link import TrainingLink
 
 T = TypeVar("T")
+NUM_LOADS = 3
+"""How often a request loads its adapter that is evicted again before the request is in."""
 MAX_FAILURES = 3
 """Passes in a row that may fail before the process ends."""
 log = structlog.get_logger()
@@ -66,8 +68,9 @@ class ExecutorActor:
         self._engine = await make_engine(self._config, self._model, ProfileStore(bus), self._on_device)
         self._training = TrainingLink(bus, self._config, self._model, self._engine.training, self._inbox, self._on_device)
         self._grammars = GrammarStore(Path(self._config.model_dir), self._engine.decoder.config)
-        self._adapters = AdapterStore(bus, self._engine.decoder, self._model, self._on_adapter)
+        self._adapters = self._make_adapter_store(bus)
         tasks.create_task(self._adapters.follow())
+        tasks.create_task(self._run())
         await self._adapters.loaded.wait()
         await bus.subscribe(subjects.beat("gateway", "*"), Beat, self._on_gateway_beat)
         tasks.create_task(self._gateways.run(bus))
@@ -76,7 +79,8 @@ class ExecutorActor:
         await self._training.start()
         if self._config.speculation:
             await self._planner.start(bus, tasks)
-        tasks.create_task(self._run())
+        checks = subjects.check_adapter(self._model)
+        await bus.subscribe(checks, CheckAdapter, self._adapters.on_check, queue="executor", concurrent=True)
         self._refresh_vitals()
 
     async def drain(self) -> None:
@@ -106,14 +110,22 @@ class ExecutorActor:
             return Rejected(reason="draining", message="this executor is shutting down", retry_after_ms=1000)
         adapter = None if request.model == self._model else request.model
 
-        def submit() -> Rejected | None:
+        def submit() -> Admitted | Rejected | None:
+            if adapter is not None and adapter not in self._engine.adapters:
+                return None
             refused = self._engine.submit(request, adapter, message.first_token_due_at, grammar)
             if refused is None and request.gateway_id:
                 self._gateways.expect(request.gateway_id, time.monotonic())
             self._refresh_vitals()
-            return refused
+            return refused or Admitted(request_id=request.request_id, executor_id=self._config.instance_id)
 
-        return await self._inbox.ask(submit) or Admitted(request_id=request.request_id, executor_id=self._config.instance_id)
+        for _ in range(NUM_LOADS):
+            if (answer := await self._inbox.ask(submit)) is not None:
+                return answer
+            assert adapter is not None
+            if (refused := await self._adapters.obtain(adapter)) is not None:
+                return refused
+        return Rejected(reason="overloaded", message=f"adapter {adapter} was evicted at once", retry_after_ms=1000)
 
     async def _on_cancel(self, message: Cancel) -> None:
         self._inbox.post(lambda: self._cancel(message.request_id))
@@ -138,14 +150,21 @@ class ExecutorActor:
 
         self._inbox.post(cancel)
 
-    def _on_adapter(self, name: str, adapter: LoraAdapter | None) -> None:
-        def change() -> None:
-            if adapter is None:
-                self._engine.adapters.pop(name, None)
-            else:
-                self._engine.adapters[name] = adapter
-
-        self._inbox.post(change)
+    def _make_adapter_store(self, bus: Bus) -> AdapterStore:
+        engine, config = self._engine, self._config
+        self._slots = AdapterSlots(
+            config.max_loras, engine.adapters, lambda: [sequence.adapter for sequence in engine.sequences.values()]
+        )
+        return AdapterStore(
+            bus,
+            engine.decoder,
+            self._model,
+            resident=engine.adapters,
+            slots=self._slots,
+            max_lora_rank=config.max_lora_rank,
+            inbox=self._inbox,
+            on_device=self._on_device,
+        )
 
     # --- iterations ------------------------------------------------------------------------------------------------
 
@@ -260,5 +279,10 @@ class ExecutorActor:
             model=self._model,
             planner_id=self._planner.planner_id or "",
             draining=self._draining,
-            gauges={"iteration_ms": self._iteration_ms, "planner_turnaround_ms": self._planner.mean_turnaround_ms},
+            max_loras=self._config.max_loras,
+            gauges={
+                "iteration_ms": self._iteration_ms,
+                "planner_turnaround_ms": self._planner.mean_turnaround_ms,
+                "adapters_evicted": float(self._slots.num_evicted),
+            },
         )

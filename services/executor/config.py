@@ -42,18 +42,30 @@ class ExecutorConfig(ServiceConfig):
     max_iteration_ms: float = 250.0
     idle_iteration_ms: float = 120.0
     max_jobs: int = 4
+    max_loras: int = 32
+    """Adapters that are resident at once; others are loaded when they are asked for, in place of one that is not in use."""
+    max_lora_rank: int = 256
     drain_grace_s: float = 20.0
     log_iterations: bool = True
     """One log line per iteration: its tokens by kind and its latency."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("page_size", "kv_cache_tokens", "max_model_len", "max_sequences", "max_batch_tokens", "max_jobs"):
+        for field in (
+            "page_size",
+            "kv_cache_tokens",
+            "max_model_len",
+            "max_sequences",
+            "max_batch_tokens",
+            "max_jobs",
+            "max_loras",
+        ):
             require(getattr(self, field) > 0, field, "be positive")
         require(
             self.max_tree_nodes >= 0 and self.max_draft_tokens >= 0, "max_tree_nodes and max_draft_tokens", "not be negative"
         )
         require(self.kv_cache_tokens >= self.page_size, "kv_cache_tokens", "be at least page_size")
+        require(self.max_lora_rank > 0, "max_lora_rank", "be positive")
         require(self.tree_wait_ms >= 0, "tree_wait_ms", "not be negative")
         cores = os.cpu_count() or 1
         require(self.threads <= cores, "threads", f"not be more than this machine's {cores} cores")

@@ -94,6 +94,7 @@ class Engine:
         self.max_sequences = max_sequences
         self.max_tree_nodes = max_tree_nodes
         self.adapters: dict[str, LoraAdapter] = {}
+        """Those that are resident, the one used longest ago first."""
         self.sequences: dict[str, Sequence] = {}
         self.counters: Counter[str] = Counter()
         self.num_iterations = 0
@@ -128,9 +129,11 @@ class Engine:
         if len(self.sequences) >= self.max_sequences:
             return Rejected(reason="overloaded", message=f"{self.max_sequences} requests are running", retry_after_ms=500)
         ends = () if request.ignore_eos else self.decoder.config.eos_token_ids
-        adapter = self.adapters[adapter_name] if adapter_name else None
         stop_ids = frozenset((*ends, *request.stop_token_ids))
         prompt = request.prompt_tokens[: len(request.prompt_tokens) - request.num_generated]
+        adapter = None if adapter_name is None else self.adapters.pop(adapter_name)
+        if adapter_name is not None and adapter is not None:
+            self.adapters[adapter_name] = adapter  # the last of them is the one used last
         self.sequences[request.request_id] = Sequence(
             request=request,
             tokens=list(request.prompt_tokens),

@@ -5,11 +5,14 @@ from __future__ import annotations
 from common.messages import ExecutorLoad
 from common.service import Vitals
 from services.executor.engine import Engine
+from services.executor.sequences import Sequence
 
 
-def executor_vitals(engine: Engine, *, model: str, planner_id: str, draining: bool, gauges: dict[str, float]) -> Vitals:
+def executor_vitals(
+    engine: Engine, *, model: str, planner_id: str, draining: bool, max_loras: int, gauges: dict[str, float]
+) -> Vitals:
     """The vitals of this moment; call it while no pass runs."""
-    load = executor_load(engine, model, planner_id)
+    load = executor_load(engine, model, planner_id, max_loras)
     own = {
         "num_running": load.num_running,
         "num_waiting": load.num_waiting,
@@ -28,7 +31,7 @@ def executor_vitals(engine: Engine, *, model: str, planner_id: str, draining: bo
     )
 
 
-def executor_load(engine: Engine, model: str, planner_id: str) -> ExecutorLoad:
+def executor_load(engine: Engine, model: str, planner_id: str, max_loras: int = 0) -> ExecutorLoad:
     """What admission needs to choose an executor."""
     sequences = list(engine.sequences.values())
     decoding = [sequence for sequence in sequences if sequence.is_decoding]
@@ -48,4 +51,11 @@ def executor_load(engine: Engine, model: str, planner_id: str) -> ExecutorLoad:
         latency=engine.profile,
         planner_id=planner_id,
         max_training_tokens=engine.training.max_tokens,
+        max_loras=max_loras,
+        running_adapters=_names(decoding),
+        waiting_adapters=_names(waiting),
     )
+
+
+def _names(sequences: list[Sequence]) -> tuple[str, ...]:
+    return tuple(sorted({sequence.adapter.name for sequence in sequences if sequence.adapter is not None}))

@@ -100,7 +100,7 @@ class LoraWeights:
         for problem, names in (("lacks", missing), ("has unknown", unknown)):
             if names:
                 raise InvalidAdapterError(f"{what} {problem} {min(names)} and {len(names) - 1} more; check targets and layers")
-        for name, tensor in source.items():
+        for name, tensor in sorted(source.items()):
             if tensor.shape != (expected := self.tensors[name].shape):
                 shapes = f"{tuple(tensor.shape)}, rank and base model ask for {tuple(expected)}"
                 raise InvalidAdapterError(f"{what}: {name} has shape {shapes}; was it made for another model?")
@@ -132,11 +132,21 @@ class LoraAdapter:
 
     @classmethod
     def from_safetensors(
-        cls, name: str, spec: LoraSpec, data: bytes, config: ModelConfig, device: torch.device | None = None
+        cls,
+        name: str,
+        spec: LoraSpec,
+        data: bytes,
+        config: ModelConfig,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> LoraAdapter:
         """The adapter in the bytes of an adapter_model.safetensors. Raises InvalidAdapterError if it does not fit."""
-        weights = LoraWeights(spec, config, device=device)
-        weights.copy_from(read_tensors(data, f"adapter {name}"), f"adapter {name}")
+        check_spec(spec)
+        tensors = read_tensors(data, f"adapter {name}")
+        weights = LoraWeights(spec, config, device=device, dtype=dtype)
+        weights.copy_from(tensors, f"adapter {name}")
+        if not weights.flat.isfinite().all():
+            raise InvalidAdapterError(f"adapter {name} holds values that are too large for {dtype}")
         return cls(name, spec, weights)
 
     @property

@@ -28,6 +28,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.models import Catalog, follow_adapters
 from services.gateway.nats_door import NatsDoor
 from services.gateway.plan import Limits
+from services.gateway.routes_adapters import adapter_routes
 from services.gateway.routes_inference import inference_routes
 from services.gateway.routes_ops import ops_routes
 
@@ -42,7 +43,8 @@ class GatewayActor:
         self._tokenizer = ChatTokenizer.load(Path(config.model_dir))
         self._fleet = Fleet()
         self._watch = ExecutorWatch(self._fleet, config.heartbeat_s)
-        self._catalog = Catalog(config.model_name, str(Path(config.model_dir).resolve()), self._fleet)
+        self._folder = str(Path(config.model_dir).resolve())
+        self._catalog = Catalog(config.model_name, self._folder, self._fleet)
         self._metrics = Metrics(config.model_name)
         self._metrics.registry.register(FleetCollector(self._fleet))
         self.url = ""
@@ -65,6 +67,8 @@ class GatewayActor:
             file_routes(FileStore(bus, config.max_file_bytes), trainer),
             finetuning_routes(trainer),
         ]
+        if config.allow_runtime_lora_updating:
+            routers.append(adapter_routes(bus, self._catalog, config.lora_dir, config.max_file_bytes, self._folder))
         self._http = HttpServer(config, build_app(config, routers))
         self._serving = tasks.create_task(self._http.run())
         self.url = self._http.url
@@ -108,7 +112,6 @@ class GatewayActor:
             limits=Limits(max_n=config.max_n, max_tokens_limit=config.max_tokens_limit, vocab_size=self._tokenizer.vocab_size),
             default_slo=config.default_slo,
             request_timeout_s=config.request_timeout_s,
-            adapter_wait_s=config.adapter_wait_s,
         )
 
     async def _on_beat(self, beat: Beat) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from common.config import ServiceConfig, require
@@ -40,8 +41,12 @@ class GatewayConfig(ServiceConfig):
     admission_timeout_s: float = 10.0
     open_wait_s: float = 5.0
     """How long a new request waits for an admission service or an executor that has just died to be replaced."""
-    adapter_wait_s: float = 5.0
-    """How long a request for a known adapter waits until an executor has loaded it."""
+    allow_runtime_lora_updating: bool = dataclasses.field(
+        default_factory=lambda: os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "").lower() in ("1", "true")
+    )
+    """Whether POST /v1/load_lora_adapter and /v1/unload_lora_adapter exist; vLLM's variable of that name does it too."""
+    lora_dir: str | None = None
+    """The folder below which /v1/load_lora_adapter may read; empty: nowhere."""
     migration_limit: int = 3
     """How often one request may move to another executor after losing its own."""
     migration_wait_s: float = 60.0
@@ -59,7 +64,6 @@ class GatewayConfig(ServiceConfig):
         for name in (
             "admission_timeout_s",
             "open_wait_s",
-            "adapter_wait_s",
             "migration_limit",
             "migration_wait_s",
             "drain_grace_s",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections import Counter
@@ -21,8 +20,6 @@ from services.gateway.plan import Limits, Origin, Plan, check, check_prompts, ma
 from services.gateway.slo import resolve_slo
 from services.gateway.tokenizer import encode
 
-ADAPTER_CHECK_S = 0.05
-
 
 @dataclass(kw_only=True)
 class Core:
@@ -35,7 +32,6 @@ class Core:
     limits: Limits
     default_slo: Slo
     request_timeout_s: float
-    adapter_wait_s: float
     is_draining: bool = False
     counters: Counter[str] = field(default_factory=Counter)
     answers: set[Answer] = field(default_factory=set)
@@ -47,7 +43,7 @@ class Core:
         check(request, self.limits)
         slo = resolve_slo(request.slo, headers, self.default_slo)
         origin = Origin(request_id=request_id, arrived_at=time.time(), seed=secrets.randbits(63))
-        model = await self._model(request.model)
+        model = self.catalog.find(request.model, time.monotonic())
         prompts = await self._prompts(request, model)
         check_prompts(prompts, self.limits)
         return make_plan(
@@ -111,17 +107,6 @@ class Core:
             return self.tokenizer.render(plain, add_generation_prompt=add_generation_prompt)
         except ChatTemplateError as error:
             raise bad_request(str(error), "messages") from error
-
-    async def _model(self, name: str | None) -> ServedModel:
-        """The model, waiting a little for an adapter that is known but whose executors have not yet told that they have it."""
-        give_up_at = time.monotonic() + self.adapter_wait_s
-        while True:
-            try:
-                return self.catalog.find(name, time.monotonic())
-            except ApiError as error:
-                if error.code != "adapter_not_loaded" or time.monotonic() > give_up_at:
-                    raise
-            await asyncio.sleep(ADAPTER_CHECK_S)
 
     async def _prompts(self, request: ChatRequest | CompletionRequest, model: ServedModel) -> list[tuple[int, ...]]:
         if isinstance(request, ChatRequest):

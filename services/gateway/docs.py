@@ -7,7 +7,14 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 
-from services.gateway.openai_api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from services.gateway.openai_api import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    LoadLoraAdapter,
+    TokenizeRequest,
+    UnloadLoraAdapter,
+)
 
 DESCRIPTION = """
 One model, many latency targets: every request may carry its own SLO, as `slo: {tpot_ms, ttft_ms}` in the body or as the headers
@@ -15,7 +22,7 @@ One model, many latency targets: every request may carry its own SLO, as `slo: {
 Finetuning jobs train on the same device, in the same iterations.
 """
 _TEMPLATE = "#/components/schemas/{name}"
-_BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+_BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, LoadLoraAdapter, UnloadLoraAdapter)
 
 
 def body_of(kind: type) -> dict[str, Any]:

@@ -44,12 +44,20 @@ def _load_families(executors: list[tuple[Beat, ExecutorLoad]]) -> Iterator[Metri
     running = GaugeMetricFamily("vllm:num_requests_running", "Requests that decode.", labels=labels)
     waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Requests that wait for their first token.", labels=labels)
     cache = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", labels=labels)
+    loras = GaugeMetricFamily(
+        "vllm:lora_requests_info",
+        "When an executor last told of its adapters: those of requests that run and wait, and how many can be resident.",
+        labels=("max_lora", "waiting_lora_adapters", "running_lora_adapters", "engine"),
+    )
     for beat, load in executors:
+        adapters = (",".join(load.waiting_adapters), ",".join(load.running_adapters))
+        if load.max_loras:
+            loras.add_metric((str(load.max_loras), *adapters, beat.instance_id), beat.sent_at)
         where = (load.model, beat.instance_id)
         running.add_metric(where, load.num_running)
         waiting.add_metric(where, load.num_waiting)
         cache.add_metric(where, 1 - load.free_pages / load.num_pages if load.num_pages else 0.0)
-    yield from (running, waiting, cache)
+    yield from (running, waiting, cache, loras)
 
 
 def _counter_families(executors: list[tuple[Beat, ExecutorLoad]]) -> Iterator[Metric]:

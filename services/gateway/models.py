@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,11 @@ from services.gateway.errors import model_not_found, unavailable
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that at least one ready executor runs; its longest context."""
+    """A model that at least one ready executor runs; its longest context. `base_model` is set for adapters."""
 
     name: str
     max_model_len: int
+    base_model: str = ""
 
 
 class Catalog:
@@ -31,19 +33,19 @@ class Catalog:
         self._fleet = fleet
         self._adapters: dict[str, AdapterRecord] = {}
         self._started_at = int(time.time())
+        self.changed = asyncio.Condition()
+        """Notified when the adapters known are others."""
 
     def find(self, name: str | None, now: float) -> ServedModel:
-        """The base model for None. Raises ApiError: 404 for an unknown name, 503 when no ready executor serves it."""
+        """The base model for None. Raises ApiError: 404 for an unknown name, 503 when no executor is ready."""
         name = name or self.base
         loads = self._loads(now)
-        serving = [load for load in loads if name == self.base or name in load.adapters]
-        if serving:
-            return ServedModel(name, max(load.max_model_len for load in serving))
-        if name == self.base:
-            raise unavailable(f"No executor serves {name!r} at the moment.", "no_executor")
-        if name in self._adapters:
-            raise unavailable(f"No executor has loaded {name!r} yet.", "adapter_not_loaded")
-        raise model_not_found(name)
+        if name != self.base and name not in self._adapters and not any(name in load.adapters for load in loads):
+            raise model_not_found(name)
+        if not loads:
+            raise unavailable(f"No executor serves {self.base!r} at the moment.", "no_executor")
+        base_model = "" if name == self.base else self.base
+        return ServedModel(name, max(load.max_model_len for load in loads), base_model)
 
     def is_served(self, now: float) -> bool:
         """Whether the base model has a ready executor."""
@@ -54,8 +56,12 @@ class Catalog:
         return max((load.max_model_len for load in self._loads(now)), default=None)
 
     def replace(self, adapters: dict[str, AdapterRecord]) -> None:
-        """The adapters known from now on, by name."""
-        self._adapters = adapters
+        """The adapters known from now on, by name; those of other base models are not served here."""
+        self._adapters = {name: record for name, record in adapters.items() if record.base_model == self.base}
+
+    def has(self, name: str) -> bool:
+        """Whether an adapter of this name is known."""
+        return name in self._adapters
 
     def cards(self, now: float) -> list[dict[str, Any]]:
         """The model objects of GET /v1/models: the base model first."""
@@ -79,7 +85,9 @@ async def follow_adapters(bus: Bus, catalog: Catalog) -> None:
     """For ever: keep the catalog equal to the bucket of adapters."""
 
     async def replace(records: dict[str, AdapterRecord]) -> None:
-        catalog.replace({record.name: record for record in records.values()})
+        async with catalog.changed:
+            catalog.replace({record.name: record for record in records.values()})
+            catalog.changed.notify_all()
 
     await follow_records(bus, subjects.ADAPTERS_BUCKET, AdapterRecord, replace)
 

@@ -144,6 +144,21 @@ class CompletionRequest(GenerateRequest, kw_only=True):
     suffix: str | None = None
 
 
+class LoadLoraAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """vLLM's body, and the base model's name if the adapter's maker called it otherwise."""
+
+    lora_name: str = ""
+    lora_path: str = ""
+    base_model_name: str | None = None
+
+
+class UnloadLoraAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """vLLM's body."""
+
+    lora_name: str = ""
+    lora_int_id: int | None = None
+
+
 class TokenizeRequest(Struct, kw_only=True):
     """Body of POST /tokenize: a prompt, or messages that go through the chat template."""
 

@@ -126,6 +126,7 @@ def make_plan(
         InferenceRequest(
             request_id=origin.request_id if sample == number == 0 else f"{origin.request_id}-{number}-{sample}",
             model=model.name,
+            base_model=model.base_model,
             prompt_tokens=prompt,
             max_tokens=max(fit_max_tokens(request, len(prompt), model, limits), 1),
             sampling=sampling_of(request, derive_seed(seed, sample), limits.vocab_size),

@@ -1,0 +1,107 @@
+"""The system's adapters: stored and announced, found, withdrawn. Knows the bus's buckets, not where weights come from."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+from uuid import uuid4
+
+import structlog
+from nats.errors import Error as NatsError
+from nats.js.errors import KeyNotFoundError, NoKeysError, NotFoundError
+
+from common import subjects
+from common.bus import Bus, NoServiceError
+from common.codec import MalformedMessageError, decode, encode
+from common.messages import AdapterChecked, AdapterRecord, CheckAdapter, LoraSpec, Rejected
+
+log = structlog.get_logger()
+
+CHECK_TIMEOUT_S = 60.0
+MAX_NAME_CHARS = 256
+ANSWER: Any = AdapterChecked | Rejected
+
+
+class AdapterRefusedError(ValueError):
+    """The adapter's name or content is not acceptable; the message says why."""
+
+
+class AdapterExistsError(AdapterRefusedError):
+    """There is one of that name."""
+
+
+class UnknownAdapterError(LookupError):
+    """There is none of that name."""
+
+
+async def adapter_records(bus: Bus) -> dict[str, AdapterRecord]:
+    """All adapters by name. Records that do not decode are left out."""
+    bucket = await bus.key_value(subjects.ADAPTERS_BUCKET)
+    records = {}
+    with contextlib.suppress(NoKeysError):
+        for key in await bucket.keys():
+            with contextlib.suppress(KeyNotFoundError, MalformedMessageError):
+                record = decode((await bucket.get(key)).value or b"", AdapterRecord)
+                records[record.name] = record
+    return records
+
+
+async def add_adapter(bus: Bus, name: str, base_model: str, lora: LoraSpec, weights: bytes) -> AdapterRecord:
+    """Store the weights, have an executor of the base model look at them, and announce the adapter to all.
+
+    Raises AdapterRefusedError, and keeps nothing, when it does not fit; AdapterExistsError for a name that is taken.
+    """
+    if not name or len(name) > MAX_NAME_CHARS or not name.isprintable() or name == base_model:
+        raise AdapterRefusedError(
+            f"an adapter's name has 1 to {MAX_NAME_CHARS} printable characters, and is not the base model's"
+        )
+    bucket = await bus.key_value(subjects.ADAPTERS_BUCKET)
+    if name in await adapter_records(bus):
+        raise AdapterExistsError(f"there is an adapter {name} already")
+    store = await bus.object_store(subjects.ARTIFACTS_STORE)
+    record = AdapterRecord(
+        name=name, base_model=base_model, artifact=f"imported/{uuid4().hex}", lora=lora, created_at=time.time()
+    )
+    await store.put(record.artifact, weights)
+    try:
+        await _check(bus, record)
+        with contextlib.suppress(NatsError):  # of two with one name the first wins
+            await bucket.create(subjects.adapter_key(name), encode(record))
+            return record
+        raise AdapterExistsError(f"there is an adapter {name} already")
+    except BaseException:
+        await store.delete(record.artifact)
+        raise
+
+
+async def remove_adapter(bus: Bus, name: str) -> AdapterRecord:
+    """Withdraw the adapter from all executors and delete its weights, unless another adapter has the same.
+
+    Raises UnknownAdapterError.
+    """
+    bucket = await bus.key_value(subjects.ADAPTERS_BUCKET)
+    records = await adapter_records(bus)
+    record = records.pop(name, None)
+    if record is None:
+        raise UnknownAdapterError(f"no adapter {name}; there are: {', '.join(records) or 'none'}")
+    for key in await bucket.keys():
+        with contextlib.suppress(KeyNotFoundError, MalformedMessageError):
+            if decode((await bucket.get(key)).value or b"", AdapterRecord).name == name:
+                await bucket.delete(key)
+    if all(other.artifact != record.artifact for other in records.values()):
+        store = await bus.object_store(subjects.ARTIFACTS_STORE)
+        for object_name in (record.artifact, f"{record.artifact}.optimizer"):
+            with contextlib.suppress(NotFoundError):
+                await store.delete(object_name)
+    return record
+
+
+async def _check(bus: Bus, record: AdapterRecord) -> None:
+    try:
+        subject = subjects.check_adapter(record.base_model)
+        answer: AdapterChecked | Rejected = await bus.request(subject, CheckAdapter(record=record), ANSWER, CHECK_TIMEOUT_S)
+    except NoServiceError as error:
+        raise AdapterRefusedError(f"no executor that serves the base model {record.base_model} is ready") from error
+    if isinstance(answer, Rejected):
+        raise AdapterRefusedError(answer.message)

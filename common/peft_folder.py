@@ -1,0 +1,149 @@
+"""Hugging Face PEFT's folder of one LoRA adapter, read strictly. Knows names, shapes and settings; no torch, no base model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from common.messages import LoraSpec
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+MAX_WEIGHTS_BYTES = 4 << 30
+TARGETS = {
+    "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
+    "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
+}  # fmt: skip
+"""The linears that an adapter may update, and the block of a layer that each is part of."""
+REFUSED = (
+    "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "layer_replication",
+    "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "megatron_config", "use_bdlora",
+)  # fmt: skip
+"""Settings that change what the adapter computes, in ways that are not served."""
+DTYPES = ("F32", "F16", "BF16")
+_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
+
+
+class PeftFolderError(ValueError):
+    """The folder is no adapter that can be served; the message names the file and the field or tensor."""
+
+
+class PeftFolder(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter as it was read. `base_model` is what its maker called the base model, perhaps a path; `weights` the file."""
+
+    base_model: str
+    lora: LoraSpec
+    weights: bytes
+
+
+def read_peft_folder(folder: Path, max_bytes: int = MAX_WEIGHTS_BYTES) -> PeftFolder:
+    """Raises PeftFolderError for what is missing, damaged or not supported; FileNotFoundError when there is no such folder."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    config = _read_config(folder / CONFIG)
+    if not (folder / WEIGHTS).is_file():
+        raise PeftFolderError(f"{folder} has no {WEIGHTS}")
+    if (num_bytes := (folder / WEIGHTS).stat().st_size) > max_bytes:
+        raise PeftFolderError(f"{WEIGHTS} has {num_bytes} bytes, the limit is {max_bytes}")
+    weights = (folder / WEIGHTS).read_bytes()
+    rank = _number(config, "r", 1)
+    targets = _targets(_header(weights), int(rank))
+    _check_targets(config.get("target_modules"), targets)
+    lora = LoraSpec(rank=int(rank), alpha=_alpha(config, int(rank)), target_modules=targets)
+    return PeftFolder(base_model=str(config.get("base_model_name_or_path") or ""), lora=lora, weights=weights)
+
+
+def is_same_model(made_for: str, *names: str) -> bool:
+    """Whether an adapter's base model, a name or path, can be meant by one of these names: their last parts are equal."""
+    last = made_for.rstrip("/").rpartition("/")[2].casefold()
+    return any(last == name.rstrip("/").rpartition("/")[2].casefold() for name in names)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise PeftFolderError(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise PeftFolderError(f"{path} is not a JSON object")
+    if config.get("peft_type") != "LORA":
+        raise PeftFolderError(f"{CONFIG}: peft_type must be LORA, not {config.get('peft_type')!r}")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise PeftFolderError(f"{CONFIG}: task_type must be CAUSAL_LM, not {config['task_type']!r}")
+    if config.get("bias") not in (None, "none"):
+        raise PeftFolderError(f"{CONFIG}: bias must be none, not {config['bias']!r}")
+    for field in REFUSED:
+        if config.get(field):
+            raise PeftFolderError(f"{CONFIG}: {field} is not supported")
+    for field, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        pattern = config.get(field) or {}
+        if not isinstance(pattern, dict) or any(value != config.get(usual) for value in pattern.values()):
+            raise PeftFolderError(f"{CONFIG}: {field} is not supported: all modules must have the same {usual}")
+    return config
+
+
+def _number(config: Mapping[str, Any], field: str, lowest: float) -> float:
+    value = config.get(field)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < lowest:
+        raise PeftFolderError(f"{CONFIG}: {field} must be a number of at least {lowest:g}, not {value!r}")
+    if field == "r" and value != int(value):
+        raise PeftFolderError(f"{CONFIG}: r must be a whole number, not {value!r}")
+    return value
+
+
+def _alpha(config: Mapping[str, Any], rank: int) -> float:
+    """PEFT scales by alpha / r, or with rsLoRA by alpha / sqrt(r); ours is always the former."""
+    alpha = float(_number(config, "lora_alpha", 0))
+    if alpha == 0:
+        raise PeftFolderError(f"{CONFIG}: lora_alpha is 0: the adapter does nothing")
+    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def _header(weights: bytes) -> dict[str, Any]:
+    """The header of a safetensors file: 8 bytes of length, then JSON."""
+    length = int.from_bytes(weights[:8], "little")
+    if not 2 <= length <= len(weights) - 8:
+        raise PeftFolderError(f"{WEIGHTS} is not in safetensors format, or cut off")
+    try:
+        header = msgspec.json.decode(weights[8 : 8 + length], type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise PeftFolderError(f"{WEIGHTS} is not in safetensors format: {error}") from error
+    header.pop("__metadata__", None)
+    return header
+
+
+def _targets(header: Mapping[str, Any], rank: int) -> tuple[str, ...]:
+    """The targets of which there is a pair of matrices in every layer that has any. What else is in the file is an error."""
+    found: dict[tuple[int, str], set[str]] = {}
+    for name, entry in header.items():
+        match = _KEY.fullmatch(name)
+        if match is None or TARGETS.get(match[3]) != match[2]:
+            raise PeftFolderError(f"{WEIGHTS}: tensor {name} is not supported; targets may be {', '.join(TARGETS)}")
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not isinstance(shape, list) or len(shape) != 2 or entry.get("dtype") not in DTYPES:
+            raise PeftFolderError(f"{WEIGHTS}: tensor {name} must be a matrix of {', '.join(DTYPES)}")
+        if shape[0 if match[4] == "A" else 1] != rank:
+            raise PeftFolderError(f"{WEIGHTS}: tensor {name} has shape {tuple(shape)}, but r is {rank}")
+        found.setdefault((int(match[1]), match[3]), set()).add(match[4])
+    targets = tuple(target for target in TARGETS if any(name == target for _, name in found))
+    if not targets:
+        raise PeftFolderError(f"{WEIGHTS} holds no tensor")
+    for layer in range(max(layer for layer, _ in found) + 1):
+        for target in targets:
+            if found.get((layer, target)) != {"A", "B"}:
+                raise PeftFolderError(
+                    f"{WEIGHTS} lacks a matrix of {target} in layer {layer}: all layers must be adapted alike"
+                )
+    return targets
+
+
+def _check_targets(named: object, targets: tuple[str, ...]) -> None:
+    """Targets that the configuration names are in the file; patterns, and names of single modules, are not checked."""
+    if isinstance(named, list) and (missing := [name for name in named if name in TARGETS and name not in targets]):
+        raise PeftFolderError(f"{CONFIG}: target_modules names {missing[0]}, of which {WEIGHTS} has no tensor")
