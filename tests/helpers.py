@@ -101,6 +101,10 @@ def random_adapter(decoder: Decoder, spec: LoraSpec, *, layers: Sequence[int] | 
     return LoraAdapter("adapter", spec, weights)
 
 
+def _is_view(result: Tensor, source: Tensor) -> bool:
+    return result.dtype == source.dtype and result.data_ptr() == source.data_ptr()
+
+
 class OperatorCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the torch operators that run inside the `with` block and do work: views and reads of sizes do none.
 
@@ -109,7 +113,7 @@ class OperatorCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     VIEWS = (
         "alias as_strided detach expand lift_fresh permute select slice split split_with_sizes squeeze t transpose unsafe_split"
-        " unsqueeze view _unsafe_view _reshape_alias unbind chunk is_pinned"
+        " unsqueeze view _unsafe_view _reshape_alias unbind chunk is_pinned resolve_conj resolve_neg"
     )
 
     def __init__(self) -> None:
@@ -123,9 +127,11 @@ class OperatorCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name not in self.VIEWS.split():
+        result = func(*args, **(kwargs or {}))
+        is_same = isinstance(result, Tensor) and bool(args) and isinstance(args[0], Tensor) and _is_view(result, args[0])
+        if name not in self.VIEWS.split() and not (name == "to" and is_same):
             self.by_name[name] += 1
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 def random_tokens(decoder: Decoder, num_tokens: int, seed: int = 0) -> list[int]:

@@ -26,7 +26,7 @@ CONVERTER = ROOT / "services" / "cli" / "convert.py"
 CONVERTERS = {CONVERTER, CONVERTER.with_name("gguf_extras.py")}
 """Where a model is converted, with libraries that nothing else of the control plane needs."""
 MAX_FILE_LINES = 350
-LONG_FILES = {"common/messages.py": 550}
+LONG_FILES = {"common/messages.py": 580}
 """One file holds every wire type, so that the protocol can be read at one sitting."""
 MAX_FUNCTION_LINES = 60
 

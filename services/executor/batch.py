@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,6 @@ def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:
     slots: list[Slots] = []
     starts: list[int] = []
     logit_rows: list[int] = []
-    attention: list[AttentionSegment] = []
     adapters: list[AdapterRows] = []
     training: list[TrainingRows] = []
     for segment in segments:
@@ -94,7 +94,6 @@ def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:
         slots.append(np.asarray(segment.slots, dtype=np.int64))
         end = len(tokens)
         starts.append(start)
-        attention.append(_attention(segment, start, end, device))
         if segment.adapter is not None:
             adapters = joined(adapters, AdapterRows(start=start, end=end, adapter=segment.adapter))
         if segment.tape is not None:
@@ -104,7 +103,7 @@ def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:
         tokens_T=torch.tensor(tokens, dtype=torch.int64, device=device),
         positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
         slots_T=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *slots])).to(device),
-        attention=AttentionPlan(attention),
+        attention=AttentionPlan(_attention(segments, starts, device)),
         adapters=arranged(tuple(adapters)),
         training=tuple(training),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
@@ -114,14 +113,31 @@ def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:
 
 def ancestor_mask(parents: Seq[int]) -> Tensor:
     """Bool [n, n]: row i may see node j iff j is i or an ancestor of i; parents precede their children."""
-    mask = torch.eye(len(parents), dtype=torch.bool)
+    return torch.from_numpy(_ancestors(parents))
+
+
+def _ancestors(parents: Seq[int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    mask = np.eye(len(parents), dtype=np.bool_)
     for node, parent in enumerate(parents):
         if parent >= 0:
             mask[node] |= mask[parent]
     return mask
 
 
-def _attention(segment: Segment, start: int, end: int, device: torch.device) -> AttentionSegment:
-    keys = torch.from_numpy(np.concatenate([segment.context_slots, segment.slots], dtype=np.int64, casting="unsafe")).to(device)
-    mask = None if segment.parents is None else ancestor_mask(segment.parents).to(device)
-    return AttentionSegment(start=start, end=end, slots_L=keys, mask_nn=mask)
+def _attention(segments: Seq[Segment], starts: Seq[int], device: torch.device) -> list[AttentionSegment]:
+    """Keys of all segments in one tensor, and masks in another, so that it takes few operators to make and move them."""
+    none = np.empty(0, dtype=np.int64)
+    keys = [np.concatenate([s.context_slots, s.slots], dtype=np.int64, casting="unsafe") for s in segments]
+    masks = [None if segment.parents is None else _ancestors(segment.parents) for segment in segments]
+    slots = torch.from_numpy(np.concatenate([none, *keys])).to(device)
+    trees = [mask.reshape(-1) for mask in masks if mask is not None]
+    flat = iter(torch.from_numpy(np.concatenate(trees)).to(device).split([mask.size for mask in trees]) if trees else ())
+    return [
+        AttentionSegment(
+            start=start,
+            end=start + len(segment.tokens),
+            slots_L=slots_L,
+            mask_nn=None if mask is None else next(flat).view(mask.shape),
+        )
+        for segment, start, mask, slots_L in zip(segments, starts, masks, slots.split([len(own) for own in keys]), strict=True)
+    ]
