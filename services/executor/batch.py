@@ -131,7 +131,7 @@ def _attention(segments: Seq[Segment], starts: Seq[int], device: torch.device) -
     masks = [None if segment.parents is None else _ancestors(segment.parents) for segment in segments]
     slots = torch.from_numpy(np.concatenate([none, *keys])).to(device)
     trees = [mask.reshape(-1) for mask in masks if mask is not None]
-    flat = iter(torch.from_numpy(np.concatenate(trees)).to(device).split([mask.size for mask in trees]) if trees else ())
+    flat = iter(torch.split(torch.from_numpy(np.concatenate(trees)).to(device), [mask.size for mask in trees]) if trees else ())
     return [
         AttentionSegment(
             start=start,
@@ -139,5 +139,7 @@ def _attention(segments: Seq[Segment], starts: Seq[int], device: torch.device) -
             slots_L=slots_L,
             mask_nn=None if mask is None else next(flat).view(mask.shape),
         )
-        for segment, start, mask, slots_L in zip(segments, starts, masks, slots.split([len(own) for own in keys]), strict=True)
+        for segment, start, mask, slots_L in zip(
+            segments, starts, masks, torch.split(slots, [len(own) for own in keys]), strict=True
+        )
     ]
