@@ -143,11 +143,7 @@ def make_plan(
         for number, prompt in enumerate(prompts)
         for sample in range(num_samples)
     ]
-    for made in requests:
-        if made.sampling.min_tokens > made.max_tokens:
-            raise bad_request(f"min_tokens must be at most max_tokens, {made.max_tokens} here.", "min_tokens")
-    if sum(map(_num_logprobs, requests)) > MAX_LOGPROBS:
-        raise bad_request(f"One request may ask for at most {MAX_LOGPROBS} log probabilities in all.", "logprobs")
+    _check_requests(requests)
     return Plan(
         kind="chat" if isinstance(request, ChatRequest) else "completion",
         origin=origin,
@@ -163,6 +159,14 @@ def make_plan(
         prompt_logprobs=request.prompt_logprobs,
         hides_output=max_tokens_of(request)[1] == 0,
     )
+
+
+def _check_requests(requests: Sequence[InferenceRequest]) -> None:
+    for made in requests:
+        if made.sampling.min_tokens > made.max_tokens:
+            raise bad_request(f"min_tokens must be at most max_tokens, {made.max_tokens} here.", "min_tokens")
+    if sum(map(_num_logprobs, requests)) > MAX_LOGPROBS:
+        raise bad_request(f"One request may ask for at most {MAX_LOGPROBS} log probabilities in all.", "logprobs")
 
 
 def sampling_of(request: GenerateRequest, seed: int, vocab_size: int) -> Sampling:
