@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
 from tokenizers import Tokenizer
 
 TokenBytes = Callable[[int], bytes]
+MAX_CACHED = 2**16
+"""Tokens whose bytes are kept: looking one up takes microseconds, and answers with alternatives need thousands."""
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -20,6 +23,7 @@ def token_bytes_of(tokenizer: Tokenizer) -> TokenBytes:
     state = tokenizer.decoder.__getstate__() if tokenizer.decoder is not None else b""
     piece_bytes = _byte_level if b'"ByteLevel"' in state else _sentencepiece if b"ByteFallback" in state else str.encode
 
+    @functools.lru_cache(MAX_CACHED)
     def token_bytes(token: int) -> bytes:
         if token in added:
             return added[token]

@@ -102,7 +102,10 @@ class Choice:
             rest = self._text.finish()
             text, stopped = text + rest.text, rest.stopped
         if is_first and request.prompt_logprobs is not None:
-            self.scored_prompt = self._scorer.prompt(request.prompt_tokens, self._echo, self.stream.prompt_logprobs)
+            # In a thread: 8192 tokens with 20 alternatives take 0.4 s, which other requests' tokens need not wait for.
+            self.scored_prompt = await asyncio.to_thread(
+                self._scorer.prompt, request.prompt_tokens, self._echo, self.stream.prompt_logprobs
+            )
         echo, scored = self._echo, self._scored(received, num_new, is_first)
         self._echo = ""
         self._stamp(num_new, time.monotonic(), on_tokens)

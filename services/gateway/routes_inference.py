@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 from uuid import uuid4
@@ -70,7 +71,10 @@ async def _whole(answer: Answer) -> dict[str, Any]:
         pieces[piece.index].append(piece)
 
     await answer.run(emit)
-    return responses.response(answer, [joined(of_choice) for of_choice in pieces])
+    whole = [joined(of_choice) for of_choice in pieces]
+    if any(piece.scored for piece in whole):
+        return await asyncio.to_thread(responses.response, answer, whole)  # up to millions of numbers
+    return responses.response(answer, whole)
 
 
 async def _stream(answer: Answer, send: SendEvent) -> None:
