@@ -189,7 +189,7 @@ class AttentionWork:
     def __init__(self, segments: Sequence[AttentionSegment], num_heads: int, group: int) -> None:
         self.num_rows = sum(segment.end - segment.start for segment in segments)
         chunks = [chunk for index, segment in enumerate(segments) for chunk in _row_chunks(index, segment, group)]
-        self.task_heads = group if len(chunks) * (num_heads // group) >= 4 * torch.get_num_threads() else 1
+        self.task_heads = group if len(chunks) * (num_heads // group) >= torch.get_num_threads() else 1
         starts = np.arange(0, num_heads, self.task_heads)
         tasks = np.repeat(np.array(chunks, dtype=np.int64).reshape(-1, 4), len(starts), axis=0)
         tasks[:, 3] = np.tile(starts, len(chunks))
