@@ -19,7 +19,6 @@ from kernels.native.build import library
 from kernels.reference import (
     adamw,
     clip_grad_norm,
-    commit_kv,
     rms_norm_backward,
     rope_backward,
     segmented_lora_backward,
@@ -93,6 +92,12 @@ def ragged_attention(
     is_native = plan.segments and _is_native(q_TND, q_TND.shape[2])
     function = native.ragged_attention if is_native else attention.ragged_attention
     return function(q_TND, k_cache_SKD, v_cache_SKD, plan, scale, window)
+
+
+def commit_kv(k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], src_slots: Tensor, dst_slots: Tensor) -> None:
+    """`reference.commit_kv`."""
+    is_native = k_caches and src_slots.shape == dst_slots.shape and native.takes(k_caches[0]) and k_caches[0].is_contiguous()
+    (native.commit_kv if is_native else reference.commit_kv)(k_caches, v_caches, src_slots, dst_slots)
 
 
 def segmented_lora(y_TO: Tensor, x_TI: Tensor, segments: LoraPlan | Sequence[LoraSegment]) -> None:

@@ -206,8 +206,9 @@ def test_linear_cross_entropy_of_masked_rows_is_zero_whatever_they_hold() -> Non
         assert not losses_hits_or_gradient.any()
 
 
-def test_commit_kv_moves_overlapping_rows_of_every_layer_exactly() -> None:
-    before = randn(2, 2, 10, 3, 4)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_commit_kv_moves_overlapping_rows_of_every_layer_exactly(dtype: torch.dtype) -> None:
+    before = randn(2, 2, 10, 3, 4).to(dtype)
     k_caches, v_caches = list(before[0].clone()), list(before[1].clone())
     src, dst = torch.tensor([3, 5, 4, 9]), torch.tensor([2, 3, 4, 5])
     ops.commit_kv(k_caches, v_caches, src, dst)

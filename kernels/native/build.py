@@ -32,6 +32,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "heddle_rope_and_cache": (None, [_POINTER, _INT64] * 3 + [_POINTER] * 6 + [_INT64] * 4 + [_INT]),
     "heddle_silu_mul": (None, [_POINTER] * 2 + [_INT64] * 2 + [_INT]),
     "heddle_lora": (_INT, [_POINTER, _INT64, _POINTER, _INT64, _INT64, _POINTER, _POINTER] + [_INT64] * 3 + [_INT]),
+    "heddle_commit_kv": (_INT, [_POINTER, _INT64, _POINTER, _POINTER] + [_INT64] * 2),
     "heddle_attention": (_INT, [_POINTER] * 8 + [_INT64] * 5 + [_FLOAT, _INT64, _INT]),
 }
 

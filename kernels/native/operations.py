@@ -5,6 +5,7 @@ In half precision sums are kept in float32 and rounded once, where the reference
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -181,6 +182,19 @@ def ragged_attention(
         )
     )
     return out_TND
+
+
+def commit_kv(k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], src_slots: Tensor, dst_slots: Tensor) -> None:
+    """`reference.commit_kv`, one call for all layers; the caches are contiguous and have rows of one size."""
+    caches = [cache.data_ptr() for cache in (*k_caches, *v_caches)]
+    row_bytes = k_caches[0].stride(0) * k_caches[0].element_size()
+    pointers = (ctypes.c_void_p * len(caches))(*caches)
+    slots = (src_slots.contiguous(), dst_slots.contiguous())
+    check(
+        loaded_library().heddle_commit_kv(
+            pointers, len(caches), slots[0].data_ptr(), slots[1].data_ptr(), len(src_slots), row_bytes
+        )
+    )
 
 
 class AttentionWork:
