@@ -72,7 +72,8 @@ INLINE v8 where(i8x condition, v8 a, v8 b) { return (v8)((condition & (i8x)a) | 
 static float *scratch(size_t num_floats) { /* this thread's own, kept between calls; NULL if there is no memory */
     static __thread float *buffer;
     static __thread size_t capacity;
-    if (num_floats > capacity) {
+    if (!buffer || num_floats > capacity) {
+        num_floats = num_floats < 64 ? 64 : num_floats;
         free(buffer);
         buffer = NULL, capacity = 0;
         if (posix_memalign((void **)&buffer, 64, num_floats * sizeof(float))) return buffer = NULL;
