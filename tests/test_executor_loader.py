@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from common.chat import ChatTokenizer
@@ -156,6 +157,15 @@ def test_a_truncated_file_is_refused(folder: Path, keep: float) -> None:
 def test_weights_that_do_not_fit_are_refused_by_tensor(folder: Path, fields: dict[str, Any], tensor: str) -> None:
     edit(folder / "config.json", **fields)
     with pytest.raises(UnsupportedModelError, match=tensor):
+        load_decoder(folder, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool])
+def test_weights_in_a_type_that_needs_scales_are_refused(folder: Path, stored: torch.dtype) -> None:
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    safetensors.torch.save_file(tensors | {name: tensors[name].to(stored)}, folder / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=rf"up_proj\.weight is stored as {str(stored).removeprefix('torch.')}"):
         load_decoder(folder, torch.float32, CPU)
 
 

@@ -17,6 +17,8 @@ from services.executor.model_config import ModelConfig, UnsupportedModelError, r
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+STORED_DTYPES = (*DTYPES.values(), torch.float64)
+
 
 def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
     """`auto` is the checkpoint's type where the device is fast in it, else float32; on a CPU half precision is bfloat16.
@@ -97,6 +99,9 @@ class _Weights:
         tensor: Tensor = self._files[name].get_tensor(name)
         if tensor.shape != shape:
             raise UnsupportedModelError(f"{self._folder}: tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype not in STORED_DTYPES:  # quantized weights are nothing without their scales
+            stored = str(tensor.dtype).removeprefix("torch.")
+            raise UnsupportedModelError(f"{self._folder}: tensor {name} is stored as {stored}, which is not supported")
         return tensor.to(self._device, self._dtype)
 
 
