@@ -11,7 +11,7 @@ import pytest
 from common.latency import Rows, predict_ms
 from common.messages import Beat, ExecutorLoad, InferenceRequest, LatencyProfile, Rejected, ServiceState, Slo
 from services.admission.inflight import NUM_DELAYS, InFlight
-from services.admission.policy import Limits, Placement, admit, forecast, prefill_ms, prompts_ahead
+from services.admission.policy import Limits, Placement, admit, chunk_tokens, forecast, prefill_ms, prompts_ahead
 
 LIMITS = Limits(prefill_chunk=100, max_backlog_ms=1000.0, max_waiting=8)
 PROFILE = LatencyProfile(points=((1, 40.0), (11, 50.0), (111, 150.0)))
@@ -163,6 +163,18 @@ def test_each_chunk_of_a_prompt_is_predicted_behind_those_before_it() -> None:
         assert prefill_ms(busy, [length], 100) == pytest.approx(expected)
     long, many = prefill_ms(busy, [6000], 100), prefill_ms(busy, [100] * 60, 100)
     assert long > 1.5 * many, "many short prompts do not attend to each other"
+
+
+def test_a_prompt_is_predicted_to_wait_for_the_promises_that_can_be_kept() -> None:
+    """PROFILE takes 50 ms with 11 rows and 1 ms for each one more."""
+    assert chunk_tokens(load(num_running=11), 100, 0) == 100
+    for promised, expected in ((1000.0, 100), (100.0, 40), (60.0, 4), (51.0, 2), (49.0, 100)):
+        assert chunk_tokens(load(num_running=11, promised_tpot_ms=(500.0, promised)), 100, 0) == expected, promised
+    behind = msgspec.structs.replace(PROFILE, ms_per_row_context=0.001)
+    assert chunk_tokens(load(num_running=11, promised_tpot_ms=(100.0,), latency=behind), 100, 1000) == 20
+    tight, free = (forecast(request(400), "e", load(num_running=11, promised_tpot_ms=p), 50.0, LIMITS) for p in ((60.0,), ()))
+    assert tight.ttft_ms == pytest.approx(100 * 54.0)
+    assert free.ttft_ms == pytest.approx(4 * 150.0)
 
 
 def test_tpot_is_predicted_with_everyone_who_is_ahead() -> None:

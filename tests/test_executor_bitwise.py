@@ -1,4 +1,4 @@
-"""With the compiled operations a token is the same bit for bit, in bfloat16 too: alone, batched, drafted, chunked, preempted."""
+"""With compiled operations a token is the same bit for bit, in bfloat16 too: alone, batched, drafted, chunked, preempted."""
 
 from __future__ import annotations
 

@@ -6,11 +6,15 @@ import dataclasses
 import math
 from collections.abc import Collection, Sequence
 
-from common.latency import Rows, predict_ms
+from common.latency import Rows, max_rows, predict_ms
 from common.messages import Beat, ExecutorLoad, InferenceRequest, Rejected
 
 NO_EXECUTOR_RETRY_MS = 1000
 """Executors report once a second, so that nobody learns of a new one earlier."""
+PACE = 0.9
+"""Share of a promised time per token that executors plan an iteration for."""
+LEAST_CHUNK = 2
+"""Tokens per iteration that they compute of a prompt when promises leave no room: a page every ninth iteration."""
 MIN_RETRY_MS = 100
 MAX_RETRY_MS = 60_000
 
@@ -125,10 +129,11 @@ def forecast(request: InferenceRequest, executor_id: str, load: ExecutorLoad, no
     tpot_ms = predict_ms(load.latency, roots.with_segment(1, len(request.prompt_tokens)))
     waited_ms = 1000 * max(0.0, now - request.arrived_at) if request.arrived_at else 0.0
     ahead = prompts_ahead(load)
-    ttft_ms = waited_ms + prefill_ms(load, [*ahead, len(request.prompt_tokens)], limits.prefill_chunk)
+    chunk = chunk_tokens(load, limits.prefill_chunk, context=len(request.prompt_tokens) // 2)
+    ttft_ms = waited_ms + prefill_ms(load, [*ahead, len(request.prompt_tokens)], chunk)
     return Forecast(
         executor_id=executor_id,
-        backlog_ms=prefill_ms(load, ahead, limits.prefill_chunk),
+        backlog_ms=prefill_ms(load, ahead, limits.prefill_chunk),  # a queue is too long by its work, not by who is polite
         ttft_ms=ttft_ms,
         tpot_ms=tpot_ms,
         excess=_excess(ttft_ms, request.slo.ttft_ms) + _excess(tpot_ms, request.slo.tpot_ms),
@@ -145,6 +150,18 @@ def prompts_ahead(load: ExecutorLoad) -> list[int]:
     num_prompts = max(1, load.num_waiting)
     shortest, longer = divmod(load.waiting_prefill_tokens, num_prompts)
     return [shortest + (i < longer) for i in range(num_prompts)]
+
+
+def chunk_tokens(load: ExecutorLoad, largest: int, context: int) -> int:
+    """Prompt tokens that an executor computes in one iteration behind this context: what the tightest promise that can be kept
+    leaves room for, up to `largest`.
+    """
+    roots = Rows(load.num_running, load.context_tokens, load.context_tokens)
+    alone_ms = predict_ms(load.latency, roots)
+    kept = [promised for promised in load.promised_tpot_ms if promised >= alone_ms]
+    if not kept:
+        return largest
+    return max(min(LEAST_CHUNK, largest), max_rows(load.latency, PACE * min(kept), largest, roots, context))
 
 
 def prefill_ms(load: ExecutorLoad, prompts: Sequence[int], chunk: int) -> float:
