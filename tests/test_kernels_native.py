@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import functools
 from pathlib import Path
 
 import pytest
@@ -186,7 +186,19 @@ def test_a_failing_compiler_is_named_and_leaves_nothing(monkeypatch: pytest.Monk
 
 
 def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    built = native_build.build(tmp_path)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled twice"))
-    assert native_build.build(tmp_path) == built
-    assert native_build.load(built)
+    monkeypatch.setenv("HEDDLE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(native_build, "library", functools.cache(native_build.library.__wrapped__))
+    assert native_build.find() is None
+    assert native_build.library() is not None
+    (built,) = (tmp_path / "native").iterdir()
+    assert native_build.find() == built
+    native_build.library.cache_clear()
+    monkeypatch.setattr(native_build, "build", lambda folder: pytest.fail("compiled twice"))
+    assert native_build.library() is not None
+
+
+def test_a_library_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    with pytest.raises(native_build.BuildError, match="broken"):
+        native_build.load(broken)

@@ -67,6 +67,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.Path:
 
 def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel: zipfile.Path) -> None:
     names = zipfile.ZipFile(str(wheel.root.filename)).namelist()
+    assert "kernels/native/heddle_cpu.c" in names
     tops = {name.split("/")[0] for name in names}
     assert tops == {*PACKAGES, f"heddle-{PROJECT['version']}.dist-info"}
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)

@@ -47,40 +47,44 @@ def library() -> ctypes.CDLL | None:
     if not is_supported():
         return None
     try:
-        return load(build(cache_dir()))
+        return load(find() or build(cache_dir() / "native"))
     except BuildError as error:
         warnings.warn(f"compiled CPU operations are not available, torch's are slower: {error}", RuntimeWarning, stacklevel=2)
         return None
 
 
 def is_supported() -> bool:
-    """Whether this processor has AVX2 and FMA, and there is a compiler or a library built before."""
-    has_avx2 = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
-    return has_avx2 and (compiler() is not None or target(cache_dir()).exists())
+    """Whether this is Linux on a processor with AVX2 and FMA, and there is a compiler or a library built before."""
+    is_x86 = platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64")
+    has_avx2 = is_x86 and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    return has_avx2 and (find() is not None or compiler() is not None)
 
 
 def compiler() -> str | None:
-    """The C compiler: $CC, else cc, gcc or clang."""
+    """The C compiler: $CC, else cc or gcc."""
     return next((found for name in (os.environ.get("CC"), "cc", "gcc") if name and (found := shutil.which(name))), None)
 
 
-def target(cache: Path) -> Path:
-    """Where the library of this source is kept."""
+def file_name() -> str:
+    """The library's name; another one for another source."""
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
-    return cache / "native" / f"heddle_cpu-{key}.so"
+    return f"heddle_cpu-{key}.so"
 
 
-def build(cache: Path) -> Path:
-    """Compile unless it was compiled before. Raises BuildError."""
-    built = target(cache)
-    if built.exists():
-        return built
+def find() -> Path | None:
+    """The library that was built before: beside its source, as in our image, or in the user's cache."""
+    return next((path for folder in (SOURCE.parent, cache_dir() / "native") if (path := folder / file_name()).exists()), None)
+
+
+def build(folder: Path) -> Path:
+    """Compile into this folder. Raises BuildError."""
     if (command := compiler()) is None:
         raise BuildError("there is no C compiler (cc or gcc)")
+    built = folder / file_name()
     try:
-        built.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-            obj, lib = Path(folder, "heddle_cpu.o"), Path(folder, "heddle_cpu.so")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            obj, lib = Path(scratch, "heddle_cpu.o"), Path(scratch, "heddle_cpu.so")
             # Linked without -fopenmp: the threads are those of torch's OpenMP, not of a second one that fights for the cores.
             for step in ([*FLAGS, "-c", str(SOURCE), "-o", str(obj)], ["-shared", str(obj), "-o", str(lib), "-lm"]):
                 subprocess.run([command, *step], check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
@@ -102,3 +106,7 @@ def load(path: Path) -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise BuildError(str(error)) from error
     return loaded
+
+
+if __name__ == "__main__":  # python -m kernels.native.build: beside the source, for whoever makes an image
+    print(build(SOURCE.parent))
