@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -131,22 +131,35 @@ def _source(constraint: Constraint) -> str:
         raise GrammarError(f"longer than {MAX_CONSTRAINT_CHARS} characters")
     try:
         if constraint.kind == "json_object":
-            return _json('{"type": "object"}')
+            return _unforced(_json('{"type": "object"}'))
         if constraint.kind == "json_schema":
-            return _json(constraint.text)
+            return _unforced(_json(constraint.text))
         if constraint.kind == "choice":
-            return grammar_from("lark", _alternatives(constraint.text))
+            return _unforced({"lark_grammar": _alternatives(constraint.text)})
         if constraint.kind == "regex":
-            return grammar_from("regex", constraint.text)
-        return _lark_or_gbnf(constraint.text)
+            return _unforced(_only(LLMatcher.grammar_from_regex(constraint.text)))
+        return _unforced({"lark_grammar": _lark_or_gbnf(constraint.text)})
     except ValueError as error:
         raise GrammarError(_short(error)) from error
 
 
-def _json(schema: str) -> str:
+def _unforced(grammar: dict[str, Any]) -> str:
+    """Allows every spelling of text that has to come. By itself the library allows the tokenizer's own spelling only, which
+    would not be the target's distribution.
+    """
+    outer = {"name": "output", "lark_grammar": '%llguidance {"no_forcing": true}\nstart: @constraint'}
+    return msgspec.json.encode({"grammars": [outer, grammar | {"name": "constraint"}]}).decode()
+
+
+def _only(source: str) -> dict[str, Any]:
+    (grammar,) = msgspec.json.decode(source)["grammars"]
+    return dict(grammar)
+
+
+def _json(schema: str) -> dict[str, Any]:
     """These options win over those that a schema may carry: it cannot have keywords ignored."""
     options: JsonCompileOptions = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
-    return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    return _only(LLMatcher.grammar_from_json_schema(schema, overrides=options))
 
 
 def _lark_or_gbnf(text: str) -> str:
