@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 import torch
 
@@ -50,7 +51,7 @@ async def make_engine(config: ExecutorConfig, model: str, profiles: ProfileStore
         scratch = KvCache(decoder.config, NUM_SLOTS, dtype, device)
         profile = await on_device(lambda: measure_profile(decoder, scratch, config.max_batch_tokens))
         await profiles.keep(key, profile)
-    log.info("executor.profile", key=key, points=profile.points, backward_ms_per_token=profile.backward_ms_per_token)
+    log.info("executor.profile", key=key, profile=msgspec.to_builtins(profile))
     with _out_of_memory_is(f"{_pool(shape, config.kv_cache_tokens, dtype)} beside the weights: lower {POOL_SETTING}"):
         return _engine(config, decoder, profile)
 
