@@ -12,9 +12,9 @@ from nats.errors import Error as NatsError
 from nats.js.errors import KeyNotFoundError, NoKeysError, NotFoundError
 
 from common import subjects
-from common.bus import Bus, NoServiceError
+from common.bus import Bus, NoServiceError, RemoteError
 from common.codec import MalformedMessageError, decode, encode
-from common.messages import AdapterChecked, AdapterRecord, CheckAdapter, LoraSpec, Rejected
+from common.messages import AdapterChecked, AdapterRecord, CheckAdapter, FineTuningJob, JobQuery, LoraSpec, Rejected
 
 log = structlog.get_logger()
 
@@ -78,13 +78,15 @@ async def add_adapter(bus: Bus, name: str, base_model: str, lora: LoraSpec, weig
 async def remove_adapter(bus: Bus, name: str) -> AdapterRecord:
     """Withdraw the adapter from all executors and delete its weights, unless another adapter has the same.
 
-    Raises UnknownAdapterError.
+    Raises UnknownAdapterError; AdapterRefusedError for a checkpoint of a job that has not ended, which may resume from it.
     """
     bucket = await bus.key_value(subjects.ADAPTERS_BUCKET)
     records = await adapter_records(bus)
     record = records.pop(name, None)
     if record is None:
         raise UnknownAdapterError(f"no adapter {name}; there are: {', '.join(records) or 'none'}")
+    if record.job_id:
+        await _check_job_is_over(bus, record)
     for key in await bucket.keys():
         with contextlib.suppress(KeyNotFoundError, MalformedMessageError):
             if decode((await bucket.get(key)).value or b"", AdapterRecord).name == name:
@@ -95,6 +97,19 @@ async def remove_adapter(bus: Bus, name: str) -> AdapterRecord:
             with contextlib.suppress(NotFoundError):
                 await store.delete(object_name)
     return record
+
+
+async def _check_job_is_over(bus: Bus, record: AdapterRecord) -> None:
+    try:
+        job = await bus.request(subjects.finetune("get"), JobQuery(job_id=record.job_id), FineTuningJob)
+    except RemoteError as error:
+        if error.reply.status == 404:
+            return
+        raise
+    except NoServiceError as error:
+        raise AdapterRefusedError(f"no trainer can tell whether the job {record.job_id} still needs {record.name}") from error
+    if job.status not in ("succeeded", "failed", "cancelled"):
+        raise AdapterRefusedError(f"the job {record.job_id} is {job.status} and may resume from {record.name}; cancel it first")
 
 
 async def _check(bus: Bus, record: AdapterRecord) -> None:

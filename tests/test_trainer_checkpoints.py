@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from common.adapters import AdapterRefusedError, adapter_records, remove_adapter
 from common.bus import Bus
 from common.chat import ChatTokenizer
 from tests.trainer_fakes import example, write_model_dir
@@ -88,6 +89,18 @@ async def test_adapters_of_epochs_stay_and_optimizers_go(world: World) -> None:
     await executor.allow(None)
     await world.until_status(job.id, "succeeded")
     await until_stored(world, {f"{job.id}/step-{step}" for step in (3, 6, 9)})
+    listed = (await world.ask("checkpoints", job.id)).data
+    served = await adapter_records(world.bus)
+    final = (await world.ask("get", job.id)).fine_tuned_model
+    for checkpoint in listed:
+        assert served[checkpoint.fine_tuned_model_checkpoint].artifact == f"{job.id}/step-{checkpoint.step_number}"
+    assert served.keys() == {final, *(checkpoint.fine_tuned_model_checkpoint for checkpoint in listed)}
+    await remove_adapter(world.bus, final)
+    await until_stored(world, {f"{job.id}/step-{step}" for step in (3, 6, 9)})
+    for checkpoint in listed:
+        await remove_adapter(world.bus, checkpoint.fine_tuned_model_checkpoint)
+    await until_stored(world, set())
+    assert await adapter_records(world.bus) == {}
 
 
 async def test_a_cancelled_job_leaves_nothing_and_others_keep_theirs(world: World) -> None:
@@ -98,9 +111,13 @@ async def test_a_cancelled_job_leaves_nothing_and_others_keep_theirs(world: Worl
     await executor.allow(3)
     job = await world.create(hyperparameters={"n_epochs": 2, "batch_size": 2})
     await world.until(job.id, lambda record: record.checkpoint_step == 3)
+    (checkpoint,) = (await world.ask("checkpoints", job.id)).data
+    with pytest.raises(AdapterRefusedError, match="may resume from"):
+        await remove_adapter(world.bus, checkpoint.fine_tuned_model_checkpoint)
     await world.ask("cancel", job.id)
     await until_stored(world, {f"{other.id}/step-{NUM_STEPS}"})
     assert (await world.ask("checkpoints", job.id)).data == ()
+    assert {record.job_id for record in (await adapter_records(world.bus)).values()} == {other.id}
 
 
 async def test_the_cancelled_job_of_a_dead_trainer_leaves_nothing(world: World) -> None:

@@ -84,6 +84,8 @@ async def delete(bus: Bus, name: str) -> AdapterRecord:
         return await remove_adapter(bus, name)
     except UnknownAdapterError as error:
         raise AdapterError(str(error.args[0])) from error
+    except AdapterRefusedError as error:
+        raise AdapterError(str(error)) from error
 
 
 def write_folder(folder: Path, record: AdapterRecord, weights: bytes) -> None:

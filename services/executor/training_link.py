@@ -91,6 +91,9 @@ class TrainingLink:
             return Rejected(reason="unknown_model", message=f"this executor serves {self._model}, not {order.base_model}")
         if refused := self._full(order.job_id):
             return refused
+        if order.lora.rank > self._config.max_lora_rank:
+            message = f"lora.rank {order.lora.rank} is over max_lora_rank {self._config.max_lora_rank}: nobody could serve it"
+            return Rejected(reason="invalid", message=message)
         checkpoint = None
         try:
             if order.checkpoint is not None:

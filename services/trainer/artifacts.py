@@ -12,6 +12,7 @@ from nats.js.errors import NotFoundError
 from nats.js.object_store import ObjectStore
 
 from common import subjects
+from common.adapters import adapter_records
 from common.bus import Bus
 from services.trainer import jobs, naming
 from services.trainer.jobs import JobRecord
@@ -31,8 +32,20 @@ class Artifacts:
             await self._try(after, lambda store: _delete(store, names))
 
     async def sweep(self, record: JobRecord) -> None:
-        """The job is over: delete all that it stored but what the record still needs."""
-        await self._try(record, lambda store: _sweep(store, record))
+        """The job is over: delete all that it stored but what the record still needs, and no longer serve what is deleted."""
+
+        async def work(store: ObjectStore) -> None:
+            await self._withdraw(record)
+            await _sweep(store, record)
+
+        await self._try(record, work)
+
+    async def _withdraw(self, record: JobRecord) -> None:
+        needed = jobs.needed_objects(record)
+        bucket = await self._bus.key_value(subjects.ADAPTERS_BUCKET)
+        for name, adapter in (await adapter_records(self._bus)).items():
+            if adapter.job_id == record.job.id and adapter.artifact not in needed:
+                await bucket.delete(subjects.adapter_key(name))
 
     async def _try(self, record: JobRecord, work: Callable[[ObjectStore], Awaitable[None]]) -> None:
         """What fails here is only kept in vain; the sweep at the job's end tries again."""

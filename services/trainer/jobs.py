@@ -159,12 +159,12 @@ def placed(record: JobRecord, executor_id: str) -> JobRecord:
 
 def checkpointed(record: JobRecord, artifact: str, step: int, metrics: dict[str, float], now: float) -> JobRecord:
     """One more checkpoint, which is the one to resume from."""
-    name = naming.model_name(record.spec.model, record.spec.suffix, record.job.id)
+    name = naming.checkpoint_model_name(record.spec.model, record.spec.suffix, record.job.id, step)
     entry = JobCheckpoint(
         id=naming.checkpoint_id(record.job.id, step),
         created_at=int(now),
         fine_tuning_job_id=record.job.id,
-        fine_tuned_model_checkpoint=f"{name}:ckpt-step-{step}",
+        fine_tuned_model_checkpoint=name,
         step_number=step,
         metrics=metrics,
     )

@@ -46,6 +46,11 @@ def model_name(base_model: str, suffix: str | None, job_id: str) -> str:
     return f"ft:{base_model}::{suffix or 'heddle'}:{job_id.removeprefix(JOB_PREFIX)}"
 
 
+def checkpoint_model_name(base_model: str, suffix: str | None, job_id: str, step: int) -> str:
+    """The model name of the adapter as it was before step `step`."""
+    return f"{model_name(base_model, suffix, job_id)}:ckpt-step-{step}"
+
+
 def checkpoint_id(job_id: str, step: int) -> str:
     """The id of a job's checkpoint."""
     return f"{CHECKPOINT_PREFIX}{job_id.removeprefix(JOB_PREFIX)}-{step}"

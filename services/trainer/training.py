@@ -63,17 +63,9 @@ class Training:
     async def publish_adapter(self) -> str:
         """Make the trained adapter known to all executors; returns its model name."""
         spec = self._course.spec
-        adapter = AdapterRecord(
-            name=naming.model_name(spec.model, spec.suffix, self._lease.job_id),
-            base_model=spec.model,
-            artifact=self._final_artifact(),
-            lora=spec.lora,
-            created_at=time.time(),
-            job_id=self._lease.job_id,
-        )
-        bucket = await self._around.bus.key_value(subjects.ADAPTERS_BUCKET)
-        await bucket.put(subjects.adapter_key(adapter.name), encode(adapter))
-        return adapter.name
+        name = naming.model_name(spec.model, spec.suffix, self._lease.job_id)
+        await self._announce(name, self._final_artifact())
+        return name
 
     async def withdraw_adapter(self, name: str) -> None:
         """The job was cancelled at the last moment: its adapter is not to be served."""
@@ -109,6 +101,8 @@ class Training:
         """Remember a checkpoint, and say so; most of them end an epoch."""
         metrics = events.step_metrics(self._last) if self._last and self._last.step + 1 == step else {}
         await self._record(lambda record: jobs.checkpointed(record, artifact, step, metrics, time.time()))
+        spec = self._course.spec
+        await self._announce(naming.checkpoint_model_name(spec.model, spec.suffix, self._lease.job_id, step), artifact)
         epoch, rest = divmod(step, self._course.plan.steps_per_epoch)
         if rest == 0:
             await self._say(f"Epoch {epoch}/{self._course.plan.n_epochs} completed", data={"epoch": epoch, **metrics})
@@ -123,6 +117,19 @@ class Training:
         if step > self.step:
             await self._say(f"The metrics of steps {self.step + 1} to {step} were lost", "warn")
         self.step = max(self.step, step)
+
+    async def _announce(self, name: str, artifact: str) -> None:
+        """Have executors serve what is in the artifact under this name."""
+        adapter = AdapterRecord(
+            name=name,
+            base_model=self._course.spec.model,
+            artifact=artifact,
+            lora=self._course.spec.lora,
+            created_at=time.time(),
+            job_id=self._lease.job_id,
+        )
+        bucket = await self._around.bus.key_value(subjects.ADAPTERS_BUCKET)
+        await bucket.put(subjects.adapter_key(name), encode(adapter))
 
     async def _record(self, change: Callable[[JobRecord], JobRecord]) -> None:
         """A new checkpoint is to resume from; the one before is then in nobody's way."""
