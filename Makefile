@@ -6,7 +6,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: up test test-slow test-gpu bench bench-gpu lint check format model lock clean help
+.PHONY: up test test-slow test-gpu bench bench-adapters bench-gpu lint check format model lock clean help
 
 up: $(INSTALLED)  ## start everything; options in ARGS="--port 8123"
 	@exec $(BIN)/heddle up $(ARGS)
@@ -22,6 +22,9 @@ test-gpu: $(INSTALLED) model  ## what needs an accelerator
 
 bench: $(INSTALLED) model  ## what the README's table shows, on this machine; about ten minutes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_slice $(ARGS)
+
+bench-adapters: $(INSTALLED) model  ## 32 LoRA adapters in one batch beside one, checked, then timed
+	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_adapters --model-dir "$$($(BIN)/heddle convert)" $(ARGS)
 
 bench-gpu: $(INSTALLED)  ## every Triton kernel against its reference, then its speed; needs an NVIDIA GPU and the extra `gpu`
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_kernels $(ARGS)
