@@ -9,12 +9,13 @@ from uuid import uuid4
 
 import structlog
 from nats.errors import Error as NatsError
-from nats.js.errors import KeyNotFoundError, NoKeysError, NotFoundError
+from nats.js.errors import KeyNotFoundError, NotFoundError
 
 from common import subjects
 from common.bus import Bus, NoServiceError, RemoteError
 from common.codec import MalformedMessageError, decode, encode
 from common.messages import AdapterChecked, AdapterRecord, CheckAdapter, FineTuningJob, JobQuery, LoraSpec, Rejected
+from common.records import record_keys
 
 log = structlog.get_logger()
 
@@ -39,11 +40,10 @@ async def adapter_records(bus: Bus) -> dict[str, AdapterRecord]:
     """All adapters by name. Records that do not decode are left out."""
     bucket = await bus.key_value(subjects.ADAPTERS_BUCKET)
     records = {}
-    with contextlib.suppress(NoKeysError):
-        for key in await bucket.keys():
-            with contextlib.suppress(KeyNotFoundError, MalformedMessageError):
-                record = decode((await bucket.get(key)).value or b"", AdapterRecord)
-                records[record.name] = record
+    for key in await record_keys(bus, subjects.ADAPTERS_BUCKET):
+        with contextlib.suppress(KeyNotFoundError, MalformedMessageError):
+            record = decode((await bucket.get(key)).value or b"", AdapterRecord)
+            records[record.name] = record
     return records
 
 
@@ -87,7 +87,7 @@ async def remove_adapter(bus: Bus, name: str) -> AdapterRecord:
         raise UnknownAdapterError(f"no adapter {name}; there are: {', '.join(records) or 'none'}")
     if record.job_id:
         await _check_job_is_over(bus, record)
-    for key in await bucket.keys():
+    for key in await record_keys(bus, subjects.ADAPTERS_BUCKET):
         with contextlib.suppress(KeyNotFoundError, MalformedMessageError):
             if decode((await bucket.get(key)).value or b"", AdapterRecord).name == name:
                 await bucket.delete(key)

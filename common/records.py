@@ -21,6 +21,17 @@ REFRESH_S = 30.0
 """A quiet watch is renewed so often: an ordered consumer that the server lost would be quiet for ever."""
 
 
+async def record_keys(bus: Bus, bucket: str) -> list[str]:
+    """The keys of a bucket, in order; some may have been deleted.
+
+    The client's own `keys()` watches the bucket, and takes it for empty when its first record is still under way.
+    """
+    await bus.key_value(bucket)
+    prefix = f"$KV.{bucket}."
+    info = await bus.js.stream_info(f"KV_{bucket}", subjects_filter=f"{prefix}>")
+    return sorted(subject.removeprefix(prefix) for subject in info.state.subjects or ())
+
+
 async def follow_records(
     bus: Bus, bucket: str, record_type: type[T], on_change: Callable[[dict[str, T]], Awaitable[None]]
 ) -> None:

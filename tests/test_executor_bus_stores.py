@@ -15,7 +15,7 @@ import torch
 from common import subjects
 from common.bus import Bus
 from common.codec import decode, encode
-from common.messages import AdapterChecked, AdapterRecord, Admitted, CheckAdapter, LatencyProfile, LoraSpec, Rejected
+from common.messages import AdapterChecked, AdapterRecord, Admitted, Cancel, CheckAdapter, LatencyProfile, LoraSpec, Rejected
 from services.executor import startup
 from services.executor.lora import LoraAdapter
 from tests.executor_stage import MODEL, Connect, Gate, Stage, known_profile, running_executor, write_model
@@ -196,9 +196,17 @@ async def test_many_requests_for_many_adapters_at_once_all_end_right(narrow: Sta
 async def test_an_adapter_in_use_is_not_evicted_and_the_request_for_another_is_told_to_come_back(
     narrow: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.executor.adapter_store.LOAD_WAIT_S", 0.1)
     for i in (0, 1):
         await say(narrow, f"a{i}", f"first{i}")
+    gate = Gate(narrow.engine)
+
+    async def pace() -> None:
+        """So slow that the requests below outlast the patience with slots."""
+        while True:
+            gate.let()
+            await asyncio.sleep(0.005)
+
+    pacing = asyncio.create_task(pace())
     for i in (0, 1):
         long = msgspec.structs.replace(REQUEST, model=f"a{i}", request_id=f"long{i}", max_tokens=240)
         assert isinstance(await narrow.admit(long), Admitted)
@@ -207,9 +215,12 @@ async def test_an_adapter_in_use_is_not_evicted_and_the_request_for_another_is_t
     assert (refused.reason, refused.retry_after_ms) == ("overloaded", 1000)
     assert refused.message == "all 2 adapter slots (max_loras) are in use"
     assert set(narrow.engine.adapters) == {"a0", "a1"}
+    pacing.cancel()
+    gate.open()
     for i in (0, 1):
-        await narrow.cancel(f"long{i}")
-        assert (await narrow.end(f"long{i}")).finish_reason == "cancelled"
+        await narrow.client.publish(subjects.cancel(f"long{i}"), Cancel(request_id=f"long{i}"))
+        await narrow.end(f"long{i}")
+    monkeypatch.setattr("services.executor.adapter_store.LOAD_WAIT_S", 10.0)
     assert await say(narrow, "a2", "again") == expected(make_adapter(2))
 
 

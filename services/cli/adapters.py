@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nats.js.errors import KeyNotFoundError, NoKeysError, ObjectNotFoundError
+from nats.js.errors import KeyNotFoundError, ObjectNotFoundError
 from rich.table import Table
 
 from common import subjects
@@ -18,6 +18,7 @@ from common.bus import Bus
 from common.codec import MalformedMessageError, decode
 from common.messages import AdapterRecord
 from common.peft_folder import CONFIG, WEIGHTS, PeftFolderError, read_peft_folder
+from common.records import record_keys
 from services.cli.status import wide_console
 
 READ_TIMEOUT_S = 120.0
@@ -30,12 +31,8 @@ class AdapterError(ValueError):
 async def list_adapters(bus: Bus) -> list[AdapterRecord]:
     """All servable adapters, oldest first."""
     bucket = await bus.key_value(subjects.ADAPTERS_BUCKET)
-    try:
-        keys = await bucket.keys()
-    except NoKeysError:
-        return []
     records = []
-    for key in keys:
+    for key in await record_keys(bus, subjects.ADAPTERS_BUCKET):
         with contextlib.suppress(KeyNotFoundError):  # deleted since the listing
             records.append(_record((await bucket.get(key)).value or b"", key))
     return sorted(records, key=lambda record: (record.created_at, record.name))
