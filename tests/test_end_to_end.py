@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import nats
 import openai
+import pydantic
 import pytest
 
 from tests.stack import Stack, eventually
@@ -147,6 +148,28 @@ def test_the_logprobs_of_an_answer_are_those_of_its_echo(client: openai.OpenAI) 
     assert (again.token_logprobs or [])[-12:] == pytest.approx(told.logprobs.token_logprobs, abs=1e-3)
     penalised = client.completions.create(prompt=prompt, max_tokens=12, frequency_penalty=2, presence_penalty=2, **options)
     assert penalised.choices[0].text != told.text
+
+
+class Person(pydantic.BaseModel):
+    """What the model is to describe."""
+
+    name: Annotated[str, pydantic.Field(max_length=10)]
+    age: Annotated[int, pydantic.Field(ge=1, le=99)]
+
+
+def test_constrained_output(client: openai.OpenAI) -> None:
+    asked: Any = [{"role": "user", "content": "Describe a person in JSON: name and age."}]
+    options: dict[str, Any] = {"model": "smollm2", "messages": asked, "max_tokens": 60, "n": 2, "seed": 1}
+    answer = client.chat.completions.parse(response_format=Person, **options)
+    assert [choice.finish_reason for choice in answer.choices] == ["stop"] * 2
+    assert all(isinstance(choice.message.parsed, Person) for choice in answer.choices)
+    outputs: dict[str, Any] = {"structured_outputs": {"choice": ["warp", "weft"]}}
+    chosen = client.completions.create(model="smollm2", prompt="Threads along a loom are the", stop=None, extra_body=outputs)
+    assert chosen.choices[0].text in ("warp", "weft")
+    with pytest.raises(openai.BadRequestError, match="uniqueItems"):
+        ask(client, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"uniqueItems": True}}})
+    with pytest.raises(openai.BadRequestError, match="unclosed group"):
+        ask(client, extra_body={"structured_outputs": {"regex": "(a"}})
 
 
 def test_ignore_eos_runs_to_the_limit(client: openai.OpenAI) -> None:
