@@ -97,3 +97,11 @@ async def test_an_executors_refusal_is_the_clients_error(connect: Connect, model
         stage.admission.rejection = Rejected(reason="invalid", message="regex: unclosed group")
         with pytest.raises(openai.BadRequestError, match="regex: unclosed group"):
             await stage.openai.completions.create(model=MODEL, prompt="x", extra_body={"structured_outputs": {"regex": "("}})
+
+
+async def test_a_request_that_moves_keeps_its_constraint(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir, fake={"skip": 3, "num_skips": 1}) as stage:
+        await stage.openai.completions.create(model=MODEL, prompt="x", max_tokens=9, extra_body={"guided_regex": ".*"})
+        first, second = stage.executor.requests
+        assert first.constraint == second.constraint == Constraint(kind="regex", text=".*")
+        assert (first.num_generated, second.num_generated) == (0, 3)
