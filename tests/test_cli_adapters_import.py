@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,7 +17,9 @@ import torch
 from common import subjects
 from common.bus import Bus
 from common.messages import Admitted
+from common.nats_server import NatsServer
 from common.peft_folder import PeftFolderError, is_same_model, read_peft_folder
+from services.cli.__main__ import main
 from services.cli.adapters import AdapterError, delete, export, import_folder, list_adapters
 from tests.executor_stage import MODEL, Connect, Stage, known_profile, running_executor, write_model
 from tests.helpers import PEFT_WARNING
@@ -200,3 +203,18 @@ async def test_without_an_executor_the_import_says_so(bus: Bus, good: Path) -> N
 def test_names_of_base_models_are_compared_by_their_last_part() -> None:
     assert is_same_model("HuggingFaceTB/SmolLM2-135M", "/models/smollm2-135m", "x")
     assert not is_same_model("HuggingFaceTB/SmolLM2-135M", "SmolLM2-360M")
+
+
+async def test_the_commands_import_list_and_delete(
+    stage: Stage, nats_server: NatsServer, good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def heddle(*arguments: str) -> str:
+        await asyncio.to_thread(main, ["adapters", *arguments, "--nats", nats_server.url])
+        return capsys.readouterr().out
+
+    assert "mine: served as an adapter of tiny, rank 4\n" in await heddle("import", str(good), "--name", "mine")
+    assert "mine" in await heddle("list")
+    assert "mine: deleted\n" in await heddle("delete", "mine")
+    assert "no adapters yet" in await heddle("list")
+    with pytest.raises(SystemExit, match="heddle: no adapter mine; there are: none"):
+        await heddle("delete", "mine")
