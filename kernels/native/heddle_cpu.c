@@ -18,6 +18,7 @@
 #define PANEL 16      /* outputs of a packed weight that lie side by side */
 #define MAX_ROWS 6    /* rows of one microkernel: 6 x 16 sums fill the 16 registers of AVX2 */
 #define TILE_ROWS 48  /* rows whose inputs stay in the L2 cache while weights stream by */
+#define SUM_BLOCK 128 /* products that are summed before their sum is added to the rest */
 #define KEY_BLOCK 64  /* keys that are widened at a time */
 #define MIN_PARALLEL 16384 /* elements below which waking threads costs more than it brings */
 
@@ -69,6 +70,8 @@ INLINE void *at(const void *p, int64_t i, int half) { return (char *)p + i * (ha
 
 INLINE v8 where(i8x condition, v8 a, v8 b) { return (v8)((condition & (i8x)a) | (~condition & (i8x)b)); }
 
+INLINE int64_t padded8(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
 static float *scratch(size_t num_floats) { /* this thread's own, kept between calls; NULL if there is no memory */
     static __thread float *buffer;
     static __thread size_t capacity;
@@ -99,29 +102,34 @@ void heddle_pack(const void *weight, void *packed, int64_t num_out, int64_t num_
             }
 }
 
-/* Sums of `rows` rows and `panels` neighbouring panels, in the order of the inputs. x is interleaved: [I][rows]. */
+/* Sums of `rows` rows and `panels` neighbouring panels, in the order of the inputs. x is interleaved: [I][rows].
+ * SUM_BLOCK products are summed at a time, and then these sums: so the error does not grow with the number of inputs. */
 INLINE void micro(const float *x, const void *packed, int64_t num_in, int rows, int panels, float *sums, int half) {
-    v8 acc[MAX_ROWS][8];
     int vectors = panels * 2;
+    for (int c = 0; c < rows * vectors; c++) *(v8 *)(sums + c * LANES) = splat(0.0f);
+    for (int64_t i0 = 0; i0 < num_in; i0 += SUM_BLOCK) {
+        int64_t i1 = i0 + SUM_BLOCK < num_in ? i0 + SUM_BLOCK : num_in;
+        v8 acc[MAX_ROWS][8];
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
+        for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
-        for (int c = 0; c < vectors; c++) acc[r][c] = splat(0.0f);
-    for (int64_t i = 0; i < num_in; i++) {
-        v8 w[8];
+            for (int c = 0; c < vectors; c++) acc[r][c] = splat(0.0f);
+        for (int64_t i = i0; i < i1; i++) {
+            v8 w[8];
 #pragma GCC unroll 8
-        for (int c = 0; c < vectors; c++) w[c] = load(packed, ((c / 2) * num_in + i) * PANEL + (c % 2) * LANES, half);
+            for (int c = 0; c < vectors; c++) w[c] = load(packed, ((c / 2) * num_in + i) * PANEL + (c % 2) * LANES, half);
 #pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            v8 xr = splat(x[i * rows + r]);
+            for (int r = 0; r < rows; r++) {
+                v8 xr = splat(x[i * rows + r]);
 #pragma GCC unroll 8
-            for (int c = 0; c < vectors; c++) acc[r][c] += xr * w[c];
+                for (int c = 0; c < vectors; c++) acc[r][c] += xr * w[c];
+            }
         }
-    }
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
+        for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
-        for (int c = 0; c < vectors; c++) *(v8 *)(sums + (r * vectors + c) * LANES) = acc[r][c];
+            for (int c = 0; c < vectors; c++) *(v8 *)(sums + (r * vectors + c) * LANES) += acc[r][c];
+    }
 }
 
 INLINE void emit(const float *sums, int rows, int panels, int64_t panel, int64_t row, int64_t num_out, const void *bias, void *y,
@@ -324,22 +332,121 @@ INLINE void scores_of(const float *q, const float *keys, float *scores, int64_t 
     }
 }
 
-INLINE void add_values(float *out, float *weight_sum, const float *p, const float *values, int64_t num_keys, int dim, int width) {
+/* out[D] += p[j] values[j][D] and weights += p[j], key after key: a weight of 0 changes nothing, wherever it stands. */
+INLINE void add_values(float *out, float *weights, const float *p, const float *values, int64_t num_keys, int dim, int width) {
     for (int d0 = 0; d0 < dim; d0 += width) {
-        v8 acc[8];
+        v8 acc[8], total_weight = *(v8 *)weights;
 #pragma GCC unroll 8
         for (int c = 0; c < width / LANES; c++) acc[c] = *(v8 *)(out + d0 + c * LANES);
         for (int64_t j = 0; j < num_keys; j++) {
             v8 pj = splat(p[j]);
+            total_weight += pj;
 #pragma GCC unroll 8
             for (int c = 0; c < width / LANES; c++) acc[c] += pj * *(const v8 *)(values + j * dim + d0 + c * LANES);
         }
 #pragma GCC unroll 8
         for (int c = 0; c < width / LANES; c++) *(v8 *)(out + d0 + c * LANES) = acc[c];
+        if (d0 + width == dim) *(v8 *)weights = total_weight;
     }
-    float sum = *weight_sum;
-    for (int64_t j = 0; j < num_keys; j++) sum += p[j];
-    *weight_sum = sum;
+}
+
+INLINE void widen(const void *row, float *to, int dim, int half) {
+#pragma GCC unroll 16
+    for (int d = 0; d < dim; d += LANES) *(v8 *)(to + d) = load(row, d, half);
+}
+
+#define PREFETCH_KEYS 16
+
+/* Scores of one row for the keys [first, num_keys): `heads` queries share each key, 8 products at a time. */
+INLINE void few_scores(const float *q, const char *cache, int64_t key_bytes, const int64_t *slots, int64_t first, int64_t num_keys, int dim,
+                       float scale, float *scores, int64_t padded, int heads, int half) {
+    int at_once = 8 / heads;
+    for (int64_t j = first; j < num_keys; j += at_once) {
+        const char *keys[8];
+        v8 acc[8];
+#pragma GCC unroll 8
+        for (int k = 0; k < at_once; k++) {
+            int64_t ahead = j + k + PREFETCH_KEYS;
+            const char *next = cache + slots[ahead < num_keys ? ahead : num_keys - 1] * key_bytes;
+            __builtin_prefetch(next);
+            __builtin_prefetch(next + 64);
+            keys[k] = cache + slots[j + k < num_keys ? j + k : num_keys - 1] * key_bytes;
+        }
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; k++) acc[k] = splat(0.0f);
+#pragma GCC unroll 4
+        for (int d = 0; d < dim; d += LANES) {
+            v8 key[8];
+#pragma GCC unroll 8
+            for (int k = 0; k < at_once; k++) key[k] = load(keys[k], d, half);
+#pragma GCC unroll 4
+            for (int h = 0; h < heads; h++) {
+                v8 qd = *(const v8 *)(q + h * dim + d);
+#pragma GCC unroll 8
+                for (int k = 0; k < at_once; k++) acc[h * at_once + k] += qd * key[k];
+            }
+        }
+        v8 sums = sum_each(acc) * splat(scale);
+        for (int h = 0; h < heads; h++)
+            for (int k = 0; k < at_once && j + k < num_keys; k++) scores[h * padded + j + k] = sums[h * at_once + k];
+    }
+}
+
+INLINE void few_values(const char *cache, int64_t key_bytes, const int64_t *slots, int64_t first, int64_t num_keys, int dim,
+                       const float *scores, int64_t padded, float *out, float *weights, int heads, int width, int half) {
+    for (int d0 = 0; d0 < dim; d0 += width * LANES) {
+        v8 acc[4][8], total_weight[4];
+#pragma GCC unroll 4
+        for (int h = 0; h < heads; h++) {
+            total_weight[h] = splat(0.0f);
+#pragma GCC unroll 8
+            for (int c = 0; c < width; c++) acc[h][c] = splat(0.0f);
+        }
+        for (int64_t j = first; j < num_keys; j++) {
+            int64_t ahead = j + PREFETCH_KEYS < num_keys ? j + PREFETCH_KEYS : num_keys - 1;
+            const char *value = cache + slots[j] * key_bytes, *next = cache + slots[ahead] * key_bytes;
+            __builtin_prefetch(next);
+            __builtin_prefetch(next + 64);
+            v8 p[4];
+#pragma GCC unroll 4
+            for (int h = 0; h < heads; h++) p[h] = splat(scores[h * padded + j]);
+#pragma GCC unroll 8
+            for (int c = 0; c < width; c++) {
+                v8 v = load(value, d0 + c * LANES, half);
+#pragma GCC unroll 4
+                for (int h = 0; h < heads; h++) acc[h][c] += p[h] * v;
+            }
+            if (d0 == 0)
+                for (int h = 0; h < heads; h++) total_weight[h] += p[h];
+        }
+#pragma GCC unroll 4
+        for (int h = 0; h < heads; h++) {
+            if (d0 == 0) *(v8 *)(weights + h * LANES) = total_weight[h];
+#pragma GCC unroll 8
+            for (int c = 0; c < width; c++) *(v8 *)(out + h * dim + d0 + c * LANES) = acc[h][c];
+        }
+    }
+}
+
+#define FEW_OF(HEADS, WIDTH, HALF)                                                                                                   \
+    do {                                                                                                                             \
+        if (!pass) few_scores(q, cache, key_bytes, slots, first, num_keys, dim, scale, scores, padded, HEADS, HALF);                 \
+        else few_values(cache, key_bytes, slots, first, num_keys, dim, scores, padded, out, weights, HEADS, WIDTH, HALF);            \
+    } while (0)
+
+/* Scores (pass 0) or values (pass 1) of one row and up to 4 heads, straight from the cache: its keys are used once. */
+static void few(int pass, const float *q, const char *cache, int64_t key_bytes, const int64_t *slots, int64_t first, int64_t num_keys,
+                int dim, float scale, float *scores, int64_t padded, float *out, float *weights, int heads, int half) {
+    switch (heads * 2 + half) {
+    case 2: FEW_OF(1, 4, 0); break;
+    case 3: FEW_OF(1, 4, 1); break;
+    case 4: FEW_OF(2, 4, 0); break;
+    case 5: FEW_OF(2, 4, 1); break;
+    case 6: FEW_OF(3, 4, 0); break;
+    case 7: FEW_OF(3, 4, 1); break;
+    case 8: FEW_OF(4, 2, 0); break;
+    case 9: FEW_OF(4, 2, 1); break;
+    }
 }
 
 INLINE int is_visible(const segment_t *s, const uint64_t *masks, int64_t own_row, int64_t own_key) {
@@ -374,65 +481,85 @@ INLINE void softmax_weights(float *scores, int64_t num_padded) { /* exp(score - 
     for (int64_t j = 0; j < num_padded; j += LANES) *(v8_mem *)(scores + j) = exp8(*(v8_mem *)(scores + j) - splat(top));
 }
 
+/* Scores (pass 0) or values (pass 1) of several rows for the keys [first, num_keys), which are widened block by block. */
+static void many(int pass, const float *queries, const char *cache, int64_t key_bytes, const int64_t *slots, int64_t first, int64_t num_keys,
+                 int dim, float scale, float *scores, int64_t padded, float *outs, float *weights, int64_t pairs, float *wide, int half) {
+    for (int64_t j0 = first; j0 < num_keys; j0 += KEY_BLOCK) {
+        int64_t count = num_keys - j0 < KEY_BLOCK ? num_keys - j0 : KEY_BLOCK, filled = padded8(count);
+        for (int64_t j = 0; j < count; j++) {
+            const char *row = cache + slots[j0 + j] * key_bytes;
+            if (dim == 64 && half) widen(row, wide + j * 64, 64, 1);
+            else if (half) widen(row, wide + j * dim, dim, 1);
+            else widen(row, wide + j * dim, dim, 0);
+        }
+        if (!pass) memset(wide + count * dim, 0, (size_t)((filled - count) * dim) * sizeof(float));
+        for (int64_t i = 0; i < pairs; i++) {
+            const float *q = queries + i * dim;
+            float *row = scores + i * padded + j0, *out = outs + i * dim, *weight = weights + i * LANES;
+            if (!pass) {
+                if (dim == 64) scores_of(q, wide, row, filled, 64, scale);
+                else if (dim == 128) scores_of(q, wide, row, filled, 128, scale);
+                else scores_of(q, wide, row, filled, dim, scale);
+            } else {
+                if (dim == 64) add_values(out, weight, row, wide, count, 64, 64);
+                else if (dim == 128) add_values(out, weight, row, wide, count, 128, 64);
+                else add_values(out, weight, row, wide, count, dim, LANES);
+            }
+        }
+    }
+}
+
+/* Floats of scratch space for a task of so many (row, head) pairs. */
+INLINE int64_t attend_floats(int64_t pairs, int64_t num_keys, int64_t dim) {
+    return KEY_BLOCK * dim + pairs * (2 * dim + LANES + padded8(num_keys) + LANES);
+}
+
 /* Rows [row0, row1) of a segment and query heads [head0, head1) of one key/value head. */
 static void attend(const segment_t *s, const int64_t *slots, const uint64_t *masks, int64_t row0, int64_t row1, int64_t kv_head, int64_t head0,
                    int64_t head1, const void *q, const void *k_cache, const void *v_cache, void *out, int64_t num_heads,
                    int64_t num_kv_heads, int dim, float scale, int64_t window, int half, float *work) {
     int64_t rows = s->end - s->start, context = s->num_keys - rows, heads = head1 - head0, pairs = (row1 - row0) * heads;
     int64_t num_keys = s->mask < 0 ? context + row1 : s->num_keys; /* causal: later own rows are seen by none of these */
-    int64_t padded = (num_keys + LANES - 1) / LANES * LANES;
+    int64_t padded = padded8(num_keys), key_bytes = num_kv_heads * dim * (half ? 2 : 4), head_bytes = kv_head * dim * (half ? 2 : 4);
     int64_t first = window > 0 && context + row0 - window + 1 > 0 && s->mask < 0 ? (context + row0 - window + 1) / LANES * LANES : 0;
     const int64_t *own = slots + s->first_key;
-    float *wide = work, *queries = wide + KEY_BLOCK * dim, *outs = queries + pairs * dim, *sums = outs + pairs * dim;
-    float *scores = sums + (pairs + LANES - 1) / LANES * LANES;
+    float *wide = work, *queries = wide + KEY_BLOCK * dim, *outs = queries + pairs * dim, *weights = outs + pairs * dim;
+    float *scores = weights + pairs * LANES;
+    int is_few = row1 - row0 == 1 && dim % 32 == 0;
     for (int64_t i = 0; i < pairs; i++) {
         int64_t from = ((s->start + row0 + i / heads) * num_heads + head0 + i % heads) * dim;
         for (int d = 0; d < dim; d += LANES) {
             *(v8 *)(queries + i * dim + d) = load(q, from + d, half);
             *(v8 *)(outs + i * dim + d) = splat(0.0f);
         }
-        sums[i] = 0.0f;
+        *(v8 *)(weights + i * LANES) = splat(0.0f);
     }
     for (int pass = 0; pass < 2; pass++) {
-        const void *cache = pass ? v_cache : k_cache;
-        for (int64_t j0 = first; j0 < num_keys; j0 += KEY_BLOCK) {
-            int64_t count = num_keys - j0 < KEY_BLOCK ? num_keys - j0 : KEY_BLOCK;
-            int64_t filled = (count + LANES - 1) / LANES * LANES;
-            for (int64_t j = 0; j < count; j++) {
-                int64_t from = (own[j0 + j] * num_kv_heads + kv_head) * dim;
-                for (int d = 0; d < dim; d += LANES) *(v8 *)(wide + j * dim + d) = load(cache, from + d, half);
+        const char *cache = (const char *)(pass ? v_cache : k_cache) + head_bytes;
+        if (is_few)
+            for (int64_t h = 0; h < heads; h += 4)
+                few(pass, queries + h * dim, cache, key_bytes, own, first, num_keys, dim, scale, scores + h * padded, padded, outs + h * dim,
+                    weights + h * LANES, (int)(heads - h < 4 ? heads - h : 4), half);
+        else
+            many(pass, queries, cache, key_bytes, own, first, num_keys, dim, scale, scores, padded, outs, weights, pairs, wide, half);
+        if (pass) break;
+        for (int64_t i = 0; i < pairs; i++) {
+            float *row = scores + i * padded;
+            int64_t own_row = row0 + i / heads;
+            for (int64_t j = num_keys; j < padded; j++) row[j] = -INFINITY;
+            if (s->mask >= 0) {
+                hide(s, masks, own_row, window, row);
+            } else {
+                for (int64_t j = context + own_row + 1; j < num_keys; j++) row[j] = -INFINITY;
+                for (int64_t j = first; window > 0 && j < context + own_row - window + 1; j++) row[j] = -INFINITY;
             }
-            if (!pass) memset(wide + count * dim, 0, (size_t)((filled - count) * dim) * sizeof(float));
-            for (int64_t i = 0; i < pairs; i++) {
-                if (!pass) {
-                    if (dim == 64) scores_of(queries + i * dim, wide, scores + i * padded + j0, filled, 64, scale);
-                    else if (dim == 128) scores_of(queries + i * dim, wide, scores + i * padded + j0, filled, 128, scale);
-                    else scores_of(queries + i * dim, wide, scores + i * padded + j0, filled, dim, scale);
-                } else {
-                    if (dim == 64) add_values(outs + i * dim, sums + i, scores + i * padded + j0, wide, count, 64, 64);
-                    else if (dim == 128) add_values(outs + i * dim, sums + i, scores + i * padded + j0, wide, count, 128, 64);
-                    else add_values(outs + i * dim, sums + i, scores + i * padded + j0, wide, count, dim, LANES);
-                }
-            }
+            softmax_weights(row + first, padded - first);
         }
-        if (!pass)
-            for (int64_t i = 0; i < pairs; i++) {
-                float *row = scores + i * padded;
-                for (int64_t j = num_keys; j < padded; j++) row[j] = -INFINITY;
-                int64_t own_row = row0 + i / heads;
-                if (s->mask < 0) {
-                    for (int64_t j = context + own_row + 1; j < num_keys; j++) row[j] = -INFINITY;
-                    if (window > 0)
-                        for (int64_t j = first; j < context + own_row - window + 1; j++) row[j] = -INFINITY;
-                } else {
-                    hide(s, masks, own_row, window, row);
-                }
-                softmax_weights(row + first, padded - first);
-            }
     }
     for (int64_t i = 0; i < pairs; i++) {
         int64_t to = ((s->start + row0 + i / heads) * num_heads + head0 + i % heads) * dim;
-        for (int d = 0; d < dim; d += LANES) store(out, to + d, *(v8 *)(outs + i * dim + d) / splat(sums[i]), half);
+        v8 weight = *(v8 *)(weights + i * LANES);
+        for (int d = 0; d < dim; d += LANES) store(out, to + d, *(v8 *)(outs + i * dim + d) / weight, half);
     }
 }
 
@@ -445,13 +572,12 @@ int heddle_attention(const void *q, const void *k_cache, const void *v_cache, vo
     int64_t group = num_heads / num_kv_heads;
 #pragma omp parallel
     {
-        size_t pairs = 0;
+        int64_t most = 0;
         for (int64_t t = 0; t < num_tasks; t++) {
-            size_t own = (size_t)((tasks[4 * t + 2] - tasks[4 * t + 1]) * task_heads);
-            size_t need = own * (size_t)(segments[tasks[4 * t]].num_keys + 2 * LANES + 2 * dim + LANES);
-            if (need > pairs) pairs = need;
+            int64_t need = attend_floats((tasks[4 * t + 2] - tasks[4 * t + 1]) * task_heads, segments[tasks[4 * t]].num_keys, dim);
+            if (need > most) most = need;
         }
-        float *work = scratch((size_t)KEY_BLOCK * (size_t)dim + pairs + 64);
+        float *work = scratch((size_t)most);
         if (!work) {
 #pragma omp atomic write
             failed = 1;
@@ -480,8 +606,6 @@ typedef struct {
 } lora_t;
 
 #define LORA_COLUMNS 512 /* columns of one task */
-
-INLINE int64_t padded8(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* Products of one vector with 8 rows of a matrix, in a fixed order; rows beyond `count` give 0. */
 INLINE v8 dot8(const void *x, const void *w, int64_t stride, int64_t n, int count, int x_half, int w_half) {
