@@ -72,35 +72,75 @@ INLINE v8 where(i8x condition, v8 a, v8 b) { return (v8)((condition & (i8x)a) | 
 
 INLINE int64_t padded8(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-static float *scratch(size_t num_floats) { /* this thread's own, kept between calls; NULL if there is no memory */
-    static __thread float *buffer;
-    static __thread size_t capacity;
-    if (!buffer || num_floats > capacity) {
-        num_floats = num_floats < 64 ? 64 : num_floats;
-        free(buffer);
-        buffer = NULL, capacity = 0;
-        if (posix_memalign((void **)&buffer, 64, num_floats * sizeof(float))) return buffer = NULL;
-        capacity = num_floats;
+typedef struct {
+    float *floats;
+    size_t capacity;
+} buffer_t;
+
+static float *grown(buffer_t *buffer, size_t num_floats) { /* kept between calls; NULL if there is no memory */
+    if (!buffer->floats || num_floats > buffer->capacity) {
+        free(buffer->floats);
+        buffer->capacity = 0;
+        if (posix_memalign((void **)&buffer->floats, 64, (num_floats + 64) * sizeof(float))) return buffer->floats = NULL;
+        buffer->capacity = num_floats;
     }
-    return buffer;
+    return buffer->floats;
+}
+
+static float *scratch(size_t num_floats) { /* this thread's own */
+    static __thread buffer_t buffer;
+    return grown(&buffer, num_floats);
+}
+
+static float *panel_scratch(size_t num_floats) { /* this thread's own, beside `scratch` */
+    static __thread buffer_t buffer;
+    return grown(&buffer, num_floats);
 }
 
 /* --- y[T, O] = x[T, I] weight[O, I]^T + bias ------------------------------------------------------------------------- */
 
 INLINE int64_t num_panels(int64_t num_out) { return (num_out + PANEL - 1) / PANEL; }
 
-/* Packed: [O / 16][I][16]. `transposed`: the source is [I, O]. Outputs beyond O are zero. */
+/* Elements of one packed panel: [I][16] floats, or [I / 2][16] pairs of bfloat16, the earlier input in the low half. */
+INLINE int64_t panel_size(int64_t num_in, int half) { return (half ? (num_in + 1) / 2 * 2 : num_in) * PANEL; }
+
+/* `transposed`: the source is [I, O]. Outputs beyond O, and the input that makes a pair of the last one, are zero. */
 void heddle_pack(const void *weight, void *packed, int64_t num_out, int64_t num_in, int transposed, int half) {
 #pragma omp parallel for schedule(static)
     for (int64_t panel = 0; panel < num_panels(num_out); panel++)
-        for (int64_t i = 0; i < num_in; i++)
+        for (int64_t i = 0; i < panel_size(num_in, half) / PANEL; i++)
             for (int64_t j = 0; j < PANEL; j++) {
-                int64_t o = panel * PANEL + j, to = (panel * num_in + i) * PANEL + j;
+                int64_t o = panel * PANEL + j, base = panel * panel_size(num_in, half);
                 int64_t from = transposed ? i * num_out + o : o * num_in + i;
-                if (half) ((uint16_t *)packed)[to] = o < num_out ? ((const uint16_t *)weight)[from] : 0;
-                else ((float *)packed)[to] = o < num_out ? ((const float *)weight)[from] : 0.0f;
+                int is_there = o < num_out && i < num_in;
+                if (half) ((uint16_t *)packed)[base + (i / 2 * PANEL + j) * 2 + i % 2] = is_there ? ((const uint16_t *)weight)[from] : 0;
+                else ((float *)packed)[base + i * PANEL + j] = is_there ? ((const float *)weight)[from] : 0.0f;
             }
 }
+
+INLINE v8 low_half(u8x pairs) { return (v8)(pairs << 16); }
+INLINE v8 high_half(u8x pairs) { return (v8)(pairs & 0xffff0000u); }
+
+/* A panel of pairs as floats [I][16]: worth it when several blocks of rows use it. */
+static void widen_panel(const void *packed, float *wide, int64_t num_in) {
+    for (int64_t i = 0; i < num_in; i += 2)
+        for (int c = 0; c < PANEL; c += LANES) {
+            u8x pairs = *(const u8x *)((const uint32_t *)packed + i / 2 * PANEL + c);
+            *(v8 *)(wide + i * PANEL + c) = low_half(pairs);
+            if (i + 1 < num_in) *(v8 *)(wide + (i + 1) * PANEL + c) = high_half(pairs);
+        }
+}
+
+/* acc[r][c] += x[input][r] * the weights WEIGHT of vector c */
+#define ADD_INPUT(WEIGHT, INPUT)                                                                                                     \
+    do {                                                                                                                             \
+        v8 w[8];                                                                                                                     \
+        _Pragma("GCC unroll 8") for (int c = 0; c < vectors; c++) w[c] = WEIGHT;                                                     \
+        _Pragma("GCC unroll 6") for (int r = 0; r < rows; r++) {                                                                     \
+            v8 xr = splat(x[(INPUT) * rows + r]);                                                                                    \
+            _Pragma("GCC unroll 8") for (int c = 0; c < vectors; c++) acc[r][c] += xr * w[c];                                        \
+        }                                                                                                                            \
+    } while (0)
 
 /* Sums of `rows` rows and `panels` neighbouring panels, in the order of the inputs. x is interleaved: [I][rows].
  * SUM_BLOCK products are summed at a time, and then these sums: so the error does not grow with the number of inputs. */
@@ -114,16 +154,16 @@ INLINE void micro(const float *x, const void *packed, int64_t num_in, int rows, 
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
             for (int c = 0; c < vectors; c++) acc[r][c] = splat(0.0f);
-        for (int64_t i = i0; i < i1; i++) {
-            v8 w[8];
-#pragma GCC unroll 8
-            for (int c = 0; c < vectors; c++) w[c] = load(packed, ((c / 2) * num_in + i) * PANEL + (c % 2) * LANES, half);
-#pragma GCC unroll 6
-            for (int r = 0; r < rows; r++) {
-                v8 xr = splat(x[i * rows + r]);
-#pragma GCC unroll 8
-                for (int c = 0; c < vectors; c++) acc[r][c] += xr * w[c];
+        if (half) {
+            int64_t i = i0;
+            for (; i + 1 < i1; i += 2) {
+                ADD_INPUT(low_half(((const u8x *)packed)[(c / 2) * (panel_size(num_in, 1) / 16) + i + c % 2]), i);
+                ADD_INPUT(high_half(((const u8x *)packed)[(c / 2) * (panel_size(num_in, 1) / 16) + i + c % 2]), i + 1);
             }
+            if (i < i1) ADD_INPUT(low_half(((const u8x *)packed)[(c / 2) * (panel_size(num_in, 1) / 16) + i + c % 2]), i);
+        } else {
+            for (int64_t i = i0; i < i1; i++)
+                ADD_INPUT(*(const v8_mem *)((const float *)packed + ((c / 2) * num_in + i) * PANEL + (c % 2) * LANES), i);
         }
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++)
@@ -199,14 +239,20 @@ int heddle_linear(const void *x, int64_t x_stride, const void *packed, const voi
         int step = widest == 1 ? 4 : widest == 2 ? 3 : widest == 3 ? 2 : 1;
         float sums[MAX_ROWS * PANEL * 4] __attribute__((aligned(64)));
         int64_t tile = TILE_ROWS / MAX_ROWS;
+        float *wide_panel = step == 1 && half ? panel_scratch((size_t)(num_in * PANEL)) : NULL; /* without it: no wide ones */
         for (int64_t b0 = 0; b0 < num_blocks; b0 += tile) {
             int64_t b1 = b0 + tile < num_blocks ? b0 + tile : num_blocks;
             for (int64_t panel = first; panel < last; panel += step) {
                 int panels = (int)(last - panel < step ? last - panel : step);
-                const void *w = at(packed, panel * num_in * PANEL, half);
+                const void *w = at(packed, panel * panel_size(num_in, half), half);
+                int is_wide = wide_panel && (widest > 4 || b1 - b0 >= 3);
+                if (is_wide) {
+                    widen_panel(w, wide_panel, num_in);
+                    w = wide_panel;
+                }
                 for (int64_t b = b0; b < b1; b++) {
                     int64_t start = block_start(b, num_blocks, num_rows), rows = block_start(b + 1, num_blocks, num_rows) - start;
-                    block(wide + start * num_in, w, num_in, (int)rows, panels, sums, half);
+                    block(wide + start * num_in, w, num_in, (int)rows, panels, sums, half && !is_wide);
                     emit(sums, (int)rows, panels, panel, start, num_out, bias, y, y_stride, half);
                 }
             }

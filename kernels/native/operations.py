@@ -50,7 +50,8 @@ class PackedLinear:
         weight = weight.contiguous()
         self.num_in, self.num_out = weight.shape if transposed else weight.shape[::-1]
         self._half, self._dtype = ELEMENT[weight.dtype], weight.dtype
-        self._packed = torch.empty(-(-self.num_out // PANEL), self.num_in, PANEL, dtype=weight.dtype)
+        num_rows = self.num_in + self.num_in % 2 * self._half  # bfloat16 is packed in pairs of inputs
+        self._packed = torch.empty(-(-self.num_out // PANEL), num_rows, PANEL, dtype=weight.dtype)
         self._bias = None if bias_O is None else bias_O.to(weight.dtype).contiguous()
         loaded_library().heddle_pack(
             weight.data_ptr(), self._packed.data_ptr(), self.num_out, self.num_in, int(transposed), self._half
