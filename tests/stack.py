@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,7 +57,6 @@ class Stack:
 
         eventually(is_up, timeout_s)
         self.screen = log.read_text()
-        self.nats_url: str = self.status()["nats_url"]
         return self
 
     def stop(self) -> int:
@@ -67,6 +67,11 @@ class Stack:
             process.wait(30)
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(60)
+
+    @cached_property
+    def nats_url(self) -> str:
+        """Where its NATS server listens."""
+        return str(self.status()["nats_url"])
 
     def status(self) -> dict[str, Any]:
         """What `heddle status --json` prints."""

@@ -1,0 +1,92 @@
+"""Starts and stops the servers under test, Heddle and vLLM, as a user would. Knows processes, not what is measured."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+
+from benchmarks.streams import MODEL
+from common.nats_server import free_port
+from kernels.cache import cache_dir
+from services.cli.models import locate, usable_folder
+from tests.stack import Stack, eventually
+
+VLLM_START_S = 1800.0
+"""Its first start in a user's account compiles the model."""
+VLLM_STOP_S = 30.0
+VLLM_SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "3", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+MAX_MODEL_LEN = 2048
+
+
+def model_folder(name: str) -> Path:
+    """The model's folder of safetensors; ends the program if it was not converted yet."""
+    folder = usable_folder(locate(name), cache_dir())
+    if folder is None:
+        raise SystemExit(f"convert the model first: heddle convert {name}")
+    return folder
+
+
+@contextmanager
+def stack(model_dir: Path, *options: str) -> Iterator[Stack]:
+    """A stack of its own in a temporary state directory."""
+    with tempfile.TemporaryDirectory() as folder:
+        running = Stack(model_dir, Path(folder) / "state", *options).start()
+        try:
+            yield running
+        finally:
+            running.stop()
+
+
+class Vllm:
+    """`vllm serve` of another environment, on a free port, without its prefix cache."""
+
+    def __init__(self, env: Path, model_dir: Path, log: Path, dtype: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._bin = env.absolute() / "bin"
+        self._log = log
+        self._command = [
+            str(self._bin / "vllm"), "serve", str(model_dir), "--served-model-name", MODEL, "--dtype", dtype,
+            "--host", "127.0.0.1", "--port", str(self.port), "--no-enable-prefix-caching",
+            "--max-model-len", str(MAX_MODEL_LEN),
+        ]  # fmt: skip
+
+    def start(self) -> Vllm:
+        """Start and wait until it says that it is healthy; AssertionError with its log when it ends instead."""
+        paths = {"PATH": f"{self._bin}{os.pathsep}{os.environ['PATH']}"}
+        with self._log.open("wb") as sink:
+            self.process = subprocess.Popen(
+                self._command,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=VLLM_SETTINGS | dict(os.environ) | paths,
+            )
+        try:
+            eventually(self._is_healthy, VLLM_START_S)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def stop(self) -> int:
+        """Ctrl-C, and an end to whatever of it does not follow; returns the exit code."""
+        self.process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(VLLM_STOP_S)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
+
+    def _is_healthy(self) -> bool:
+        assert self.process.poll() is None, self._log.read_text()[-8000:]
+        with suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}/health", timeout=2).status_code == 200
+        return False
