@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels import attention, lora, reference
+from kernels import attention, lora, reference, sampling
 from kernels.linear import Linear
 from kernels.lora import LoraPlan
 from kernels.native import lora as native_lora
 from kernels.native import operations as native
+from kernels.native import sampling as native_sampling
 from kernels.native.build import library
 from kernels.reference import (
     adamw,
@@ -25,11 +26,13 @@ from kernels.reference import (
     segmented_lora_weight_backward,
     silu_mul_backward,
 )
+from kernels.sampling import Draw
 from kernels.segments import AttentionPlan, AttentionSegment, LoraSegment
 
 __all__ = [
     "AttentionPlan",
     "AttentionSegment",
+    "Draw",
     "Linear",
     "LoraPlan",
     "LoraSegment",
@@ -37,6 +40,7 @@ __all__ = [
     "add_rms_norm",
     "clip_grad_norm",
     "commit_kv",
+    "draw_tokens",
     "has_fast_bfloat16",
     "linear_cross_entropy",
     "ragged_attention",
@@ -98,6 +102,13 @@ def commit_kv(k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], src_slots:
     """`reference.commit_kv`."""
     is_native = k_caches and src_slots.shape == dst_slots.shape and native.takes(k_caches[0]) and k_caches[0].is_contiguous()
     (native.commit_kv if is_native else reference.commit_kv)(k_caches, v_caches, src_slots, dst_slots)
+
+
+def draw_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """`kernels.sampling.draw_tokens`: a token for each draw."""
+    if not draws:
+        return []
+    return (native_sampling.draw_tokens if native.takes(logits_RV) else sampling.draw_tokens)(logits_RV, draws)
 
 
 def segmented_lora(y_TO: Tensor, x_TI: Tensor, segments: LoraPlan | Sequence[LoraSegment]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 
 from torch import Tensor
 
-from common.messages import Logprobs
+from common.messages import Logprobs, Sampling
 from services.executor.assembly import Work
 from services.executor.logits import restricted
 from services.executor.logprobs import score, score_blocks
@@ -44,6 +44,12 @@ class WorkDraws:
 
     def __iter__(self) -> Iterator[int]:
         return (self[row] for row in range(len(self)))
+
+    def plain_rows(self) -> Iterator[tuple[int, Sampling, int]]:
+        """Row, sampling and position of tokens that depend on nothing drawn before them, so that they can be drawn together."""
+        if self._sequence.processor is None and self._sequence.grammar is None:
+            for row, position in enumerate(self._positions):
+                yield self._first_row + row, self._sequence.request.sampling, position
 
     def logprobs(self, path: Seq[int], tokens: Seq[int]) -> Logprobs | None:
         """Of the committed tokens that were drawn along this path of nodes; None if nobody asks."""
@@ -100,4 +106,6 @@ def drawn_by(
         hidden_RH = hidden_TH[start : start + len(work.segment.tokens)]
         found.append(WorkDraws(work, draws, first_row, hidden_RH, logits))
         first_row += len(found[-1])
+    if draws is not None:
+        draws.draw_ahead(each for drawn in found for each in drawn.plain_rows())
     return found

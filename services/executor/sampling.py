@@ -5,16 +5,15 @@ The same request draws the same token at the same position alone, in a batch, un
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import kernels.sampling
 from common.messages import Sampling
-
-NUM_PROBABLE = 1024
-"""Tokens that nucleus sampling looks at before it sorts the whole vocabulary."""
+from kernels import ops
 
 
 def uniform(seed: int, position: int) -> float:
@@ -27,13 +26,22 @@ class NonFiniteLogitsError(FloatingPointError):
 
 
 class Draws:
-    """Tokens drawn from the rows of one pass. A row costs nothing until its token is asked for, greedy ones apart."""
+    """Tokens drawn from the rows of one pass: of greedy ones, and of those that `draw_ahead` is told, all in one operation."""
 
     def __init__(self, logits_RV: Tensor) -> None:
         self.logits_RV = logits_RV
         highest_R, greedy_R = logits_RV.max(dim=-1)
         self._greedy: list[int] = greedy_R.tolist()
         self._is_finite: list[bool] = torch.isfinite(highest_R).tolist()
+        self._ahead: dict[tuple[int, int], int] = {}
+
+    def draw_ahead(self, rows: Iterable[tuple[int, Sampling, int]]) -> None:
+        """Draw these (row, sampling, position) together; nothing else than the sampling may change their logits."""
+        wanted = [(row, sampling, position) for row, sampling, position in rows if sampling.temperature > 0.0]
+        draws = [_draw(*each) for each in wanted if self._is_finite[each[0]]]
+        tokens = ops.draw_tokens(self.logits_RV, draws)
+        keys = [(row, position) for row, _, position in wanted if self._is_finite[row]]
+        self._ahead.update(zip(keys, tokens, strict=True))
 
     def token(self, row: int, sampling: Sampling, position: int, change: Callable[[Tensor], Tensor] | None = None) -> int:
         """The token for the absolute position `position`, from the row's logits as `change` makes them.
@@ -45,45 +53,29 @@ class Draws:
         if change is None:
             if sampling.temperature <= 0.0:
                 return self._greedy[row]
-            return _draw(self.logits_RV[row], sampling, uniform(sampling.seed, position))
+            if (row, position) not in self._ahead:
+                self.draw_ahead([(row, sampling, position)])
+            return self._ahead[row, position]
         logits_V = change(self.logits_RV[row])
         highest, greedy = logits_V.max(dim=-1)
         if not bool(torch.isfinite(highest)):
             raise NonFiniteLogitsError(f"no token is possible in row {row}")
-        return int(greedy) if sampling.temperature <= 0.0 else _draw(logits_V, sampling, uniform(sampling.seed, position))
+        if sampling.temperature <= 0.0:
+            return int(greedy)
+        return ops.draw_tokens(logits_V.unsqueeze(0), [_draw(0, sampling, position)])[0]
 
 
 def target_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [V] (float64) that `sampling` draws from: temperature, min_p, top_k, top_p, in vLLM's order."""
-    wide_V = logits_V.double()
-    probs_V = torch.softmax((wide_V - wide_V.max()) / sampling.temperature, dim=-1)
-    if sampling.min_p > 0.0:
-        probs_V[probs_V < sampling.min_p * probs_V.max()] = 0.0
-        probs_V /= probs_V.sum()
-    num_kept = sampling.top_k if 0 < sampling.top_k < probs_V.numel() else probs_V.numel()
-    if num_kept == probs_V.numel() and sampling.top_p >= 1.0:
-        return probs_V
-    sorted_probs, order = _most_probable(probs_V, num_kept, sampling.top_p)
-    sorted_probs[num_kept:] = 0.0
-    sorted_probs /= sorted_probs.sum() if num_kept < probs_V.numel() else 1.0
-    before = torch.cumsum(sorted_probs, dim=0) - sorted_probs
-    sorted_probs[(before >= sampling.top_p) & (torch.arange(sorted_probs.numel()) > 0)] = 0.0
-    kept = torch.zeros_like(probs_V)
-    kept[order] = sorted_probs / sorted_probs.sum()
-    return kept
+    """The distribution [V] (float64) that `sampling` draws from."""
+    return kernels.sampling.target_probabilities(logits_V.unsqueeze(0), [_draw(0, sampling, 0)])[0]
 
 
-def _most_probable(probs_V: Tensor, num_kept: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Enough of the most probable tokens, sorted: sorting a whole vocabulary takes far longer than the few that matter."""
-    few = min(NUM_PROBABLE, probs_V.numel())
-    sorted_probs, order = torch.topk(probs_V, few)
-    if num_kept <= few or (num_kept == probs_V.numel() and float(sorted_probs.sum()) > top_p):
-        return sorted_probs, order
-    return torch.sort(probs_V, descending=True, stable=True)
-
-
-def _draw(logits_V: Tensor, sampling: Sampling, u: float) -> int:
-    probs_V = target_probabilities(logits_V.cpu(), sampling)
-    cumulative = torch.cumsum(probs_V, dim=0)
-    index = min(int(torch.searchsorted(cumulative, u * float(cumulative[-1]), right=True)), probs_V.numel() - 1)
-    return index if probs_V[index] > 0 else int(torch.nonzero(probs_V)[-1, 0])
+def _draw(row: int, sampling: Sampling, position: int) -> ops.Draw:
+    return ops.Draw(
+        row=row,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        uniform=uniform(sampling.seed, position),
+    )
