@@ -57,9 +57,9 @@ def _draw_ratios(axes: Any, rows: Sequence[Row]) -> None:
     """One bar per ratio, a line at its goal; shorter is better, and 1 is as fast as the peer."""
     several = len({row["peer"] for row in rows}) > 1
     labels = [_label(row) + (f", {row['peer']}" if several else "") for row in rows]
-    drawn = axes.barh(range(len(rows)), [row["ratio"] for row in rows], 0.6, color=COLORS[0])
-    axes.bar_label(drawn, fmt="%.2f", fontsize=8, padding=6)
-    for i, row in enumerate(rows):
+    axes.barh(range(len(rows)), [row["ratio"] for row in rows], 0.6, color=COLORS[0])
+    for i, row in enumerate(rows):  # numbers in a column of their own, where no goal crosses them
+        axes.text(1.02, i, f"{row['ratio']:.2f}", fontsize=8, va="center", transform=axes.get_yaxis_transform())
         if row["goal"] != "":
             is_first = all(earlier["goal"] == "" for earlier in rows[:i])
             axes.plot([row["goal"]] * 2, [i - 0.4, i + 0.4], color="black", lw=2, label="goal" if is_first else None)
