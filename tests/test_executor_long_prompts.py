@@ -173,5 +173,5 @@ def test_a_profile_of_before_the_term_is_read_and_measured_anew() -> None:
     profile = decode(old, LatencyProfile)
     assert profile.ms_per_row_context == 0.0
     assert predict_ms(profile, Rows(1, 10, 10_000)) == pytest.approx(1.5 * 6.0)
-    key = profile_key("model", torch.float32, torch.device("cpu"))
+    key = profile_key("model", torch.float32, torch.device("cpu"), 2)
     assert key.endswith(".row-context"), "what older versions kept lies under another key"

@@ -30,7 +30,7 @@ async def world(connect: Callable[[], Awaitable[Bus]], bus: Bus, tmp_path: Path)
 
 
 async def assert_trained_exactly_once(world: World, job: FineTuningJob, tmp_path: Path) -> None:
-    """The job succeeds; its final state is that of an undisturbed run; every step has a metrics event, or is said to lack it."""
+    """The job succeeds; its final state is that of an undisturbed run; each step has a metrics event, or is said to lack it."""
     record = await world.until(job.id, lambda record: record.job.status in ("succeeded", "failed"))
     assert record.job.error is None
     state = expected_state(ChatTokenizer.load(tmp_path / "model"), DATA, record.spec)
