@@ -43,11 +43,12 @@ def choose(
     *,
     max_required: int = UNLIMITED,
     order: QuotaOrder = "cheapest",
+    has_rest: bool = True,
     cost_ms: Floats | None = None,
 ) -> Selection:
     most = np.full(len(pools), 100.0)
     demand = Demand(debt=np.array(debt, dtype=np.float64), most=most)
-    return select(join(pools), demand, budget, max_required=max_required, order=order, cost_ms=cost_ms)
+    return select(join(pools), demand, budget, max_required=max_required, order=order, has_rest=has_rest, cost_ms=cost_ms)
 
 
 def expected(pools: list[Pool], chosen: list[int]) -> list[float]:
@@ -206,6 +207,21 @@ def test_the_stop_rule_leaves_nodes_that_cost_more_than_they_bring() -> None:
     assert len(choose([CHAIN], [1.0], 3, cost_ms=iteration_costs(flat, 1, 3)).chosen) == 3
     assert len(choose([CHAIN], [1.0], 3, cost_ms=iteration_costs(steep, 1, 3)).chosen) == 0
     assert len(choose([CHAIN], [2.4], 3, cost_ms=iteration_costs(steep, 1, 3)).chosen) == 2, "debts are paid at any price"
+
+
+def test_without_the_rest_only_quotas_are_chosen() -> None:
+    result = choose([CHAIN, STAR], [1.8, 1.0], 6, has_rest=False)
+    assert split(result.chosen.tolist(), [CHAIN, STAR]) == [[0], []]
+
+
+def test_without_quotas_debts_change_nothing_but_the_count_of_unmet_ones() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        pools = [random_pool(rng, 8) for _ in range(3)]
+        indebted = choose(pools, [9.0, 3.0, 1.0], 7, max_required=0)
+        probs = np.concatenate([pool.probs for pool in pools])
+        assert indebted.num_required.tolist() == [0, 0, 0]
+        assert probs[indebted.chosen].sum() == pytest.approx(np.sort(probs)[-7:].sum())
 
 
 def test_the_stop_rule_finds_the_best_count_of_all() -> None:

@@ -157,7 +157,7 @@ def test_mode_none_never_drafts() -> None:
 
 
 def test_an_unknown_mode_is_a_configuration_error() -> None:
-    with pytest.raises(ConfigError, match="heddle, adaserve, none"):
+    with pytest.raises(ConfigError, match="heddle, adaserve, throughput, slo, none"):
         load_config(PlannerConfig, "planner", {"HEDDLE_PLANNER_MODE": "fast"})
 
 

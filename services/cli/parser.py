@@ -123,7 +123,10 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     speculation = parser.add_argument_group("speculation")
     speculation.add_argument("--draft", choices=["ngram"], default="ngram", help="who guesses the next tokens")
     speculation.add_argument(
-        "--speculation", choices=["heddle", "adaserve", "none"], default="heddle", help="how draft trees are chosen; none: off"
+        "--speculation",
+        choices=["heddle", "adaserve", "throughput", "slo", "none"],
+        default="heddle",
+        help="how draft trees are chosen; none: off",
     )
 
     replicas = parser.add_argument_group("replicas")

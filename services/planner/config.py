@@ -13,7 +13,9 @@ class PlannerConfig(ServiceConfig):
     """How drafts are made and chosen."""
 
     mode: str = "heddle"
-    """heddle; adaserve (as published: largest debt first, the whole budget spent, raw probabilities); none (no speculation)."""
+    """heddle; adaserve (as published: largest debt first, the whole budget spent, raw probabilities);
+    throughput (no debts, the best of all requests while tokens per ms rise); slo (what debts need, no more);
+    none (no speculation)."""
     draft: str = "ngram"
     """The drafter; ngram continues earlier occurrences of the last tokens."""
     min_depth: int = 2

@@ -20,6 +20,10 @@ class Mode:
 
     order: QuotaOrder
     has_stop_rule: bool
+    has_quotas: bool = True
+    """Whether debts are paid first."""
+    has_rest: bool = True
+    """Whether nodes that no debt needs are taken."""
     is_calibrated: bool
     """Whether the drafter learns from what was accepted."""
 
@@ -27,6 +31,8 @@ class Mode:
 MODES: dict[str, Mode | None] = {
     "heddle": Mode(order="cheapest", has_stop_rule=True, is_calibrated=True),
     "adaserve": Mode(order="slowest", has_stop_rule=False, is_calibrated=False),
+    "throughput": Mode(order="cheapest", has_stop_rule=True, is_calibrated=True, has_quotas=False),
+    "slo": Mode(order="cheapest", has_stop_rule=False, is_calibrated=True, has_rest=False),
     "none": None,
 }
 
@@ -90,8 +96,9 @@ class Planner:
             trees.join(pools),
             Demand(debt=np.array(debts), most=np.array(depths) + 1.0),
             budget,
-            max_required=control.quota_limit(report.token_budget, len(sequences)),
+            max_required=control.quota_limit(report.token_budget, len(sequences)) if mode.has_quotas else 0,
             order=mode.order,
+            has_rest=mode.has_rest,
             cost_ms=iteration_costs(report.latency.points, report.base_tokens, budget) if mode.has_stop_rule else None,
         )
 

@@ -56,12 +56,13 @@ def select(
     *,
     max_required: int,
     order: QuotaOrder,
+    has_rest: bool = True,
     cost_ms: Floats | None = None,
 ) -> Selection:
     """At most `budget` candidates: first what debts need, then the best of the rest over all requests.
 
     With `cost_ms` (of an iteration with 0..budget candidates) the rest ends where expected tokens per ms are highest; without,
-    when the budget is spent. A quota that the budget does not cover is granted in part.
+    when the budget is spent; without `has_rest` there is none. A quota that the budget does not cover is granted in part.
     """
     budget = max(0, budget)
     num_requests = len(demand.debt)
@@ -72,7 +73,7 @@ def select(
     granted = _grant(quota, shortfall, demand.debt, budget, order)
     is_required = np.arange(len(ranked)) - np.repeat(starts, counts) < np.repeat(granted, counts)
     required, rest = ranked[is_required], ranked[~is_required]
-    rest = rest[np.lexsort((candidates.depth[rest], -candidates.prob[rest]))][: budget - len(required)]
+    rest = rest[np.lexsort((candidates.depth[rest], -candidates.prob[rest]))][: budget - len(required) if has_rest else 0]
     if cost_ms is not None:
         sure = num_requests + candidates.prob[required].sum()
         rest = rest[: _best_count(sure, candidates.prob[rest], cost_ms[len(required) :])]
