@@ -1,0 +1,93 @@
+"""What an executor and its planner say to each other: reports of iterations, and draft trees."""
+
+from __future__ import annotations
+
+import msgspec
+
+from common.messages.beats import LatencyProfile
+
+
+class PlannerClaim(msgspec.Struct, frozen=True, kw_only=True, tag="claim.1"):
+    """An executor asks who drafts for it."""
+
+    executor_id: str
+    model: str
+
+
+class PlannerGranted(msgspec.Struct, frozen=True, kw_only=True, tag="granted.1"):
+    """This planner drafts for the executor that asked."""
+
+    planner_id: str
+
+
+class OpenedSequence(msgspec.Struct, frozen=True, kw_only=True):
+    """A sequence that starts to decode, or that a new planner has not seen: all its tokens so far.
+
+    `num_decoded` of its tokens came since its first one on this executor, the start of SequenceProgress.decode_ms; None: all
+    output but the first, which prefill gives.
+    """
+
+    request_id: str
+    tokens: tuple[int, ...]
+    num_output: int
+    max_output: int
+    tpot_ms: float | None = None
+    num_decoded: int | None = None
+
+
+class SequenceProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """What one verify step did to a sequence. `tokens` were committed by it (bonus token included)."""
+
+    request_id: str
+    tokens: tuple[int, ...]
+    num_drafted: int
+    accepted_len: int
+    num_output: int
+    decode_ms: float
+
+
+class IterationReport(msgspec.Struct, frozen=True, kw_only=True, tag="report.1"):
+    """The state of an executor's decoding after iteration `iteration`: the planner answers with DraftTrees of that number.
+
+    `token_budget` is the number of draft nodes (roots excluded) that the next iteration may hold; `t_spec_ms` its predicted
+    latency (AdaServe section 3, the t_spec of formula 2); `base_tokens` are the roots and other tokens that it holds anyway.
+    """
+
+    executor_id: str
+    iteration: int
+    opened: tuple[OpenedSequence, ...] = ()
+    closed: tuple[str, ...] = ()
+    progress: tuple[SequenceProgress, ...] = ()
+    token_budget: int
+    base_tokens: int
+    t_spec_ms: float
+    latency: LatencyProfile
+
+
+class DraftTree(msgspec.Struct, frozen=True, kw_only=True):
+    """A draft tree in BFS order: node 0 is the last committed token, `parents[0]` is -1 and `parents[i] < i`.
+
+    `length` is the number of committed tokens it continues; `probs[i]` the probability that the path to node i is accepted;
+    `num_required` of its nodes were chosen for the request's SLO (node 0 excluded).
+    """
+
+    request_id: str
+    length: int
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    probs: tuple[float, ...]
+    num_required: int = 0
+
+
+class DraftTrees(msgspec.Struct, frozen=True, kw_only=True, tag="trees.1"):
+    """The planner's answer to the report of iteration `iteration`; a sequence without a tree decodes its root alone."""
+
+    planner_id: str
+    iteration: int
+    trees: tuple[DraftTree, ...] = ()
+    draft_ms: float = 0.0
+    unknown: tuple[str, ...] = ()
+    """Sequences of the report that the planner cannot follow: the executor opens them again."""
+
+
+# --- finetuning: trainer <-> executor ----------------------------------------------------------------------------------

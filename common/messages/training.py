@@ -1,0 +1,122 @@
+"""What a trainer and an executor say to each other: a job's slices, its steps and its checkpoints."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A LoRA adapter's shape, in PEFT's words: y += (alpha / rank) * x A^T B^T on each target linear."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class OpenJob(msgspec.Struct, frozen=True, kw_only=True, tag="open_job.1"):
+    """Trainer's order: hold adapter and optimizer of this job. `lease` fences: a higher lease replaces the job's state.
+
+    With `checkpoint` (an artifact's name) adapter, moments and step are restored from it; else B starts at zero.
+    """
+
+    job_id: str
+    lease: int
+    base_model: str
+    lora: LoraSpec
+    seed: int = 0
+    checkpoint: str | None = None
+
+
+class JobOpened(msgspec.Struct, frozen=True, kw_only=True, tag="job_opened.1"):
+    """The executor holds the job; its next optimizer step has number `step` (0 for a new job)."""
+
+    job_id: str
+    executor_id: str
+    step: int
+
+
+class OptimizerStep(msgspec.Struct, frozen=True, kw_only=True):
+    """One AdamW update (torch.optim.AdamW's formula) after clipping the global gradient norm; max_grad_norm 0: no clipping."""
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+class TrainingSlice(msgspec.Struct, frozen=True, kw_only=True, tag="slice.1"):
+    """One sequence of a step. `weights[i]` is the loss weight of predicting `tokens[i]` (weights[0] is unused and 0).
+
+    The step's loss is the sum of weight * cross entropy over all its slices, so weights are normalised by the trainer.
+    The slice with `optimizer` is the last of its step. Delivery is idempotent by (job, step, index).
+    """
+
+    job_id: str
+    lease: int
+    step: int
+    index: int
+    tokens: tuple[int, ...]
+    weights: tuple[float, ...]
+    optimizer: OptimizerStep | None = None
+
+
+class SliceAccepted(msgspec.Struct, frozen=True, kw_only=True, tag="slice_accepted.1"):
+    """The slice is in the executor's queue."""
+
+    job_id: str
+    step: int
+    index: int
+
+
+class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag="step_done.1"):
+    """An optimizer step was applied. `loss` is weighted as in TrainingSlice; `num_tokens` have a non-zero weight."""
+
+    job_id: str
+    lease: int
+    step: int
+    loss: float
+    grad_norm: float
+    num_correct: int
+    num_tokens: int
+    num_sequence_tokens: int
+    elapsed_ms: float
+
+
+class JobFailed(msgspec.Struct, frozen=True, kw_only=True, tag="job_failed.1"):
+    """The executor gave the job up (for example: the loss is not finite); its state there is gone."""
+
+    job_id: str
+    lease: int
+    message: str
+
+
+class WriteCheckpoint(msgspec.Struct, frozen=True, kw_only=True, tag="write_checkpoint.1"):
+    """Write adapter and optimizer state after the steps done so far to the artifact `artifact` in the object store."""
+
+    job_id: str
+    lease: int
+    artifact: str
+
+
+class CheckpointWritten(msgspec.Struct, frozen=True, kw_only=True, tag="checkpoint_written.1"):
+    """The artifact is stored; it holds the state before step `step`."""
+
+    job_id: str
+    artifact: str
+    step: int
+    num_bytes: int
+
+
+class CloseJob(msgspec.Struct, frozen=True, kw_only=True, tag="close_job.1"):
+    """Forget the job; unknown jobs are not an error."""
+
+    job_id: str
+    lease: int
+
+
+class JobClosed(msgspec.Struct, frozen=True, kw_only=True, tag="job_closed.1"):
+    """The executor holds nothing of this job any more."""
+
+    job_id: str
