@@ -8,7 +8,7 @@ PEER ?= .venv-vllm
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: up test test-slow test-gpu bench bench-adapters bench-decode bench-gpu lint check format model lock clean help
+.PHONY: up test test-slow test-gpu bench bench-adapters bench-decode bench-gpu bench-speculation lint check format model lock clean help
 
 up: $(INSTALLED)  ## start everything; options in ARGS="--port 8123"
 	@exec $(BIN)/heddle up $(ARGS)
@@ -30,6 +30,9 @@ bench-adapters: $(INSTALLED) model  ## 32 LoRA adapters in one batch beside one,
 
 bench-decode: $(VENV)/.bench $(PEER)/bin/vllm model  ## Heddle beside vLLM; about 12 minutes, ARGS="--quick" for one round
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_decode --peer $(PEER) $(ARGS)
+
+bench-speculation: $(VENV)/.bench $(PEER)/bin/vllm model  ## drafts beside vLLM; ARGS="--requests FILE... --humaneval FILE", hours without --quick
+	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_speculation --peer $(PEER) $(ARGS)
 
 $(PEER)/bin/vllm:
 	$(PYTHON) benchmarks/vllm_env.py $(PEER)

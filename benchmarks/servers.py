@@ -47,7 +47,7 @@ def stack(model_dir: Path, *options: str) -> Iterator[Stack]:
 class Vllm:
     """`vllm serve` of another environment, on a free port, without its prefix cache."""
 
-    def __init__(self, env: Path, model_dir: Path, log: Path, dtype: str) -> None:
+    def __init__(self, env: Path, model_dir: Path, log: Path, dtype: str, *options: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._bin = env.absolute() / "bin"
@@ -55,7 +55,7 @@ class Vllm:
         self._command = [
             str(self._bin / "vllm"), "serve", str(model_dir), "--served-model-name", MODEL, "--dtype", dtype,
             "--host", "127.0.0.1", "--port", str(self.port), "--no-enable-prefix-caching",
-            "--max-model-len", str(MAX_MODEL_LEN),
+            "--max-model-len", str(MAX_MODEL_LEN), *options,
         ]  # fmt: skip
 
     def start(self) -> Vllm:

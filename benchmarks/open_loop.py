@@ -1,0 +1,84 @@
+"""Sends requests at their times, whatever becomes of them, and judges each by its target. Knows HTTP, not the server."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import httpx
+
+from benchmarks.streams import Sample, client, timed
+from benchmarks.workloads import Arrival
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one request; `sample` is None where the server refused it."""
+
+    arrival: Arrival
+    sample: Sample | None
+
+    @property
+    def attained(self) -> bool:
+        """Whether it was answered, its mean time per token after the first within its target."""
+        return self.sample is not None and self.sample.tpot_ms <= self.arrival.tpot_ms
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Load:
+    """All outcomes of one schedule; `seconds` from its start to the last answer's end."""
+
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+
+    def attainment(self, workload: str | None = None) -> float:
+        """Share of requests that met their target; refused ones did not."""
+        found = [o.attained for o in self.outcomes if workload in (None, o.arrival.workload)]
+        return sum(found) / len(found) if found else float("nan")
+
+    @property
+    def goodput(self) -> float:
+        """Tokens per second of the requests that met their target."""
+        return sum(o.sample.num_tokens for o in self.outcomes if o.attained and o.sample) / self.seconds
+
+    @property
+    def throughput(self) -> float:
+        """Tokens per second of all requests."""
+        return sum(o.sample.num_tokens for o in self.outcomes if o.sample) / self.seconds
+
+
+async def chat(http: httpx.AsyncClient, prompt: str, max_tokens: int, tpot_ms: float | None = None) -> Sample:
+    """One greedy answer to one user's message, streamed, to its end or `max_tokens`."""
+    body = {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": max_tokens}
+    return await timed(http, "/chat/completions", body, None if tpot_ms is None else {"x-slo-tpot-ms": f"{tpot_ms:.3f}"})
+
+
+async def send(url: str, arrivals: Sequence[Arrival], max_tokens: int) -> Load:
+    """Every request at its time; returns when all are answered. Raises ValueError for a broken stream."""
+
+    async def one(http: httpx.AsyncClient, arrival: Arrival, started_at: float) -> Outcome:
+        await asyncio.sleep(started_at + arrival.at_s - time.monotonic())
+        try:
+            sample = await chat(http, arrival.prompt, max_tokens, arrival.tpot_ms)
+        except httpx.HTTPStatusError:
+            return Outcome(arrival=arrival, sample=None)
+        return Outcome(arrival=arrival, sample=sample)
+
+    async with client(url) as http:
+        started_at = time.monotonic()
+        outcomes = await asyncio.gather(*(one(http, arrival, started_at) for arrival in arrivals))
+    return Load(outcomes=tuple(outcomes), seconds=time.monotonic() - started_at)
+
+
+async def closed(url: str, prompts: Sequence[str], concurrency: int, max_tokens: int) -> list[Sample]:
+    """All prompts, `concurrency` at a time; the answers in the order of the prompts."""
+    turns = asyncio.Semaphore(concurrency)
+
+    async def one(http: httpx.AsyncClient, prompt: str) -> Sample:
+        async with turns:
+            return await chat(http, prompt, max_tokens)
+
+    async with client(url) as http:
+        return list(await asyncio.gather(*(one(http, prompt) for prompt in prompts)))

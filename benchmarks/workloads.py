@@ -1,0 +1,73 @@
+"""What the servers are asked: HumanEval problems and request files with arrival times and SLO categories. Knows no server.
+
+A request file is a JSON list, maybe gzipped, of {emission_time_ms, prompt, slo_ratio}, as of AdaServe's authors. A ratio below
+zero is a TPOT target of that many milliseconds, one above zero a multiple of the peer's unloaded time per token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+WORKLOADS = ("code", "chat", "summary")
+CHAT_TARGET_MS = 50.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """One request of a schedule: `at_s` after its start, a user's message, and its target in ms per token."""
+
+    at_s: float
+    workload: str
+    prompt: str
+    tpot_ms: float
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file or of a gzipped one."""
+    return json.loads(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
+
+
+def humaneval(path: Path) -> list[str]:
+    """The prompts of HumanEval's JSON lines, maybe gzipped."""
+    data = path.read_bytes()
+    lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().splitlines()
+    return [json.loads(line)["prompt"] for line in lines if line]
+
+
+def workload_of(ratio: float) -> str:
+    """The category of a request file's `slo_ratio`."""
+    if ratio > 0:
+        return "code"
+    return "chat" if -ratio <= CHAT_TARGET_MS else "summary"
+
+
+def prompts(records: Sequence[dict[str, Any]], workload: str) -> list[str]:
+    """The different prompts of one category, in order of arrival."""
+    return list(dict.fromkeys(record["prompt"] for record in records if workload_of(record["slo_ratio"]) == workload))
+
+
+def thin(records: Sequence[dict[str, Any]], rate: float, seconds: float, unloaded_tpot_ms: float) -> list[Arrival]:
+    """The first `seconds` of a request file, with so many of its requests that `rate` come per second, the same ones each time.
+
+    Raises ValueError when the file has fewer.
+    """
+    early = [record for record in records if record["emission_time_ms"] <= seconds * 1e3]
+    wanted = round(rate * seconds)
+    if wanted > len(early):
+        raise ValueError(f"{wanted} requests in {seconds} s are asked for, the file has {len(early)}")
+    kept = sorted(random.Random(0).sample(range(len(early)), wanted))
+    return [
+        Arrival(
+            at_s=record["emission_time_ms"] / 1e3,
+            workload=workload_of(record["slo_ratio"]),
+            prompt=record["prompt"],
+            tpot_ms=-record["slo_ratio"] if record["slo_ratio"] < 0 else record["slo_ratio"] * unloaded_tpot_ms,
+        )
+        for record in (early[i] for i in kept)
+    ]
