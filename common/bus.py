@@ -105,10 +105,10 @@ class Bus:
         """Send and forget. Raises TooLargeError over the server's limit."""
         await self.publish_raw(subject, encode(message))
 
-    async def publish_raw(self, subject: str, data: bytes) -> None:
-        """Send bytes that are already encoded."""
+    async def publish_raw(self, subject: str, data: bytes, reply: str = "") -> None:
+        """Send bytes that are already encoded; `reply` is where an answer, or the server's word that nobody listens, goes."""
         try:
-            await self.client.publish(subject, data)
+            await self.client.publish(subject, data, reply)
         except MaxPayloadError as error:
             raise TooLargeError(f"{subject}: {len(data)} bytes, the limit is {self.max_payload}") from error
 

@@ -124,6 +124,25 @@ async def test_a_cancel_ends_the_stream(connect: Connect, model_dir: Path) -> No
         assert not any(chunk["id"].endswith(attempt_id) for attempt_id in cancelled)
 
 
+async def test_a_client_that_vanishes_ends_its_request(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir, fake={"stall_at": 1}) as stage:
+        client = stage.bus.client
+        stream = await client.subscribe(inbox := client.new_inbox())
+        await client.publish(subjects.GENERATE, msgspec.json.encode(TEXT), reply=inbox)
+        await stream.next_msg(timeout=WAIT_S)
+        await stream.unsubscribe()
+        await client.flush()
+        (request,) = stage.executor.requests
+        await stage.bus.publish(
+            subjects.stream(request.request_id),
+            TokenChunk(request_id=request.request_id, seq=1, tokens=tuple(stage.executor.reply[1:2])),
+        )
+        assert await asyncio.wait_for(stage.executor.cancelled.get(), WAIT_S) == request.request_id
+        assert stage.gateway.actor.vitals().counters["vanished_nats_clients"] >= 1
+        stage.executor.resume.set()
+        assert texts([msgspec.json.decode(data) for data in await ask(stage, msgspec.json.encode(TEXT))]) == SAID
+
+
 async def test_a_stream_goes_on_when_its_executor_dies(connect: Connect, model_dir: Path) -> None:
     async with staged(connect, model_dir, fake={"period_s": 0.1, "stall_at": 3}) as stage:
         second = await stage.second_executor()

@@ -1,7 +1,8 @@
 """The NATS door: the same request bodies as HTTP's, in MessagePack or JSON; chunks go to the reply subject.
 
 An empty message ends the stream. Anything published on the request's cancel subject ends it early: executors know the
-request's attempts by ids of their own, so nobody but the client publishes there.
+request's attempts by ids of their own, so nobody but the client publishes there. A client that no longer listens ends it too:
+chunks name a reply subject of the gateway's, to which the NATS server says when nobody has received one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from uuid import uuid4
 
 import msgspec
 import structlog
+from nats.aio.client import NO_RESPONDERS_STATUS
 from nats.aio.msg import Msg
+from nats.js.api import Header
 
 from common import subjects
 from common.bus import Bus
@@ -68,16 +71,27 @@ class NatsDoor:
         request.stream = True  # here all answers are
         plan = await self._core.plan(request, headers, request_id)
         answer = await self._core.start(plan)
-        cancels = await self._bus.client.subscribe(subjects.cancel(request_id), cb=self._on_cancel)
+        receipts = self._bus.client.new_inbox()
+
+        async def on_receipt(receipt: Msg) -> None:
+            if (receipt.headers or {}).get(Header.STATUS) == NO_RESPONDERS_STATUS:
+                self._core.counters["vanished_nats_clients"] += 1
+                self._core.fail(ApiError(499, "Nobody listens to the answer.", code="cancelled"), request_id)
+
+        watched = [
+            await self._bus.client.subscribe(subjects.cancel(request_id), cb=self._on_cancel),
+            await self._bus.client.subscribe(receipts, cb=on_receipt),
+        ]
         try:
-            await self._stream(answer, message.reply, encode)
+            await self._stream(answer, message.reply, receipts, encode)
         finally:
-            await cancels.unsubscribe()
+            for subscription in watched:
+                await subscription.unsubscribe()
             self._core.end(answer)
 
-    async def _stream(self, answer: Answer, reply: str, encode: Encode) -> None:
+    async def _stream(self, answer: Answer, reply: str, receipts: str, encode: Encode) -> None:
         async def emit(piece: Piece) -> None:
-            await self._bus.publish_raw(reply, encode(responses.chunk(answer.plan, piece)))
+            await self._bus.publish_raw(reply, encode(responses.chunk(answer.plan, piece)), receipts)
 
         await answer.run(emit)
         if answer.plan.has_usage_chunk:
