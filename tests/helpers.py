@@ -163,6 +163,12 @@ def training_slice(
     )
 
 
+def training_sequence(item: TrainingSlice, decoder: Decoder, adapter: LoraAdapter | None = None) -> TrainingSequence:
+    """The slice in work for this adapter, or for one on all linears."""
+    adapter = adapter or random_adapter(decoder, LoraSpec(rank=2))
+    return TrainingSequence(item, decoder, adapter.activation_plan(decoder.config.shape))
+
+
 def forward_sequence(
     decoder: Decoder,
     cache: KvCache,

@@ -18,8 +18,8 @@ from services.executor.engine import Engine
 from services.executor.finetune import new_job
 from services.executor.model import KvCache
 from services.executor.scheduler import Limits
-from services.executor.training_sequence import TrainingSequence, heads
-from tests.helpers import OperatorCount, randn, random_adapter, training_slice
+from services.executor.training_sequence import heads
+from tests.helpers import OperatorCount, randn, random_adapter, training_sequence, training_slice
 from tests.tiny import random_prompt, set_trees, tiny_engine, tiny_pair, tiny_request
 
 FEW, MANY = 3, 8
@@ -180,7 +180,7 @@ def test_the_losses_of_many_windows_take_the_operators_of_one() -> None:
     decoder = tiny_pair()[1]
     totals = []
     for n in (1, MANY):
-        sequences = [TrainingSequence(training_slice(random_prompt(PROMPT_LEN, seed=i)), decoder) for i in range(n)]
+        sequences = [training_sequence(training_slice(random_prompt(PROMPT_LEN, seed=i)), decoder) for i in range(n)]
         hidden_TH = randn(n * 5, decoder.config.hidden_size).float()
         with OperatorCount() as operators:
             heads([(sequence, 0, 5) for sequence in sequences], hidden_TH)

@@ -22,7 +22,6 @@ from services.executor.backward import BackwardPass
 from services.executor.loader import load_decoder
 from services.executor.lora import TARGETS, LoraAdapter, LoraWeights
 from services.executor.model import Decoder
-from services.executor.training_sequence import TrainingSequence
 from tests.helpers import (
     CPU,
     PEFT_WARNING,
@@ -33,6 +32,7 @@ from tests.helpers import (
     random_adapter,
     random_tokens,
     tiny_model,
+    training_sequence,
     training_slice,
 )
 
@@ -85,7 +85,7 @@ def windowed_gradients(
     loss = 0.0
     for item in items:
         cache, slots = new_cache(decoder), draw.sample(range(128), len(item.tokens))
-        sequence = TrainingSequence(item, decoder)
+        sequence = training_sequence(item, decoder, adapter)
         windows = [draw.randint(1, 13) for _ in item.tokens]
         forward_sequence(decoder, cache, sequence, adapter, windows, slots)
         task = BackwardPass(decoder, cache, adapter, grads, sequence)
@@ -211,7 +211,7 @@ def test_a_windowed_step_of_the_real_model_has_pefts_gradient(real_model_dir: Pa
     model = transformers.AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32)
     expected_loss, expected = peft_gradients(model, adapter, items)
     grads = LoraWeights(adapter.spec, decoder.config)
-    cache, sequence = new_cache(decoder), TrainingSequence(items[0], decoder)
+    cache, sequence = new_cache(decoder), training_sequence(items[0], decoder, adapter)
     forward_sequence(decoder, cache, sequence, adapter, [50, 39], range(120))
     task = BackwardPass(decoder, cache, adapter, grads, sequence)
     while not task.is_done:
@@ -225,31 +225,33 @@ def test_nothing_runs_below_the_lowest_adapted_layer_and_the_tape_is_freed(tmp_p
     decoder = as_decoder(tiny_model(), tmp_path)
     adapter = random_adapter(decoder, LoraSpec(rank=2), layers=(1, 2))
     cache = new_cache(decoder)
-    sequence = TrainingSequence(training_slice(random_tokens(decoder, 11)), decoder)
+    sequence = training_sequence(training_slice(random_tokens(decoder, 11)), decoder, adapter)
     forward_sequence(decoder, cache, sequence, adapter, [11], range(11))
     grads = LoraWeights(adapter.spec, decoder.config, layers=adapter.layers)
     task = BackwardPass(decoder, cache, adapter, grads, sequence)
-    whole = sequence.tape.num_bytes
+    plan, row_bytes = adapter.activation_plan(decoder.config.shape), 10 * decoder.dtype.itemsize
+    lowest, top = (row_bytes * sum(tensor.width for tensor in layer.tape) for layer in plan.layers[1:])
+    assert sequence.tape.num_bytes == lowest + top == row_bytes * plan.tape_width
     assert task.remaining_token_layers == 2 * 10
     assert task.advance(10) == 10
-    assert sequence.tape.num_bytes == whole * 2 // 3
+    assert sequence.tape.num_bytes == lowest > 0
     assert task.advance(1000) == 10
     assert task.is_done
-    assert sequence.tape.num_bytes == whole // 3
+    assert sequence.tape.num_bytes == 0
 
 
 def test_rows_after_the_last_predicted_token_are_not_needed(tmp_path: Path) -> None:
     decoder = as_decoder(tiny_model(), tmp_path)
     tokens = random_tokens(decoder, 8)
-    assert TrainingSequence(training_slice(tokens), decoder).num_rows == 7
-    assert TrainingSequence(training_slice(tokens, [0, 0, 1, 1, 0, 0, 0, 0]), decoder).num_rows == 3
-    empty = TrainingSequence(training_slice(tokens, [1, 0, 0, 0, 0, 0, 0, 0]), decoder)
+    assert training_sequence(training_slice(tokens), decoder).num_rows == 7
+    assert training_sequence(training_slice(tokens, [0, 0, 1, 1, 0, 0, 0, 0]), decoder).num_rows == 3
+    empty = training_sequence(training_slice(tokens, [1, 0, 0, 0, 0, 0, 0, 0]), decoder)
     assert (empty.num_rows, empty.num_tokens, empty.is_forwarded) == (0, 0, True)
 
 
 @pytest.mark.parametrize(("start", "rows"), [(1, 2), (0, 0), (0, 8)])
 def test_windows_must_follow_each_other(start: int, rows: int, tmp_path: Path) -> None:
     decoder = as_decoder(tiny_model(), tmp_path)
-    sequence = TrainingSequence(training_slice(random_tokens(decoder, 8)), decoder)
+    sequence = training_sequence(training_slice(random_tokens(decoder, 8)), decoder)
     with pytest.raises(ValueError, match="after 0 of 7 rows"):
         sequence.head(torch.zeros(rows, decoder.config.hidden_size), start)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from common.activation_plan import MAX_WINDOW_TOKENS
 from kernels import ops
-from services.executor.lora import LoraAdapter, LoraWeights
+from services.executor.lora import MODULES, LoraAdapter, LoraWeights
 from services.executor.model import Decoder, KvCache
 from services.executor.training_sequence import TrainingSequence
-
-MAX_WINDOW_TOKENS = 256
 
 
 class BackwardPass:
@@ -46,6 +45,11 @@ class BackwardPass:
         """Work left, in tokens times layers."""
         return 0 if self.is_done else self._end + (self._layer - self._lowest) * self._num_rows
 
+    @property
+    def accumulator_bytes(self) -> int:
+        """Memory of the key and value gradients."""
+        return self._dk_TKD.nbytes + self._dv_TKD.nbytes
+
     def advance(self, max_token_layers: int) -> int:
         """Do up to this much work (tokens times layers); returns what was done."""
         budget = max_token_layers
@@ -66,33 +70,49 @@ class BackwardPass:
         self._end = self._num_rows
 
     def _window(self, layer: int, start: int, end: int) -> None:
-        is_lowest = layer == self._lowest
         dm_WH = self._mlp(layer, start, end, self._dx_TH[start:end])
-        if is_lowest and not (self._adapter.has(layer, "qkv") or self._adapter.has(layer, "o")):
+        if dm_WH is None or (dqkv_WO := self._attention(layer, start, end, dm_WH)) is None:
             return
-        dqkv_WO = self._attention(layer, start, end, dm_WH)
-        self._dx_TH[start:end] = dm_WH + self._projection(layer, start, end, dqkv_WO)
+        dy_WH = self._projection(layer, start, end, dqkv_WO)
+        if dy_WH is not None:
+            self._dx_TH[start:end] = dm_WH + dy_WH
 
-    def _mlp(self, layer: int, start: int, end: int, dy_WH: Tensor) -> Tensor:
+    def _ends_at(self, layer: int, module: str) -> bool:
+        """Whether nothing below this linear is trained: then its own weights are the last that get a gradient."""
+        return layer == self._lowest and module == next(name for name in MODULES if self._adapter.has(layer, name))
+
+    def _mlp(self, layer: int, start: int, end: int, dy_WH: Tensor) -> Tensor | None:
         """Gradient of m, the MLP's residual input, from that of the layer's output m + down(silu(gate) * up)."""
         weights, linears, eps = self._decoder.layers[layer], self._decoder.linears[layer], self._decoder.config.rms_norm_eps
-        m_WH, gate_up = (self._tape.rows(layer, name, start, end) for name in ("m", "gate_up"))
+        if self._adapter.has(layer, "down"):
+            self._weight_backward(layer, "down", dy_WH, self._product(layer, start, end))
+        if self._ends_at(layer, "down"):
+            return None
         dh_WF = linears.down.backward(dy_WH)
-        self._linear_backward(layer, "down", dh_WF, dy_WH, ops.silu_mul(gate_up))
-        dgate_up = ops.silu_mul_backward(dh_WF, gate_up)
+        self._adapter.backward(layer, "down", dh_WF, self._wide(dy_WH))
+        dgate_up = ops.silu_mul_backward(dh_WF, self._tape.rows(layer, "gate_up", start, end))
+        if self._adapter.has(layer, "gate_up"):
+            z_WH = self._normed(layer, "z", "m", weights.post_norm_H, start, end)
+            self._weight_backward(layer, "gate_up", dgate_up, z_WH)
+        if self._ends_at(layer, "gate_up"):
+            return None
         dz_WH = linears.gate_up.backward(dgate_up)
-        self._linear_backward(layer, "gate_up", dz_WH, dgate_up, ops.rms_norm(m_WH, weights.post_norm_H, eps))
-        return dy_WH + ops.rms_norm_backward(dz_WH, m_WH, weights.post_norm_H, eps)
+        self._adapter.backward(layer, "gate_up", dz_WH, self._wide(dgate_up))
+        return dy_WH + ops.rms_norm_backward(dz_WH, self._tape.rows(layer, "m", start, end), weights.post_norm_H, eps)
 
-    def _attention(self, layer: int, start: int, end: int, dm_WH: Tensor) -> Tensor:
+    def _attention(self, layer: int, start: int, end: int, dm_WH: Tensor) -> Tensor | None:
         """Gradient of the fused projection's output, before RoPE, from that of m = x + o(attention)."""
         decoder, config = self._decoder, self._decoder.config
+        if self._ends_at(layer, "o"):
+            self._adapter.weight_backward(self._grads, layer, "o", dm_WH, self._tape.rows(layer, "out", start, end))
+            return None
         slots = self._slots_T[:end]
         dout_WO = decoder.linears[layer].o.backward(dm_WH)
         self._adapter.backward(layer, "o", dout_WO, dm_WH)
+        shape = (end - start, config.num_heads, config.head_dim)
         out_WND, dq_WND, dk_LKD, dv_LKD = ops.window_attention_backward(
-            dout_WO.view(end - start, config.num_heads, config.head_dim),
-            self._tape.rows(layer, "q", start, end),
+            dout_WO.view(shape),
+            self._tape.rows(layer, "q", start, end).view(shape),
             self._cache.k[layer].index_select(0, slots),
             self._cache.v[layer].index_select(0, slots),
             start,
@@ -107,19 +127,32 @@ class BackwardPass:
         dv_WKD = self._dv_TKD[start:end].to(decoder.dtype)
         return torch.cat([grad.flatten(1) for grad in (dq_WND, dk_WKD, dv_WKD)], dim=1)
 
-    def _projection(self, layer: int, start: int, end: int, dqkv_WO: Tensor) -> Tensor:
+    def _projection(self, layer: int, start: int, end: int, dqkv_WO: Tensor) -> Tensor | None:
         """Gradient of the layer's input x through norm and projection."""
         weights, eps = self._decoder.layers[layer], self._decoder.config.rms_norm_eps
-        x_WH = self._tape.rows(layer, "x", start, end)
-        y_WH = ops.rms_norm(x_WH, weights.input_norm_H, eps)
-        if layer == self._lowest:
-            self._adapter.weight_backward(self._grads, layer, "qkv", dqkv_WO, y_WH)
-            return torch.zeros_like(x_WH)
+        if self._adapter.has(layer, "qkv"):
+            y_WH = self._normed(layer, "y", "x", weights.input_norm_H, start, end)
+            self._weight_backward(layer, "qkv", dqkv_WO, y_WH)
+        if self._ends_at(layer, "qkv"):
+            return None
         dy_WH = self._decoder.linears[layer].qkv.backward(dqkv_WO)
-        self._linear_backward(layer, "qkv", dy_WH, dqkv_WO, y_WH)
-        return ops.rms_norm_backward(dy_WH, x_WH, weights.input_norm_H, eps)
+        self._adapter.backward(layer, "qkv", dy_WH, self._wide(dqkv_WO))
+        return ops.rms_norm_backward(dy_WH, self._tape.rows(layer, "x", start, end), weights.input_norm_H, eps)
 
-    def _linear_backward(self, layer: int, module: str, dx_WI: Tensor, dy_WO: Tensor, x_WI: Tensor) -> None:
-        dy_WO = dy_WO.to(self._grads.flat.dtype)
-        self._adapter.backward(layer, module, dx_WI, dy_WO)
-        self._adapter.weight_backward(self._grads, layer, module, dy_WO, x_WI)
+    def _product(self, layer: int, start: int, end: int) -> Tensor:
+        """h = silu(gate) * up, kept or made again."""
+        if self._tape.has(layer, "h"):
+            return self._tape.rows(layer, "h", start, end)
+        return ops.silu_mul(self._tape.rows(layer, "gate_up", start, end))
+
+    def _normed(self, layer: int, name: str, source: str, norm_H: Tensor, start: int, end: int) -> Tensor:
+        """A norm's output, kept or made again from its input."""
+        if self._tape.has(layer, name):
+            return self._tape.rows(layer, name, start, end)
+        return ops.rms_norm(self._tape.rows(layer, source, start, end), norm_H, self._decoder.config.rms_norm_eps)
+
+    def _wide(self, dy_WO: Tensor) -> Tensor:
+        return dy_WO.to(self._grads.flat.dtype)
+
+    def _weight_backward(self, layer: int, module: str, dy_WO: Tensor, x_WI: Tensor) -> None:
+        self._adapter.weight_backward(self._grads, layer, module, self._wide(dy_WO), x_WI)

@@ -67,15 +67,18 @@ class Batch:
         self.adapters.apply(layer, module, y_TO, x_TI)
 
     def save(self, layer: int, **activations: Tensor) -> None:
-        """Copy the training rows of a layer's activations into their tapes, all in one operation."""
+        """Copy the training rows of those activations [T, width] that their tapes keep of a layer, all in one operation."""
         if not self.training:
             return
         places, rows = [], []
         for window in self.training:
             for name, tensor in activations.items():
+                if not window.tape.has(layer, name):
+                    continue
                 places.append(window.tape.rows(layer, name, window.tape_start, window.tape_start + window.end - window.start))
                 rows.append(tensor[window.start : window.end])
-        torch._foreach_copy_(places, rows)
+        if places:
+            torch._foreach_copy_(places, rows)
 
 
 def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:

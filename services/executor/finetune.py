@@ -80,6 +80,7 @@ class FinetuneJob:
         self.current: TrainingSequence | None = None
         self._decoder, self._cache = decoder, cache
         self._grads, self._exp_avg, self._exp_avg_sq = (self._like_adapter() for _ in range(3))
+        self._plan = adapter.activation_plan(decoder.config.shape)
         self._queue: deque[TrainingSlice] = deque()
         self._expected = (step, 0)
         self._backward: BackwardPass | None = None
@@ -100,7 +101,7 @@ class FinetuneJob:
     def start_next(self) -> TrainingSequence | None:
         """The sequence in work, the next of the queue if there was none."""
         if self.current is None and self._queue:
-            self.current = TrainingSequence(self._queue[0], self._decoder)
+            self.current = TrainingSequence(self._queue[0], self._decoder, self._plan)
             self._queue.popleft()
         return self.current
 

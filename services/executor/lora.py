@@ -12,7 +12,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from common.activation_plan import ActivationPlan, plan_activations
+from common.bypasses import Bypass
 from common.messages import LoraSpec
+from common.model_shape import ModelShape
 from kernels import ops
 from services.executor.model_config import ModelConfig
 
@@ -153,6 +156,12 @@ class LoraAdapter:
     def layers(self) -> tuple[int, ...]:
         """The layers that carry the adapter, ascending."""
         return self.weights.layers
+
+    def activation_plan(self, shape: ModelShape) -> ActivationPlan:
+        """The activations that its training keeps."""
+        targets = self.spec.target_modules
+        bypasses = {name: Bypass(method="lora", target=name, rank=self.spec.rank) for name in TARGETS if name in targets}
+        return plan_activations(shape, [bypasses if layer in self.layers else {} for layer in range(shape.num_layers)])
 
     def has(self, layer: int, module: str) -> bool:
         """Whether any target inside this fused linear is adapted."""

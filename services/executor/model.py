@@ -142,7 +142,7 @@ class Decoder:
         h_TF = ops.silu_mul(gate_up_T2F)
         down_TH = linears.down(h_TF)
         batch.apply_adapters(layer, "down", down_TH, h_TF)
-        batch.save(layer, x=x_TH, q=q_TND, m=m_TH, gate_up=gate_up_T2F)
+        batch.save(layer, x=x_TH, y=y_TH, q=q_TND.flatten(1), out=out_TO, m=m_TH, z=z_TH, gate_up=gate_up_T2F, h=h_TF)
         return m_TH, down_TH
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.model_folder import ModelFolderError, end_token_ids, read_json_object
+from common.model_shape import ModelShape, positive_count, shape_of
 from services.executor.rope import Llama3Bands, Rope
 
 
@@ -26,14 +27,13 @@ class _Family:
     obeys_attention_bias: bool = False
     qk_norm: bool = False
     windowed: str = "none"
-    head_dim: int | None = None
 
 
 FAMILIES = {
     "LlamaForCausalLM": _Family(obeys_attention_bias=True),
     "MistralForCausalLM": _Family(windowed="all"),
     "Qwen2ForCausalLM": _Family(qkv_bias=True, windowed="upper"),
-    "Qwen3ForCausalLM": _Family(obeys_attention_bias=True, qk_norm=True, windowed="upper", head_dim=128),
+    "Qwen3ForCausalLM": _Family(obeys_attention_bias=True, qk_norm=True, windowed="upper"),
 }
 NEUTRAL: dict[str, object] = {
     "hidden_act": "silu",
@@ -96,6 +96,20 @@ class ModelConfig:
         return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim
 
     @property
+    def shape(self) -> ModelShape:
+        """The sizes alone."""
+        return ModelShape(
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            intermediate_size=self.intermediate_size,
+            vocab_size=self.vocab_size,
+            has_head_norms=self.qk_norm,
+        )
+
+    @property
     def untrainable_part(self) -> str | None:
         """What the backward pass does not know; None if the model can be finetuned."""
         if self.qk_norm:
@@ -110,23 +124,22 @@ def read_model_config(folder: Path) -> ModelConfig:
     """
     raw = _read_object(folder / "config.json")
     family = _family(raw)
-    num_heads, hidden_size = _count(raw, "num_attention_heads"), _count(raw, "hidden_size")
-    num_kv_heads, num_layers = _count(raw, "num_key_value_heads", num_heads), _count(raw, "num_hidden_layers")
-    if num_heads % num_kv_heads:
-        raise UnsupportedModelError(f"num_key_value_heads: {num_kv_heads} does not divide {num_heads} heads")
-    head_dim = _count(raw, "head_dim", family.head_dim or hidden_size // num_heads)
-    if head_dim % 2:
-        raise UnsupportedModelError(f"head_dim: an even number is needed, not {head_dim}")
+    try:
+        shape = shape_of(raw)
+    except ModelFolderError as error:
+        raise UnsupportedModelError(str(error)) from error
+    if shape.head_dim % 2:
+        raise UnsupportedModelError(f"head_dim: an even number is needed, not {shape.head_dim}")
     max_positions = _count(raw, "max_position_embeddings")
     has_bias = family.obeys_attention_bias and bool(raw.get("attention_bias"))
     return ModelConfig(
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        intermediate_size=_count(raw, "intermediate_size"),
-        vocab_size=_count(raw, "vocab_size"),
+        hidden_size=shape.hidden_size,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate_size,
+        vocab_size=shape.vocab_size,
         rms_norm_eps=_positive(raw, "rms_norm_eps", 1e-6),
         rope=_rope(raw, max_positions),
         max_position_embeddings=max_positions,
@@ -136,7 +149,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         qkv_bias=family.qkv_bias or has_bias,
         o_bias=has_bias,
         qk_norm=family.qk_norm,
-        windows=_windows(raw, family, num_layers, max_positions),
+        windows=_windows(raw, family, shape.num_layers, max_positions),
     )
 
 
@@ -150,10 +163,10 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _count(raw: dict[str, Any], field: str, default: int | None = None, *, least: int = 1) -> int:
-    value = default if raw.get(field) is None else raw[field]
-    if type(value) is not int or value < least:
-        raise UnsupportedModelError(f"{field}: a whole number of at least {least} is needed, not {value!r}")
-    return value
+    try:
+        return positive_count(raw, field, default, least=least)
+    except ModelFolderError as error:
+        raise UnsupportedModelError(str(error)) from error
 
 
 def _positive(raw: dict[str, Any], field: str, default: float | None = None) -> float:

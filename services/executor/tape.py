@@ -1,32 +1,30 @@
-"""The activations that the backward pass needs: what cannot be recomputed cheaply. Knows names and rows, no formula."""
+"""The activations that the backward pass reads: those that the plan keeps. Knows names and rows, no formula and no choice."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from services.executor.model_config import ModelConfig
+from common.activation_plan import ActivationPlan
 
 
 class ActivationTape:
-    """Per layer and token: x (layer input), q (after RoPE), m (before the MLP's norm), gate_up. The cache has keys, values."""
+    """Per layer the tensors of an ActivationPlan, [num_tokens, width] each. The cache has keys, values."""
 
-    def __init__(self, config: ModelConfig, num_tokens: int, dtype: torch.dtype, device: torch.device | None = None) -> None:
-        shapes = {
-            "x": (config.hidden_size,),
-            "q": (config.num_heads, config.head_dim),
-            "m": (config.hidden_size,),
-            "gate_up": (2 * config.intermediate_size,),
-        }
+    def __init__(self, plan: ActivationPlan, num_tokens: int, dtype: torch.dtype, device: torch.device | None = None) -> None:
         self._layers = [
-            {name: torch.empty(num_tokens, *shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-            for _ in range(config.num_layers)
+            {tensor.name: torch.empty(num_tokens, tensor.width, dtype=dtype, device=device) for tensor in layer.tape}
+            for layer in plan.layers
         ]
 
     @property
     def num_bytes(self) -> int:
         """Memory held now."""
         return sum(tensor.nbytes for layer in self._layers for tensor in layer.values())
+
+    def has(self, layer: int, name: str) -> bool:
+        """Whether a layer's tensor is kept; what is not is not needed, or made again from what is."""
+        return name in self._layers[layer]
 
     def rows(self, layer: int, name: str, start: int, end: int) -> Tensor:
         """The places of rows [start, end): to write them, and to read them as they were written."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from common.activation_plan import ActivationPlan
 from common.messages import TrainingSlice
 from kernels import ops
 from services.executor.model import Decoder
@@ -25,14 +26,14 @@ class TrainingSequence:
     `num_rows` ends before the last predicted token: rows after it have no gradient.
     """
 
-    def __init__(self, item: TrainingSlice, decoder: Decoder) -> None:
+    def __init__(self, item: TrainingSlice, decoder: Decoder, plan: ActivationPlan) -> None:
         device = decoder.device
         self.item = item
         self.tokens = item.tokens
         self.num_rows = max((i for i, weight in enumerate(item.weights) if i and weight), default=0)
         self.num_forwarded = 0
         self.slots_T = torch.empty(0, dtype=torch.int64, device=device)
-        self.tape = ActivationTape(decoder.config, self.num_rows, decoder.dtype, device)
+        self.tape = ActivationTape(plan, self.num_rows, decoder.dtype, device)
         self.loss = 0.0
         self.num_correct = 0
         self.num_tokens = sum(1 for weight in item.weights[1:] if weight)

@@ -1,0 +1,70 @@
+"""The runtime obeys the activation plan: bytes planned are bytes allocated, for any targets and layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.activation_plan import plan_activations
+from common.bypasses import bypasses_of
+from common.messages import LoraSpec
+from common.model_shape import read_model_shape
+from services.executor.backward import BackwardPass
+from services.executor.lora import TARGETS, LoraWeights
+from services.executor.model_config import read_model_config
+from tests.helpers import (
+    as_decoder,
+    forward_sequence,
+    new_cache,
+    random_adapter,
+    random_tokens,
+    tiny_model,
+    training_sequence,
+    training_slice,
+)
+
+NUM_ROWS = 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", [TARGETS, ("q_proj",), ("o_proj", "up_proj"), ("gate_proj",), ("down_proj",)])
+@pytest.mark.parametrize("layers", [(0, 1, 2), (1,), (0, 2)])
+def test_bytes_planned_are_bytes_allocated(
+    layers: tuple[int, ...], targets: tuple[str, ...], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    decoder = as_decoder(tiny_model(), tmp_path, dtype)
+    adapter = random_adapter(decoder, LoraSpec(rank=2, target_modules=targets), layers=layers)
+    sequence = training_sequence(training_slice(random_tokens(decoder, NUM_ROWS + 1)), decoder, adapter)
+    config = {"peft_type": "LORA", "r": 2, "target_modules": list(targets), "layers_to_transform": list(layers)}
+    plan = plan_activations(decoder.config.shape, bypasses_of(config, decoder.config.shape))
+    assert sequence.tape.num_bytes == plan.tape_width * NUM_ROWS * dtype.itemsize > 0
+    cache = new_cache(decoder)
+    forward_sequence(decoder, cache, sequence, adapter, [4, 3], range(NUM_ROWS))
+    grads = LoraWeights(adapter.spec, decoder.config, layers=adapter.layers)
+    task = BackwardPass(decoder, cache, adapter, grads, sequence)
+    assert task.accumulator_bytes == plan.accumulator_bytes(NUM_ROWS, dtype.itemsize) > 0
+    while not task.is_done:
+        task.advance(7)
+    assert sequence.tape.num_bytes == 0
+    assert grads.flat.isfinite().all()
+
+
+def test_the_lowest_layer_keeps_what_its_own_weights_read(tmp_path: Path) -> None:
+    decoder = as_decoder(tiny_model(), tmp_path)
+
+    def kept(*targets: str) -> list[list[str]]:
+        adapter = random_adapter(decoder, LoraSpec(rank=2, target_modules=targets), layers=(1, 2))
+        return [[tensor.name for tensor in layer.tape] for layer in adapter.activation_plan(decoder.config.shape).layers]
+
+    upper = ["x", "q", "m", "gate_up"]
+    assert kept(*TARGETS) == [[], ["y", "q", "m", "gate_up"], upper]
+    assert kept("down_proj") == [[], ["h"], upper]
+    assert kept("o_proj") == [[], ["out", "m", "gate_up"], upper]
+    assert kept("up_proj") == [[], ["z", "gate_up"], upper]
+
+
+def test_the_executor_and_the_command_line_read_the_same_sizes(tmp_path: Path) -> None:
+    as_decoder(tiny_model("qwen2", head_dim=10), tmp_path)
+    assert read_model_shape(tmp_path)[0] == read_model_config(tmp_path).shape
