@@ -84,13 +84,17 @@ class BackwardPass:
     def _mlp(self, layer: int, start: int, end: int, dy_WH: Tensor) -> Tensor | None:
         """Gradient of m, the MLP's residual input, from that of the layer's output m + down(silu(gate) * up)."""
         weights, linears, eps = self._decoder.layers[layer], self._decoder.linears[layer], self._decoder.config.rms_norm_eps
+        if self._tape.has(layer, "h"):
+            self._weight_backward(layer, "down", dy_WH, self._tape.rows(layer, "h", start, end))
+            return None
+        gate_up = self._gate_up(layer, start, end)
         if self._adapter.has(layer, "down"):
-            self._weight_backward(layer, "down", dy_WH, self._product(layer, start, end))
+            self._weight_backward(layer, "down", dy_WH, ops.silu_mul(gate_up))
         if self._ends_at(layer, "down"):
             return None
         dh_WF = linears.down.backward(dy_WH)
         self._adapter.backward(layer, "down", dh_WF, self._wide(dy_WH))
-        dgate_up = ops.silu_mul_backward(dh_WF, self._tape.rows(layer, "gate_up", start, end))
+        dgate_up = ops.silu_mul_backward(dh_WF, gate_up)
         if self._adapter.has(layer, "gate_up"):
             z_WH = self._normed(layer, "z", "m", weights.post_norm_H, start, end)
             self._weight_backward(layer, "gate_up", dgate_up, z_WH)
@@ -139,11 +143,14 @@ class BackwardPass:
         self._adapter.backward(layer, "qkv", dy_WH, self._wide(dqkv_WO))
         return ops.rms_norm_backward(dy_WH, self._tape.rows(layer, "x", start, end), weights.input_norm_H, eps)
 
-    def _product(self, layer: int, start: int, end: int) -> Tensor:
-        """h = silu(gate) * up, kept or made again."""
-        if self._tape.has(layer, "h"):
-            return self._tape.rows(layer, "h", start, end)
-        return ops.silu_mul(self._tape.rows(layer, "gate_up", start, end))
+    def _gate_up(self, layer: int, start: int, end: int) -> Tensor:
+        """The MLP's gate and up, kept or made again."""
+        if self._tape.has(layer, "gate_up"):
+            return self._tape.rows(layer, "gate_up", start, end)
+        z_WH = self._normed(layer, "z", "m", self._decoder.layers[layer].post_norm_H, start, end)
+        gate_up = self._decoder.linears[layer].gate_up(z_WH)
+        self._adapter.apply(layer, "gate_up", gate_up, z_WH)
+        return gate_up
 
     def _normed(self, layer: int, name: str, source: str, norm_H: Tensor, start: int, end: int) -> Tensor:
         """A norm's output, kept or made again from its input."""

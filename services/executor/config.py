@@ -41,6 +41,8 @@ class ExecutorConfig(ServiceConfig):
     min_finetune_share: float = 0.1
     max_iteration_ms: float = 250.0
     idle_iteration_ms: float = 120.0
+    max_recompute_share: float = 0.0
+    """Part of a forward pass that finetuning may run again to hold less memory; `heddle explain memory` tells what it saves."""
     max_jobs: int = 4
     max_loras: int = 32
     """Adapters that are resident at once; others are loaded when they are asked for, in place of one that is not in use."""
@@ -69,4 +71,5 @@ class ExecutorConfig(ServiceConfig):
         require(self.tree_wait_ms >= 0, "tree_wait_ms", "not be negative")
         cores = os.cpu_count() or 1
         require(self.threads <= cores, "threads", f"not be more than this machine's {cores} cores")
+        require(0 <= self.max_recompute_share <= 1, "max_recompute_share", "be in [0, 1]")
         require(0 <= self.min_finetune_share < 1, "min_finetune_share", "be in [0, 1)")

@@ -73,14 +73,22 @@ class _Totals:
 class FinetuneJob:
     """One adapter in training. `step` is the number of its next optimizer step; at most one slice is in work."""
 
-    def __init__(self, job_id: str, adapter: LoraAdapter, decoder: Decoder, cache: KvCache, step: int = 0) -> None:
+    def __init__(
+        self,
+        job_id: str,
+        adapter: LoraAdapter,
+        decoder: Decoder,
+        cache: KvCache,
+        step: int = 0,
+        max_recompute_share: float = 0.0,
+    ) -> None:
         self.job_id = job_id
         self.adapter = adapter
         self.step = step
         self.current: TrainingSequence | None = None
         self._decoder, self._cache = decoder, cache
         self._grads, self._exp_avg, self._exp_avg_sq = (self._like_adapter() for _ in range(3))
-        self._plan = adapter.activation_plan(decoder.config.shape)
+        self._plan = adapter.activation_plan(decoder.config.shape, max_recompute_share)
         self._queue: deque[TrainingSlice] = deque()
         self._expected = (step, 0)
         self._backward: BackwardPass | None = None
@@ -186,8 +194,11 @@ class FinetuneJob:
         return StepResult(step=self.step - 1, grad_norm=grad_norm, **dataclasses.asdict(totals))
 
 
-def new_job(job_id: str, spec: LoraSpec, seed: int, decoder: Decoder, cache: KvCache) -> FinetuneJob:
+def new_job(
+    job_id: str, spec: LoraSpec, seed: int, decoder: Decoder, cache: KvCache, max_recompute_share: float = 0.0
+) -> FinetuneJob:
     """A job at step 0. Raises InvalidAdapterError for an impossible specification or a model that cannot be trained."""
     if (part := decoder.config.untrainable_part) is not None:
         raise InvalidAdapterError(f"this model cannot be finetuned yet: its {part} have no backward pass")
-    return FinetuneJob(job_id, LoraAdapter.initialized(job_id, spec, decoder.config, seed, decoder.device), decoder, cache)
+    adapter = LoraAdapter.initialized(job_id, spec, decoder.config, seed, decoder.device)
+    return FinetuneJob(job_id, adapter, decoder, cache, max_recompute_share=max_recompute_share)

@@ -157,11 +157,12 @@ class LoraAdapter:
         """The layers that carry the adapter, ascending."""
         return self.weights.layers
 
-    def activation_plan(self, shape: ModelShape) -> ActivationPlan:
-        """The activations that its training keeps."""
+    def activation_plan(self, shape: ModelShape, max_recompute_share: float = 0.0) -> ActivationPlan:
+        """The activations that its training keeps, if this part of a forward pass may be run again."""
         targets = self.spec.target_modules
         bypasses = {name: Bypass(method="lora", target=name, rank=self.spec.rank) for name in TARGETS if name in targets}
-        return plan_activations(shape, [bypasses if layer in self.layers else {} for layer in range(shape.num_layers)])
+        layers = [bypasses if layer in self.layers else {} for layer in range(shape.num_layers)]
+        return plan_activations(shape, layers, max_recompute_share)
 
     def has(self, layer: int, module: str) -> bool:
         """Whether any target inside this fused linear is adapted."""

@@ -139,7 +139,8 @@ class TrainingLink:
         return JobClosed(job_id=order.job_id)
 
     def _make(self, order: OpenJob, checkpoint: bytes | None) -> FinetuneJob:
-        job = new_job(order.job_id, order.lora, order.seed, self._training.decoder, self._training.cache)
+        share = self._config.max_recompute_share
+        job = new_job(order.job_id, order.lora, order.seed, self._training.decoder, self._training.cache, share)
         if checkpoint is not None:
             job.restore(checkpoint)
         return job
