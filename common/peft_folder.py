@@ -55,7 +55,7 @@ def read_peft_folder(folder: Path, max_bytes: int = MAX_WEIGHTS_BYTES) -> PeftFo
     rank = _number(config, "r", 1)
     targets = _targets(_header(weights), int(rank))
     _check_targets(config.get("target_modules"), targets)
-    lora = LoraSpec(rank=int(rank), alpha=_alpha(config, int(rank)), target_modules=targets)
+    lora = LoraSpec(rank=int(rank), alpha=_alpha(config), target_modules=targets, use_rslora=bool(config.get("use_rslora")))
     return PeftFolder(base_model=str(config.get("base_model_name_or_path") or ""), lora=lora, weights=weights)
 
 
@@ -97,12 +97,11 @@ def _number(config: Mapping[str, Any], field: str, lowest: float) -> float:
     return value
 
 
-def _alpha(config: Mapping[str, Any], rank: int) -> float:
-    """PEFT scales by alpha / r, or with rsLoRA by alpha / sqrt(r); ours is always the former."""
+def _alpha(config: Mapping[str, Any]) -> float:
     alpha = float(_number(config, "lora_alpha", 0))
     if alpha == 0:
         raise PeftFolderError(f"{CONFIG}: lora_alpha is 0: the adapter does nothing")
-    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+    return alpha
 
 
 def _header(weights: bytes) -> dict[str, Any]:

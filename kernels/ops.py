@@ -20,10 +20,13 @@ from kernels.native.build import library
 from kernels.reference import (
     adamw,
     clip_grad_norm,
+    drop,
+    drop_keys,
     rms_norm_backward,
     rope_backward,
     segmented_lora_backward,
     segmented_lora_weight_backward,
+    sgd,
     silu_mul_backward,
 )
 from kernels.sampling import Draw
@@ -41,6 +44,8 @@ __all__ = [
     "clip_grad_norm",
     "commit_kv",
     "draw_tokens",
+    "drop",
+    "drop_keys",
     "has_fast_bfloat16",
     "linear_cross_entropy",
     "ragged_attention",
@@ -51,6 +56,7 @@ __all__ = [
     "segmented_lora",
     "segmented_lora_backward",
     "segmented_lora_weight_backward",
+    "sgd",
     "silu_mul",
     "silu_mul_backward",
     "window_attention_backward",

@@ -194,6 +194,34 @@ def segmented_lora_weight_backward(
         db_OR.addmm_(dy.mT, x @ segment.a_RI.mT, alpha=segment.scale)
 
 
+def drop(x_TI: Tensor, keys_T: Tensor, rates_T: Tensor, salt: int) -> Tensor:
+    """x with each element zeroed at its row's rate, without scaling the rest; which ones depends on (key, salt, column) alone.
+
+    Keys are int32. The 24 high bits of a 32-bit hash are held against rate * 2^24; C. Wellons' lowbias32 finalizer, twice.
+    """
+    keys_T = _hash32(keys_T + _as_int32(salt * 0x9E3779B9))
+    columns_I = torch.arange(x_TI.shape[1], dtype=torch.int32, device=x_TI.device) * _as_int32(0x85EBCA6B)
+    hashes_TI = _hash32(keys_T.unsqueeze(1) + columns_I)
+    limits_T = (rates_T * 2**24).round().to(torch.int32)
+    return x_TI.masked_fill((hashes_TI >> 8 & 0xFFFFFF) < limits_T.unsqueeze(1), 0.0)
+
+
+def drop_keys(key: int, positions_W: Tensor) -> Tensor:
+    """int32 keys of rows at these positions of a sequence with this key."""
+    return _hash32(positions_W.to(torch.int32) * _as_int32(0x9E3779B9) + _as_int32(key))
+
+
+def _hash32(x: Tensor) -> Tensor:
+    """Signed 32-bit integers wrap around as unsigned ones do; shifts are made logical by masks."""
+    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ (x >> 15 & 0x1FFFF)) * _as_int32(0x846CA68B)
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+def _as_int32(value: int) -> int:
+    return (value + 2**31) % 2**32 - 2**31
+
+
 def linear_cross_entropy(
     hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, weights_T: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,3 +294,23 @@ def adamw(
     torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
     torch._foreach_add_(denominators, eps)
     torch._foreach_addcdiv_(params, exp_avg, denominators, -learning_rate / (1 - beta1**step))
+
+
+def sgd(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """One SGD update in place, torch.optim.SGD's formula (buffers start at zero); overwrites the gradients."""
+    params, grads, buffers = list(params), list(grads), list(momentum_buffers)
+    if weight_decay:
+        torch._foreach_add_(grads, params, alpha=weight_decay)
+    if momentum:
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, grads)
+        grads = buffers
+    torch._foreach_add_(params, grads, alpha=-learning_rate)

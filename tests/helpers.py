@@ -191,6 +191,7 @@ def forward_sequence(
             adapter=adapter,
             tape=sequence.tape,
             tape_start=start,
+            dropout=sequence.dropout,
         )
         sequence.head(decoder.forward(build_batch([segment], CPU), cache), start)
 

@@ -34,6 +34,7 @@ SPECS = {
     "all targets": LoraSpec(rank=3, alpha=6.0),
     "two targets": LoraSpec(rank=4, alpha=2.0, target_modules=("q_proj", "v_proj")),
     "odd alpha": LoraSpec(rank=2, alpha=0.7, target_modules=("up_proj", "down_proj")),
+    "rslora": LoraSpec(rank=4, alpha=3.0, target_modules=("q_proj", "down_proj"), use_rslora=True),
 }
 
 

@@ -18,8 +18,9 @@ def test_a_bare_body_gets_the_documented_defaults() -> None:
     assert (spec.model, spec.training_file, spec.seed, spec.suffix, spec.metadata) == ("base", "file-1", 11, None, None)
     assert job_hyperparameters(spec) == {"n_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 1.0}
     assert job_lora(spec) == {
-        "rank": 16, "alpha": 32.0, "learning_rate": 2e-4, "scheduler": "linear", "warmup_steps": 0, "max_grad_norm": 1.0,
-        "weight_decay": 0.0, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "method": "lora", "rank": 16, "alpha": 32.0, "dropout": 0.0, "learning_rate": 2e-4, "optimizer": "adamw",
+        "momentum": 0.0, "scheduler": "linear", "warmup_steps": 0, "max_grad_norm": 1.0, "weight_decay": 0.0,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     }  # fmt: skip
     assert spec.learning_rate == 2e-4
 
@@ -29,11 +30,13 @@ def test_everything_can_be_asked_for() -> None:
         **BODY, "suffix": "my-model_1.0", "seed": 5, "metadata": {"team": "a"}, "integrations": [], "validation_file": None,
         "method": {"type": "supervised", "supervised": {"hyperparameters": {
             "n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": 2}}},
-        "lora": {"rank": 8, "alpha": 16, "target_modules": ["v_proj", "q_proj", "q_proj"], "learning_rate": 1e-3,
+        "lora": {"method": "rslora", "dropout": 0.1, "optimizer": "sgd", "momentum": 0.9,
+                 "rank": 8, "alpha": 16, "target_modules": ["v_proj", "q_proj", "q_proj"], "learning_rate": 1e-3,
                  "scheduler": "cosine", "warmup_steps": 3, "max_grad_norm": 0, "weight_decay": 0.01},
     }  # fmt: skip
     spec = parse_create(asked, new_seed=11)
-    assert spec.lora == LoraSpec(rank=8, alpha=16.0, target_modules=("q_proj", "v_proj"))
+    assert spec.lora == LoraSpec(rank=8, alpha=16.0, target_modules=("q_proj", "v_proj"), use_rslora=True, dropout=0.1)
+    assert (spec.optimizer, spec.momentum) == ("sgd", 0.9)
     assert (spec.seed, spec.n_epochs, spec.batch_size, spec.learning_rate) == (5, 2, 4, 2e-3)
     assert (spec.scheduler, spec.warmup_steps, spec.max_grad_norm, spec.weight_decay) == ("cosine", 3, 0.0, 0.01)
     assert (spec.suffix, spec.metadata) == ("my-model_1.0", {"team": "a"})
@@ -88,6 +91,10 @@ def nested(**hyperparameters: Any) -> dict[str, Any]:
         ({"lora": {"target_modules": ["lm_head"]}}, "lora.target_modules[0]"),
         ({"lora": {"target_modules": "some"}}, "lora.target_modules"),
         ({"lora": {"scheduler": "step"}}, "lora.scheduler"),
+        ({"lora": {"method": "dora"}}, "lora.method"),
+        ({"lora": {"dropout": 1.0}}, "lora.dropout"),
+        ({"lora": {"optimizer": "lion"}}, "lora.optimizer"),
+        ({"lora": {"momentum": 0.9}}, "lora.momentum"),
         ({"lora": {"warmup_steps": -1}}, "lora.warmup_steps"),
         ({"lora": {"weight_decay": 2}}, "lora.weight_decay"),
         ({"lora": {"max_grad_norm": -1}}, "lora.max_grad_norm"),

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import msgspec
 
 
 class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A LoRA adapter's shape, in PEFT's words: y += (alpha / rank) * x A^T B^T on each target linear."""
+    """A LoRA adapter's shape, in PEFT's words: y += scale * dropout(x) A^T B^T on each target linear.
+
+    `dropout` (a probability) matters in training only.
+    """
 
     rank: int = 16
     alpha: float = 32.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    use_rslora: bool = False
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or with rsLoRA (Kalajdzievski 2023) alpha / sqrt(rank)."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class OpenJob(msgspec.Struct, frozen=True, kw_only=True, tag="open_job.1"):
     """Trainer's order: hold adapter and optimizer of this job. `lease` fences: a higher lease replaces the job's state.
 
-    With `checkpoint` (an artifact's name) adapter, moments and step are restored from it; else B starts at zero.
+    With `checkpoint` (an artifact's name) adapter, moments and step are restored from it; else B starts at zero. All that is
+    random, the first A and what dropout drops, depends on `seed` and the step, so that a restored job goes on to the bit.
     """
 
     job_id: str
@@ -36,9 +50,14 @@ class JobOpened(msgspec.Struct, frozen=True, kw_only=True, tag="job_opened.1"):
 
 
 class OptimizerStep(msgspec.Struct, frozen=True, kw_only=True):
-    """One AdamW update (torch.optim.AdamW's formula) after clipping the global gradient norm; max_grad_norm 0: no clipping."""
+    """One update, torch.optim's AdamW or SGD, after clipping the global gradient norm; max_grad_norm 0: no clipping.
+
+    `momentum` is SGD's, betas and eps are AdamW's.
+    """
 
     learning_rate: float
+    method: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8

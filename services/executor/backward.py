@@ -25,6 +25,7 @@ class BackwardPass:
         self._decoder, self._cache = decoder, cache
         self._adapter, self._grads = adapter, grads
         self._tape, self._slots_T, self._dx_TH = sequence.tape, sequence.slots_T, sequence.dx_TH
+        self._dropout = sequence.dropout
         self._num_rows = sequence.num_rows
         self._lowest = min(adapter.layers) if self._num_rows else decoder.config.num_layers
         self._layer = decoder.config.num_layers - 1
@@ -85,34 +86,34 @@ class BackwardPass:
         """Gradient of m, the MLP's residual input, from that of the layer's output m + down(silu(gate) * up)."""
         weights, linears, eps = self._decoder.layers[layer], self._decoder.linears[layer], self._decoder.config.rms_norm_eps
         if self._tape.has(layer, "h"):
-            self._weight_backward(layer, "down", dy_WH, self._tape.rows(layer, "h", start, end))
+            self._weight_backward(layer, "down", start, dy_WH, self._tape.rows(layer, "h", start, end))
             return None
         gate_up = self._gate_up(layer, start, end)
         if self._adapter.has(layer, "down"):
-            self._weight_backward(layer, "down", dy_WH, ops.silu_mul(gate_up))
+            self._weight_backward(layer, "down", start, dy_WH, ops.silu_mul(gate_up))
         if self._ends_at(layer, "down"):
             return None
         dh_WF = linears.down.backward(dy_WH)
-        self._adapter.backward(layer, "down", dh_WF, self._wide(dy_WH))
+        self._input_backward(layer, "down", start, dh_WF, self._wide(dy_WH))
         dgate_up = ops.silu_mul_backward(dh_WF, gate_up)
         if self._adapter.has(layer, "gate_up"):
             z_WH = self._normed(layer, "z", "m", weights.post_norm_H, start, end)
-            self._weight_backward(layer, "gate_up", dgate_up, z_WH)
+            self._weight_backward(layer, "gate_up", start, dgate_up, z_WH)
         if self._ends_at(layer, "gate_up"):
             return None
         dz_WH = linears.gate_up.backward(dgate_up)
-        self._adapter.backward(layer, "gate_up", dz_WH, self._wide(dgate_up))
+        self._input_backward(layer, "gate_up", start, dz_WH, self._wide(dgate_up))
         return dy_WH + ops.rms_norm_backward(dz_WH, self._tape.rows(layer, "m", start, end), weights.post_norm_H, eps)
 
     def _attention(self, layer: int, start: int, end: int, dm_WH: Tensor) -> Tensor | None:
         """Gradient of the fused projection's output, before RoPE, from that of m = x + o(attention)."""
         decoder, config = self._decoder, self._decoder.config
         if self._ends_at(layer, "o"):
-            self._adapter.weight_backward(self._grads, layer, "o", dm_WH, self._tape.rows(layer, "out", start, end))
+            self._weight_backward(layer, "o", start, dm_WH, self._tape.rows(layer, "out", start, end))
             return None
         slots = self._slots_T[:end]
         dout_WO = decoder.linears[layer].o.backward(dm_WH)
-        self._adapter.backward(layer, "o", dout_WO, dm_WH)
+        self._input_backward(layer, "o", start, dout_WO, dm_WH)
         shape = (end - start, config.num_heads, config.head_dim)
         out_WND, dq_WND, dk_LKD, dv_LKD = ops.window_attention_backward(
             dout_WO.view(shape),
@@ -122,7 +123,7 @@ class BackwardPass:
             start,
             config.attention_scale,
         )
-        self._adapter.weight_backward(self._grads, layer, "o", dm_WH, out_WND.flatten(1))
+        self._weight_backward(layer, "o", start, dm_WH, out_WND.flatten(1))
         self._dk_TKD[:end] += dk_LKD
         self._dv_TKD[:end] += dv_LKD
         cos, sin = decoder.cos_PD[start:end], decoder.sin_PD[start:end]
@@ -136,11 +137,11 @@ class BackwardPass:
         weights, eps = self._decoder.layers[layer], self._decoder.config.rms_norm_eps
         if self._adapter.has(layer, "qkv"):
             y_WH = self._normed(layer, "y", "x", weights.input_norm_H, start, end)
-            self._weight_backward(layer, "qkv", dqkv_WO, y_WH)
+            self._weight_backward(layer, "qkv", start, dqkv_WO, y_WH)
         if self._ends_at(layer, "qkv"):
             return None
         dy_WH = self._decoder.linears[layer].qkv.backward(dqkv_WO)
-        self._adapter.backward(layer, "qkv", dy_WH, self._wide(dqkv_WO))
+        self._input_backward(layer, "qkv", start, dy_WH, self._wide(dqkv_WO))
         return ops.rms_norm_backward(dy_WH, self._tape.rows(layer, "x", start, end), weights.input_norm_H, eps)
 
     def _gate_up(self, layer: int, start: int, end: int) -> Tensor:
@@ -149,7 +150,7 @@ class BackwardPass:
             return self._tape.rows(layer, "gate_up", start, end)
         z_WH = self._normed(layer, "z", "m", self._decoder.layers[layer].post_norm_H, start, end)
         gate_up = self._decoder.linears[layer].gate_up(z_WH)
-        self._adapter.apply(layer, "gate_up", gate_up, z_WH)
+        self._adapter.apply(layer, "gate_up", gate_up, self._kept(layer, "gate_up", start, z_WH))
         return gate_up
 
     def _normed(self, layer: int, name: str, source: str, norm_H: Tensor, start: int, end: int) -> Tensor:
@@ -161,5 +162,18 @@ class BackwardPass:
     def _wide(self, dy_WO: Tensor) -> Tensor:
         return dy_WO.to(self._grads.flat.dtype)
 
-    def _weight_backward(self, layer: int, module: str, dy_WO: Tensor, x_WI: Tensor) -> None:
-        self._adapter.weight_backward(self._grads, layer, module, self._wide(dy_WO), x_WI)
+    def _kept(self, layer: int, module: str, start: int, x_WI: Tensor) -> Tensor:
+        """An adapter's input, or its gradient, without what dropout drops."""
+        return x_WI if self._dropout is None else self._dropout.drop(layer, module, x_WI, start)
+
+    def _input_backward(self, layer: int, module: str, start: int, dx_WI: Tensor, dy_WO: Tensor) -> None:
+        """Add the adapter's share of the gradient of a linear's input."""
+        if self._dropout is None:
+            self._adapter.backward(layer, module, dx_WI, dy_WO)
+            return
+        share_WI = torch.zeros_like(dx_WI, dtype=self._grads.flat.dtype)
+        self._adapter.backward(layer, module, share_WI, dy_WO)
+        dx_WI.add_(self._dropout.drop(layer, module, share_WI, start))
+
+    def _weight_backward(self, layer: int, module: str, start: int, dy_WO: Tensor, x_WI: Tensor) -> None:
+        self._adapter.weight_backward(self._grads, layer, module, self._wide(dy_WO), self._kept(layer, module, start, x_WI))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.ops import AttentionPlan, AttentionSegment
 from services.executor.adapter_rows import AdapterPlan, AdapterRows, arranged, joined
+from services.executor.dropout import RowDropout
 from services.executor.lora import LoraAdapter
 from services.executor.pages import Slots
 from services.executor.tape import ActivationTape
@@ -37,6 +38,8 @@ class Segment:
     wants_logits: str = "none"
     tape: ActivationTape | None = None
     tape_start: int = 0
+    dropout: RowDropout | None = None
+    """Of the whole training sequence: the window's rows begin at `tape_start`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,10 @@ class TrainingRows:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """T rows; `starts[i]` is the first row of segment i; `logit_rows` are the rows whose logits are needed."""
+    """T rows; `starts[i]` is the first row of segment i; `logit_rows` are the rows whose logits are needed.
+
+    `dropout` is of the last rows of the batch.
+    """
 
     tokens_T: Tensor
     positions_T: Tensor
@@ -61,9 +67,13 @@ class Batch:
     training: tuple[TrainingRows, ...]
     logit_rows: Tensor
     starts: tuple[int, ...]
+    dropout: RowDropout | None = None
 
     def apply_adapters(self, layer: int, module: str, y_TO: Tensor, x_TI: Tensor) -> None:
         """Add each adapter's low-rank update to its rows of `y_TO`, in place."""
+        if self.dropout is not None:
+            first = x_TI.shape[0] - len(self.dropout.keys_T)
+            x_TI = torch.cat((x_TI[:first], self.dropout.drop(layer, module, x_TI[first:])))
         self.adapters.apply(layer, module, y_TO, x_TI)
 
     def save(self, layer: int, **activations: Tensor) -> None:
@@ -111,7 +121,14 @@ def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:
         training=tuple(training),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
         starts=tuple(starts),
+        dropout=_dropout(segments, device),
     )
+
+
+def _dropout(segments: Seq[Segment], device: torch.device) -> RowDropout | None:
+    first = next((i for i, segment in enumerate(segments) if segment.dropout is not None), len(segments))
+    parts = [(s.dropout, s.tape_start, s.tape_start + len(s.tokens)) for s in segments[first:]]
+    return RowDropout.joined(parts, device)
 
 
 def ancestor_mask(parents: Seq[int]) -> Tensor:

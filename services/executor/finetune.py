@@ -12,6 +12,7 @@ from collections import deque
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from common.messages import LoraSpec, OptimizerStep, TrainingSlice
 from kernels import ops
@@ -81,10 +82,12 @@ class FinetuneJob:
         cache: KvCache,
         step: int = 0,
         max_recompute_share: float = 0.0,
+        seed: int = 0,
     ) -> None:
         self.job_id = job_id
-        self.adapter = adapter
+        self.adapter = adapter.in_training()
         self.step = step
+        self._seed = seed
         self.current: TrainingSequence | None = None
         self._decoder, self._cache = decoder, cache
         self._grads, self._exp_avg, self._exp_avg_sq = (self._like_adapter() for _ in range(3))
@@ -109,7 +112,8 @@ class FinetuneJob:
     def start_next(self) -> TrainingSequence | None:
         """The sequence in work, the next of the queue if there was none."""
         if self.current is None and self._queue:
-            self.current = TrainingSequence(self._queue[0], self._decoder, self._plan)
+            rate = self.adapter.spec.dropout
+            self.current = TrainingSequence(self._queue[0], self._decoder, self._plan, dropout=rate, seed=self._seed)
             self._queue.popleft()
         return self.current
 
@@ -134,8 +138,11 @@ class FinetuneJob:
         return BackwardResult(num_token_layers=done, finished=sequence, step=step)
 
     def checkpoint(self) -> bytes:
-        """Adapter, moments and step number before the step in work, as safetensors bytes."""
-        tensors = {"step": torch.tensor(self.step)}
+        """Adapter, moments, step and seed before the step in work, as safetensors bytes.
+
+        The step is the data cursor too, and with the seed all the state that random numbers have: masks are functions of them.
+        """
+        tensors = {"step": torch.tensor(self.step), "seed": torch.tensor(self._seed)}
         for prefix, weights in self._state().items():
             tensors |= {prefix + name: tensor.contiguous() for name, tensor in weights.tensors.items()}
         return safetensors.torch.save(tensors)
@@ -144,15 +151,14 @@ class FinetuneJob:
         """Take up the state that `checkpoint` wrote; only for a new job. Raises InvalidAdapterError if it does not fit."""
         what = f"checkpoint of job {self.job_id}"
         tensors = read_tensors(data, what)
-        if (step := tensors.pop("step", None)) is None or step.numel() != 1:
-            raise InvalidAdapterError(f"{what} has no step")
-        if int(step) < 0:
-            raise InvalidAdapterError(f"{what}: step is {int(step)}")
+        step, seed = (_number(tensors, name, what) for name in ("step", "seed"))
+        if step < 0:
+            raise InvalidAdapterError(f"{what}: step is {step}")
         state = self._state()
         for prefix, weights in state.items():
             own = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
             weights.copy_from(own, what)
-        self.step = int(step)
+        self.step, self._seed = step, seed
         self._expected = (self.step, 0)
 
     def _state(self) -> dict[str, LoraWeights]:
@@ -176,22 +182,33 @@ class FinetuneJob:
     def _optimize(self, optimizer: OptimizerStep) -> StepResult:
         grad_norm = float(ops.clip_grad_norm([self._grads.flat], optimizer.max_grad_norm))
         self._check_finite("gradient norm", grad_norm)
-        ops.adamw(
-            [self.adapter.weights.flat],
-            [self._grads.flat],
-            [self._exp_avg.flat],
-            [self._exp_avg_sq.flat],
-            step=self.step + 1,
-            learning_rate=optimizer.learning_rate,
-            beta1=optimizer.beta1,
-            beta2=optimizer.beta2,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-        )
+        self._update(optimizer)
         self._grads.flat.zero_()
         totals, self._totals = self._totals, _Totals()
         self.step += 1
         return StepResult(step=self.step - 1, grad_norm=grad_norm, **dataclasses.asdict(totals))
+
+    def _update(self, optimizer: OptimizerStep) -> None:
+        weights, grads = [self.adapter.weights.flat], [self._grads.flat]
+        learning_rate, weight_decay = optimizer.learning_rate, optimizer.weight_decay
+        if optimizer.method == "sgd":
+            momentum = optimizer.momentum
+            ops.sgd(
+                weights, grads, [self._exp_avg.flat], learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay
+            )
+            return
+        ops.adamw(
+            weights,
+            grads,
+            [self._exp_avg.flat],
+            [self._exp_avg_sq.flat],
+            step=self.step + 1,
+            learning_rate=learning_rate,
+            beta1=optimizer.beta1,
+            beta2=optimizer.beta2,
+            eps=optimizer.eps,
+            weight_decay=weight_decay,
+        )
 
 
 def new_job(
@@ -201,4 +218,11 @@ def new_job(
     if (part := decoder.config.untrainable_part) is not None:
         raise InvalidAdapterError(f"this model cannot be finetuned yet: its {part} have no backward pass")
     adapter = LoraAdapter.initialized(job_id, spec, decoder.config, seed, decoder.device)
-    return FinetuneJob(job_id, adapter, decoder, cache, max_recompute_share=max_recompute_share)
+    return FinetuneJob(job_id, adapter, decoder, cache, max_recompute_share=max_recompute_share, seed=seed)
+
+
+def _number(tensors: dict[str, Tensor], name: str, what: str) -> int:
+    value = tensors.pop(name, None)
+    if value is None or value.numel() != 1:
+        raise InvalidAdapterError(f"{what} has no {name}")
+    return int(value)

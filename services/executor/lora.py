@@ -114,13 +114,16 @@ class LoraWeights:
 
 
 class LoraAdapter:
-    """One adapter on one base model, as PEFT computes it: y += (alpha / rank) * x A^T B^T on each target, in fp32."""
+    """One adapter on one base model, as PEFT computes it: y += scale * x A^T B^T on each target, in fp32.
 
-    def __init__(self, name: str, spec: LoraSpec, weights: LoraWeights) -> None:
+    With `is_training` the scale makes up for the inputs that dropout drops.
+    """
+
+    def __init__(self, name: str, spec: LoraSpec, weights: LoraWeights, *, is_training: bool = False) -> None:
         self.name = name
         self.spec = spec
         self.weights = weights
-        self.scale = spec.alpha / spec.rank
+        self.scale = spec.scale / (1.0 - spec.dropout) if is_training else spec.scale
         self.version = next(_VERSIONS)
         """Another one for each adapter of this process, also for one that is loaded again under its name."""
 
@@ -151,6 +154,10 @@ class LoraAdapter:
         if not weights.flat.isfinite().all():
             raise InvalidAdapterError(f"adapter {name} holds values that are too large for {dtype}")
         return cls(name, spec, weights)
+
+    def in_training(self) -> LoraAdapter:
+        """The same weights under the scale of training rows."""
+        return LoraAdapter(self.name, self.spec, self.weights, is_training=True)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -211,6 +218,8 @@ def check_spec(spec: LoraSpec) -> None:
         raise InvalidAdapterError(f"rank must be at least 1, not {spec.rank}")
     if not (math.isfinite(spec.alpha) and spec.alpha > 0):
         raise InvalidAdapterError(f"alpha must be positive, not {spec.alpha}")
+    if not 0.0 <= spec.dropout < 1.0:
+        raise InvalidAdapterError(f"dropout must be at least 0 and below 1, not {spec.dropout}")
     unknown = sorted(set(spec.target_modules) - set(TARGETS))
     if unknown or not spec.target_modules:
         raise InvalidAdapterError(f"target_modules must be some of {', '.join(TARGETS)}, not {', '.join(unknown) or 'none'}")

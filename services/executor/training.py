@@ -162,6 +162,7 @@ class Training:
                 adapter=entry.job.adapter,
                 tape=sequence.tape,
                 tape_start=start,
+                dropout=sequence.dropout,
             )
             windows.append(Window(job_id=job_id, sequence=sequence, start=start, segment=segment))
         return windows

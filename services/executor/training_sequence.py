@@ -12,6 +12,7 @@ from torch import Tensor
 from common.activation_plan import ActivationPlan
 from common.messages import TrainingSlice
 from kernels import ops
+from services.executor.dropout import RowDropout
 from services.executor.model import Decoder
 from services.executor.tape import ActivationTape
 
@@ -26,7 +27,9 @@ class TrainingSequence:
     `num_rows` ends before the last predicted token: rows after it have no gradient.
     """
 
-    def __init__(self, item: TrainingSlice, decoder: Decoder, plan: ActivationPlan) -> None:
+    def __init__(
+        self, item: TrainingSlice, decoder: Decoder, plan: ActivationPlan, *, dropout: float = 0.0, seed: int = 0
+    ) -> None:
         device = decoder.device
         self.item = item
         self.tokens = item.tokens
@@ -34,6 +37,9 @@ class TrainingSequence:
         self.num_forwarded = 0
         self.slots_T = torch.empty(0, dtype=torch.int64, device=device)
         self.tape = ActivationTape(plan, self.num_rows, decoder.dtype, device)
+        self.dropout = RowDropout.of_sequence(
+            dropout, seed=seed, step=item.step, index=item.index, num_rows=self.num_rows, device=device
+        )
         self.loss = 0.0
         self.num_correct = 0
         self.num_tokens = sum(1 for weight in item.weights[1:] if weight)

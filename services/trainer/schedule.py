@@ -67,7 +67,11 @@ def optimizer_step(spec: JobSpec, step: int, total_steps: int) -> OptimizerStep:
     """The update that ends a step."""
     factor = learning_rate_factor(spec.scheduler, step, spec.warmup_steps, total_steps)
     return OptimizerStep(
-        learning_rate=spec.learning_rate * factor, weight_decay=spec.weight_decay, max_grad_norm=spec.max_grad_norm
+        learning_rate=spec.learning_rate * factor,
+        method=spec.optimizer,
+        momentum=spec.momentum,
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
     )
 
 

@@ -12,6 +12,7 @@ from common.messages import ErrorReply, LoraSpec
 
 Auto = Literal["auto"]
 Scheduler = Literal["constant", "linear", "cosine"]
+Optimizer = Literal["adamw", "sgd"]
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 ALL_LINEAR = LoraSpec().target_modules
@@ -42,6 +43,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     learning_rate_multiplier: float = 1.0
     lora: LoraSpec = LoraSpec()
     base_learning_rate: float = DEFAULT_LEARNING_RATE
+    optimizer: Optimizer = "adamw"
+    momentum: float = 0.0
     scheduler: Scheduler = "linear"
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
@@ -69,10 +72,16 @@ class _Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class _Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`method` rslora scales by alpha / sqrt(rank); `momentum` is of the optimizer sgd."""
+
+    method: Literal["lora", "rslora"] = "lora"
     rank: Annotated[int, Meta(ge=1, le=256)] = 16
     alpha: Annotated[float, Meta(gt=0, le=100_000)] = 32.0
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     target_modules: Annotated[list[TargetModule], Meta(min_length=1)] | Literal["all-linear"] = "all-linear"
     learning_rate: Annotated[float, Meta(gt=0, le=10)] = DEFAULT_LEARNING_RATE
+    optimizer: Optimizer = "adamw"
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     scheduler: Scheduler = "linear"
     warmup_steps: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     max_grad_norm: Annotated[float, Meta(ge=0, le=1_000_000)] = 1.0
@@ -110,10 +119,14 @@ def parse_create(body: dict[str, Any], new_seed: int) -> JobSpec:
 def job_lora(spec: JobSpec) -> dict[str, Any]:
     """The resolved `lora` block, as a job shows it."""
     return {
+        "method": "rslora" if spec.lora.use_rslora else "lora",
         "rank": spec.lora.rank,
         "alpha": spec.lora.alpha,
+        "dropout": spec.lora.dropout,
         "target_modules": list(spec.lora.target_modules),
         "learning_rate": spec.base_learning_rate,
+        "optimizer": spec.optimizer,
+        "momentum": spec.momentum,
         "scheduler": spec.scheduler,
         "warmup_steps": spec.warmup_steps,
         "max_grad_norm": spec.max_grad_norm,
@@ -133,6 +146,8 @@ def job_hyperparameters(spec: JobSpec) -> dict[str, Any]:
 def _resolve(asked: _CreateBody, hyper: _Hyperparameters, lora: _Lora, new_seed: int) -> JobSpec:
     chosen = ALL_LINEAR if lora.target_modules == "all-linear" else lora.target_modules
     targets = tuple(name for name in ALL_LINEAR if name in chosen)
+    if lora.momentum and lora.optimizer != "sgd":
+        raise ApiError(400, "lora.momentum: belongs to the optimizer sgd", "invalid_value", "lora.momentum")
     return JobSpec(
         model=asked.model,
         training_file=asked.training_file,
@@ -142,8 +157,16 @@ def _resolve(asked: _CreateBody, hyper: _Hyperparameters, lora: _Lora, new_seed:
         n_epochs=DEFAULT_EPOCHS if hyper.n_epochs == "auto" else hyper.n_epochs,
         batch_size=DEFAULT_BATCH_SIZE if hyper.batch_size == "auto" else hyper.batch_size,
         learning_rate_multiplier=1.0 if hyper.learning_rate_multiplier == "auto" else hyper.learning_rate_multiplier,
-        lora=LoraSpec(rank=lora.rank, alpha=lora.alpha, target_modules=targets),
+        lora=LoraSpec(
+            rank=lora.rank,
+            alpha=lora.alpha,
+            target_modules=targets,
+            use_rslora=lora.method == "rslora",
+            dropout=lora.dropout,
+        ),
         base_learning_rate=lora.learning_rate,
+        optimizer=lora.optimizer,
+        momentum=lora.momentum,
         scheduler=lora.scheduler,
         warmup_steps=lora.warmup_steps,
         max_grad_norm=lora.max_grad_norm,
