@@ -24,7 +24,10 @@ class Linear:
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         self.weight_OI, self._bias_O = weight_OI, bias_O
-        self._forward = _onednn(weight_OI, bias_O) or _compiled(weight_OI, bias_O) or self._plain
+        onednn = _onednn(weight_OI, bias_O)
+        self.packed = None if onednn is not None else _compiled(weight_OI, bias_O)
+        """What multiplies, if that is the compiled library."""
+        self._forward: Product = onednn or self.packed or self._plain
         self._backward: Product | None = None
 
     def __call__(self, x_TI: Tensor) -> Tensor:
@@ -55,7 +58,7 @@ def _onednn(weight_OI: Tensor, bias_O: Tensor | None) -> Product | None:
     return lambda x_TI: torch.ops.mkldnn._linear_pointwise(x_TI, packed, bias_O, "none", [], "")
 
 
-def _compiled(weight: Tensor, bias_O: Tensor | None, *, transposed: bool = False) -> Product | None:
+def _compiled(weight: Tensor, bias_O: Tensor | None, *, transposed: bool = False) -> native.PackedLinear | None:
     if _has_fast_half(weight) or not native.takes(weight):
         return None
     return native.PackedLinear(weight, bias_O, transposed=transposed)

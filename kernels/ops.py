@@ -13,10 +13,13 @@ from torch import Tensor
 from kernels import attention, lora, reference, sampling
 from kernels.linear import Linear
 from kernels.lora import LoraPlan
+from kernels.native import layers as native_layers
 from kernels.native import lora as native_lora
 from kernels.native import operations as native
 from kernels.native import sampling as native_sampling
 from kernels.native.build import library
+from kernels.native.layers import LayerParts, LayerStack, StackShape
+from kernels.native.lora import AdapterTable, LayersLora
 from kernels.reference import (
     adamw,
     clip_grad_norm,
@@ -33,12 +36,17 @@ from kernels.sampling import Draw
 from kernels.segments import AttentionPlan, AttentionSegment, LoraSegment
 
 __all__ = [
+    "AdapterTable",
     "AttentionPlan",
     "AttentionSegment",
     "Draw",
+    "LayerParts",
+    "LayerStack",
+    "LayersLora",
     "Linear",
     "LoraPlan",
     "LoraSegment",
+    "StackShape",
     "adamw",
     "add_rms_norm",
     "clip_grad_norm",
@@ -47,6 +55,7 @@ __all__ = [
     "drop",
     "drop_keys",
     "has_fast_bfloat16",
+    "layer_stack",
     "linear_cross_entropy",
     "ragged_attention",
     "rms_norm",
@@ -140,6 +149,11 @@ def window_attention_backward(
     do, q, k, v = (tensor.float() for tensor in (do_WND, q_WND, k_LKD, v_LKD))
     o, dq, dk, dv = reference.window_attention_backward(do, q, k, v, start, scale)
     return o.to(q_WND.dtype), dq.to(q_WND.dtype), dk.to(q_WND.dtype), dv.to(q_WND.dtype)
+
+
+def layer_stack(parts: Sequence[LayerParts], shape: StackShape) -> LayerStack | None:
+    """All layers as one operation, where the compiled library computes all of them; the same bits as one by one."""
+    return LayerStack(parts, shape) if native_layers.takes(parts, shape) else None
 
 
 def has_fast_bfloat16() -> bool:

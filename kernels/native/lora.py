@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,69 @@ class LoraWork:
 
 def _pieces(segment: LoraSegment) -> list[tuple[int, int]]:
     return [(row, min(row + TASK_ROWS, segment.end)) for row in range(segment.start, segment.end, TASK_ROWS)]
+
+
+class AdapterTable:
+    """An adapter's matrices in all layers as the C library takes them; their rows are filled in for each batch.
+
+    `layers` are the updates of each linear of each layer, `linears` the widths of the targets that lie side by side in each.
+    All targets of all linears have a place in the table; a rank of 0 is one that the adapter leaves alone.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[Sequence[LoraSegment]]], linears: Sequence[Sequence[int]]) -> None:
+        columns = [(index, column) for index, widths in enumerate(linears) for column in np.cumsum([0, *widths[:-1]]).tolist()]
+        places = {place: target for target, place in enumerate(columns)}
+        self.table_Lt = np.zeros((len(layers), len(places)), dtype=_SEGMENT)
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        for layer, updates in enumerate(layers):
+            for index, segment in ((index, segment) for index, segments in enumerate(updates) for segment in segments):
+                a_RI, b_OR = segment.a_RI.contiguous(), segment.b_OR.contiguous()
+                self._kept.append((a_RI, b_OR))
+                sizes = (segment.column, b_OR.shape[0], a_RI.shape[0], 0)
+                fields = (0, 0, *sizes, a_RI.data_ptr(), b_OR.data_ptr(), ELEMENT[a_RI.dtype], segment.scale)
+                self.table_Lt[layer, places[index, segment.column]] = fields
+        self.rank = int(self.table_Lt["rank"].max(initial=0))
+
+
+class LayersLora:
+    """The adapters of a batch's rows in all layers: tables for every linear, made in a few numpy calls."""
+
+    def __init__(self, rows: Sequence[tuple[int, int, AdapterTable]], linears: Sequence[Sequence[int]]) -> None:
+        """`rows` are (start, end, adapter); `linears` are the widths of the targets that lie side by side in each linear."""
+        tables = np.stack([table.table_Lt for _, _, table in rows], axis=1)
+        tables["start"] = np.array([start for start, _, _ in rows])[None, :, None]
+        tables["end"] = np.array([end for _, end, _ in rows])[None, :, None]
+        floats = np.array([(end - start) * (-(-table.rank // LANES) * LANES) for start, end, table in rows])
+        num_layers = len(tables)
+        self._kept: list[object] = [table for _, _, table in rows]
+        calls = np.zeros((num_layers, len(linears), 5), dtype=np.int64)
+        first = 0
+        for index, widths in enumerate(linears):
+            own = np.ascontiguousarray(tables[:, :, first : first + len(widths)]).reshape(num_layers, -1)
+            first += len(widths)
+            every = np.repeat(floats, len(widths))
+            own["low"] = np.cumsum(every) - every
+            tasks, num_down = _tasks([(start, end) for start, end, _ in rows], widths)
+            calls[:, index, 0] = own.ctypes.data + own.strides[0] * np.arange(num_layers)
+            calls[:, index, 1:] = (tasks.ctypes.data, num_down, len(tasks), int(every.sum()))
+            self._kept += [own, tasks]
+        self._calls = calls
+        self.pointer = calls.ctypes.data
+
+
+def _tasks(rows: Sequence[tuple[int, int]], widths: Sequence[int]) -> tuple[np.ndarray[Any, Any], int]:
+    """The tasks of one linear, and how many of them multiply with a."""
+    pieces = [
+        (i, row, min(row + TASK_ROWS, end)) for i, (start, end) in enumerate(rows) for row in range(start, end, TASK_ROWS)
+    ]
+    down = [(i * len(widths) + t, row, end, -1) for i, row, end in pieces for t in range(len(widths))]
+    up = [
+        (i * len(widths) + t, row, end, o)
+        for i, row, end in pieces
+        for t, width in enumerate(widths)
+        for o in range(0, width, TASK_COLUMNS)
+    ]
+    return np.array(down + up, dtype=np.int64), len(down)
 
 
 def segmented_lora(y_TO: Tensor, x_TI: Tensor, work: LoraWork) -> None:

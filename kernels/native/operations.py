@@ -59,6 +59,11 @@ class PackedLinear:
         self._call, self._weight_ptr = loaded_library().heddle_linear, self._packed.data_ptr()
         self._bias_ptr = None if self._bias is None else self._bias.data_ptr()
 
+    @property
+    def pointers(self) -> tuple[int, int]:
+        """Of the packed weight and of the bias, 0 for none."""
+        return self._weight_ptr, self._bias_ptr or 0
+
     def __call__(self, x_TI: Tensor) -> Tensor:
         """Raises ValueError for an input of another shape or type."""
         if x_TI.shape[1] != self.num_in or x_TI.dtype != self._dtype:

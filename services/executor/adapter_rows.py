@@ -8,7 +8,8 @@ import functools
 from torch import Tensor
 
 from kernels import ops
-from services.executor.lora import LoraAdapter
+from services.executor.lora import LoraAdapter, target_widths
+from services.executor.model_config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,19 @@ class AdapterPlan:
         self.rows = rows
         self._linears: dict[tuple[int, str], ops.LoraPlan] = {}
         self._masks: dict[object, object] = {}
+        self._stacked: ops.LayersLora | None = None
+
+    @property
+    def is_stackable(self) -> bool:
+        """Whether the updates can be made in the same operation as the layers."""
+        return all(rows.adapter.is_native for rows in self.rows)
+
+    def stacked(self, config: ModelConfig) -> ops.LayersLora | None:
+        """All updates of all layers, for the operation that runs these; None without adapters."""
+        if self._stacked is None and self.rows:
+            tables = [(rows.start, rows.end, rows.adapter.table(config)) for rows in self.rows]
+            self._stacked = ops.LayersLora(tables, target_widths(config))
+        return self._stacked
 
     def apply(self, layer: int, module: str, y_TO: Tensor, x_TI: Tensor) -> None:
         """Add each adapter's update to its rows of `y_TO`, in place."""

@@ -126,6 +126,7 @@ class LoraAdapter:
         self.scale = spec.scale / (1.0 - spec.dropout) if is_training else spec.scale
         self.version = next(_VERSIONS)
         """Another one for each adapter of this process, also for one that is loaded again under its name."""
+        self._table: ops.AdapterTable | None = None
 
     @classmethod
     def initialized(
@@ -175,6 +176,18 @@ class LoraAdapter:
         """Whether any target inside this fused linear is adapted."""
         return (layer, module) in self.weights.linears
 
+    @property
+    def is_native(self) -> bool:
+        """Whether the compiled operations know the type of its matrices."""
+        return self.weights.flat.dtype in (torch.bfloat16, torch.float32)
+
+    def table(self, config: ModelConfig) -> ops.AdapterTable:
+        """Its matrices in all layers; made once, they stay where they are."""
+        if self._table is None:
+            layers = [[self.segments(layer, module, 0, 1) for module in MODULES] for layer in range(config.num_layers)]
+            self._table = ops.AdapterTable(layers, target_widths(config))
+        return self._table
+
     def segments(self, layer: int, module: str, start: int, end: int) -> list[ops.LoraSegment]:
         """The updates of a fused linear's targets on rows [start, end) of a batch."""
         return [
@@ -223,6 +236,11 @@ def check_spec(spec: LoraSpec) -> None:
     unknown = sorted(set(spec.target_modules) - set(TARGETS))
     if unknown or not spec.target_modules:
         raise InvalidAdapterError(f"target_modules must be some of {', '.join(TARGETS)}, not {', '.join(unknown) or 'none'}")
+
+
+def target_widths(config: ModelConfig) -> list[list[int]]:
+    """Output features of the targets that lie side by side in each of MODULES."""
+    return [[_shapes(config)[target][0] for target in targets] for _, targets in MODULES.values()]
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -85,6 +85,22 @@ class Decoder:
         self.cos_PD, self.sin_PD = rotary_tables(
             config.rope, config.head_dim, config.max_position_embeddings, self.dtype, self.device
         )
+        self.stack = ops.layer_stack([self._parts(layer) for layer in range(config.num_layers)], _stack_shape(config))
+        """The layers as one operation; None where there is none."""
+
+    def _parts(self, layer: int) -> ops.LayerParts:
+        weights, linears = self.layers[layer], self.linears[layer]
+        return ops.LayerParts(
+            input_norm_H=weights.input_norm_H,
+            qkv=linears.qkv,
+            q_norm_D=weights.q_norm_D,
+            k_norm_D=weights.k_norm_D,
+            o=linears.o,
+            post_norm_H=weights.post_norm_H,
+            gate_up=linears.gate_up,
+            down=linears.down,
+            window=self.config.windows[layer],
+        )
 
     def forward(self, batch: Batch, cache: KvCache) -> Tensor:
         """Hidden states [T, H] of all rows after the last layer, before the final norm.
@@ -92,8 +108,11 @@ class Decoder:
         In place: writes keys and values of the rows into `cache`, and activations of training rows into their tapes.
         """
         x_TH = F.embedding(batch.tokens_T, self.embedding_VH)
-        y_TH = ops.rms_norm(x_TH, self.layers[0].input_norm_H, self.config.rms_norm_eps)
         cos_TD, sin_TD = self.cos_PD[batch.positions_T], self.sin_PD[batch.positions_T]
+        if self.stack is not None and not batch.training and batch.adapters.is_stackable:
+            lora = batch.adapters.stacked(self.config)
+            return self.stack(x_TH, cos_TD, sin_TD, batch.slots_T, cache.k, cache.v, batch.attention, lora)
+        y_TH = ops.rms_norm(x_TH, self.layers[0].input_norm_H, self.config.rms_norm_eps)
         for layer in range(self.config.num_layers):
             m_TH, down_TH = self._layer(layer, x_TH, y_TH, cos_TD, sin_TD, batch, cache)
             if layer + 1 < self.config.num_layers:
@@ -144,6 +163,18 @@ class Decoder:
         batch.apply_adapters(layer, "down", down_TH, h_TF)
         batch.save(layer, x=x_TH, y=y_TH, q=q_TND.flatten(1), out=out_TO, m=m_TH, z=z_TH, gate_up=gate_up_T2F, h=h_TF)
         return m_TH, down_TH
+
+
+def _stack_shape(config: ModelConfig) -> ops.StackShape:
+    return ops.StackShape(
+        num_hidden=config.hidden_size,
+        num_inner=config.intermediate_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        eps=config.rms_norm_eps,
+        scale=config.attention_scale,
+    )
 
 
 def _norm_heads(x_TND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
