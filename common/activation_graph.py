@@ -77,7 +77,10 @@ class Graph:
 
 
 def layer_graph(shape: ModelShape, bypasses: LayerBypasses, num_tokens: int) -> Graph:
-    """One layer over `num_tokens`; names as in services/executor/model.py: x, y, q, k, v, out, m, z, gate, up, h."""
+    """One layer over `num_tokens`; names as in services/executor/model.py: x, y, q, k, v, out, m, z, gate, up, h.
+
+    A bypass's operators are called target.low, .active, .update, .sum or .scale.
+    """
     hidden = shape.hidden_size
     graph = Graph(input="x", tensors={"x": Tensor(name="x", width=hidden)})
     build = _Layer(graph, shape, bypasses)
@@ -136,7 +139,7 @@ class _Layer:
         result = Tensor(name=name, width=num_out, in_cache=in_cache, group=group)
         if bypass is not None and bypass.method == "ia3_input":
             scaled = Tensor(name=f"{target}.ia3", width=num_in)
-            source = self._graph.add("scale", (source,), scaled, has_weight=True, is_trained=True)
+            source = self._graph.add("scale", (source,), scaled, name=f"{target}.scale", has_weight=True, is_trained=True)
             bypass = None
         is_lora = bypass is not None and bypass.method == "lora"
         base = result if bypass is None else Tensor(name=f"{name}_base", width=num_out, is_overwritten=is_lora)
@@ -149,7 +152,7 @@ class _Layer:
         graph, target, rank = self._graph, bypass.target, bypass.rank
         num_in, num_out = self._shape.linears[target]
         if bypass.method == "ia3_output":
-            graph.add("scale", (base,), result, has_weight=True, is_trained=True)
+            graph.add("scale", (base,), result, name=f"{target}.scale", has_weight=True, is_trained=True)
             return
         source = source if bypass.method == "lora" else base
         num_in = num_in if bypass.method == "lora" else num_out
@@ -160,7 +163,7 @@ class _Layer:
             graph.add(_activation(bypass), (f"{target}.low",), low)
         update = Tensor(name=f"{target}.update", width=num_out, is_overwritten=True)
         graph.add("linear", (low.name,), update, flops=2 * rank * num_out, has_weight=True, is_trained=True)
-        graph.add("add", (base, update.name), result)
+        graph.add("add", (base, update.name), result, name=f"{target}.sum")
 
 
 def _activation(bypass: Bypass) -> Kind:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.model_shape import ModelShape
-from common.peft_folder import TARGETS, PeftFolderError
+from common.peft_folder import CONFIG, REFUSED, TARGETS, PeftFolderError
 
 Method = Literal["lora", "ia3_output", "ia3_input", "bottleneck"]
 ACTIVATIONS = ("relu", "tanh", "silu", "gelu")
@@ -48,26 +48,32 @@ LayerBypasses = Mapping[str, Bypass]
 
 
 def read_bypasses(path: Path, shape: ModelShape) -> tuple[dict[str, Bypass], ...]:
-    """The bypasses of each layer, from an adapter_config.json. Raises BypassError."""
+    """The bypasses of each layer, from an adapter_config.json or the folder that has it. Raises BypassError."""
+    path = path / CONFIG if path.is_dir() else path
     try:
         config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise BypassError(f"{path} is not readable as JSON: {error}") from error
+    except OSError as error:
+        raise BypassError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BypassError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise BypassError(f"{path} is not a JSON object")
-    return bypasses_of(config, shape)
+    try:
+        return bypasses_of(config, shape)
+    except BypassError as error:
+        raise BypassError(f"{path}: {error}") from error
 
 
 def bypasses_of(config: Mapping[str, Any], shape: ModelShape) -> tuple[dict[str, Bypass], ...]:
     """The bypasses of each layer, from the object of an adapter_config.json. Raises BypassError, naming the field."""
     kind = config.get("peft_type")
-    if kind not in REGISTRY:
+    if not isinstance(kind, str) or kind not in REGISTRY:
         raise BypassError(f"peft_type: must be one of {', '.join(REGISTRY)}, not {kind!r}")
-    for field in ("use_dora", "rank_pattern", "modules_to_save", "layer_replication"):
-        if config.get(field):
+    for field in (*REFUSED, "rank_pattern"):
+        if config.get(field) and field != "layers_to_transform":
             raise BypassError(f"{field}: is not supported")
     layers = _layers(config.get("layers_to_transform"), shape.num_layers)
-    found = tuple(REGISTRY[str(kind)](config, layer) if layer in layers else {} for layer in range(shape.num_layers))
+    found = tuple(REGISTRY[kind](config, layer) if layer in layers else {} for layer in range(shape.num_layers))
     if not any(found):
         raise BypassError(f"target_modules: {config.get('target_modules')!r} matches no linear of this model")
     return found
@@ -117,13 +123,18 @@ def _rank(config: Mapping[str, Any], field: str, default: int) -> int:
 
 
 def _matching(config: Mapping[str, Any], field: str, default: tuple[str, ...], layer: int) -> list[str]:
-    """Targets of a layer as PEFT finds them: a string is a regular expression for whole paths, names are ends of paths."""
-    wanted = config.get(field)
-    if wanted is None:
-        wanted = list(default)
-    paths = {target: f"model.layers.{layer}.{block}.{target}" for target, block in TARGETS.items()}
+    """Targets of a layer as PEFT finds them, without those that `exclude_modules` names."""
+    wanted = list(default) if config.get(field) is None else config[field]
+    excluded = _named(config, "exclude_modules", layer) if config.get("exclude_modules") else []
     if wanted == "all-linear":
-        return list(paths)
+        return [target for target in TARGETS if target not in excluded]
+    return [target for target in _named({field: wanted}, field, layer) if target not in excluded]
+
+
+def _named(config: Mapping[str, Any], field: str, layer: int) -> list[str]:
+    """A string is a regular expression for whole paths, names are ends of paths."""
+    wanted = config[field]
+    paths = {target: f"model.layers.{layer}.{block}.{target}" for target, block in TARGETS.items()}
     if isinstance(wanted, str):
         try:
             pattern = re.compile(wanted)

@@ -12,7 +12,7 @@ from common.activation_graph import Graph, Op
 CHEAP_SHARE = 0.01
 """A bypass's linear is made again if that takes at most this share of the layer's forward pass."""
 RECOMPUTABLE_LINEARS = ("gate_proj", "up_proj")
-"""The backbone's linears that the runtime's backward pass can run again, all or none."""
+"""The backbone's linears that the runtime's backward pass can run again, with their bypasses, all or none."""
 
 
 def keep(graph: Graph, needed: Collection[str], max_recompute_share: float = 0.0) -> frozenset[str]:
@@ -22,7 +22,7 @@ def keep(graph: Graph, needed: Collection[str], max_recompute_share: float = 0.0
     backbone only where they take at most `max_recompute_share` of the forward pass, and only if that saves something.
     """
     best = _cut(graph, needed, ())
-    expensive = [op for op in graph.ops if op.name in RECOMPUTABLE_LINEARS]
+    expensive = [op for op in graph.ops if op.name.partition(".")[0] in RECOMPUTABLE_LINEARS]
     if sum(op.flops for op in expensive) <= max_recompute_share * graph.flops:
         other = _cut(graph, needed, expensive)
         best = min(best, other, key=lambda kept: kept_width(graph, kept))

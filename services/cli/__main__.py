@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 from common.bus import Bus, BusError
 from common.nats_server import NatsServerError
+from common.parallel_plan import Machine
 from services.cli.adapters import AdapterError, delete, export, import_folder, list_adapters, show_adapters
 from services.cli.convert import convert
+from services.cli.explain import ExplainError, explain_memory, explain_parallel
 from services.cli.health import HealthError, check
 from services.cli.layout import UpOptions
 from services.cli.models import ModelError
@@ -23,7 +25,8 @@ from services.cli.supervisor import StartupError
 from services.cli.up import up
 
 EXPECTED = (
-    UpError, StartupError, NatsServerError, NatsUnreachableError, ModelError, StatusError, AdapterError, HealthError, BusError
+    UpError, StartupError, NatsServerError, NatsUnreachableError, ModelError, StatusError, AdapterError, HealthError, BusError,
+    ExplainError,
 )  # fmt: skip
 KEY_VARIABLES = ("HEDDLE_GATEWAY_API_KEY", "HEDDLE_API_KEY")
 
@@ -83,6 +86,21 @@ async def _with_bus(nats_url: str, options: argparse.Namespace) -> None:
         await bus.drain()
 
 
+def _explain(options: argparse.Namespace) -> None:
+    model, peft, num_tokens, dtype = options.model, options.peft, options.sequence_length, options.dtype
+    if options.action == "memory":
+        explain_memory(model, peft, num_tokens, dtype, options.recompute_share)
+        return
+    machine = Machine(
+        num_ranks=options.ranks,
+        flops_per_s=options.tflops * 1e12,
+        link_bytes_per_s=options.link_gb * 1e9,
+        latency_s=options.latency_us * 1e-6,
+        passes_per_update=options.passes_per_update,
+    )
+    explain_parallel(model, peft, num_tokens, dtype, machine)
+
+
 def _health(options: argparse.Namespace) -> None:
     host = "any" if options.anywhere else None
     print(f"{options.role} {asyncio.run(check(options.role, options.nats, host))} is ready")
@@ -97,6 +115,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "status": _status,
     "convert": _convert,
     "adapters": _adapters,
+    "explain": _explain,
     "health": _health,
     "version": _version,
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +26,7 @@ examples:
   heddle up --nats nats://10.0.0.5:4222 --executors 2  join a NATS server that is already there
   heddle status                                        what runs, and how busy it is
   heddle adapters export my-adapter ./my-adapter       a finetuned adapter as a PEFT folder
+  heddle explain memory --peft adapter_config.json     what finetuning keeps in memory, and why
 """
 
 
@@ -50,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_status(_add(commands, "status", "show the running services and their load"))
     _add_convert(_add(commands, "convert", "turn a model into the folder of safetensors that executors read"))
     _add_adapters(_add(commands, "adapters", "list, import, export or delete LoRA adapters"))
+    _add_explain(_add(commands, "explain", "show what is planned for a model and a PEFT configuration"))
     _add_health(_add(commands, "health", "exit with 0 if a service of this machine is ready, for containers"))
     _add(commands, "version", "print the version")
     return parser
@@ -174,6 +178,33 @@ def _add_adapters(parser: _Parser) -> None:
         _add_api_key(action)
 
 
+def _add_explain(parser: _Parser) -> None:
+    subjects = parser.add_subparsers(dest="action", required=True, metavar="SUBJECT", title="subjects")
+    memory = _add(subjects, "memory", "show the activations that finetuning keeps, tensor by tensor")
+    memory.add_argument(
+        "--recompute-share",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="part of a forward pass that may run again to keep less, as HEDDLE_EXECUTOR_MAX_RECOMPUTE_SHARE",
+    )
+    parallel = _add(subjects, "parallel", "show how each bypass could run beside a tensor-parallel model, and the cheapest way")
+    parallel.add_argument("--ranks", type=_within(1, 1024), default=4, metavar="N", help="size of the tensor-parallel group")
+    parallel.add_argument("--tflops", type=_rate, default=150.0, help="of one rank, in TFLOP/s")
+    parallel.add_argument("--link-gb", type=_rate, default=200.0, metavar="GB", help="that one rank sends in a second, in GB")
+    parallel.add_argument("--latency-us", type=_rate, default=10.0, metavar="US", help="of one collective, in microseconds")
+    parallel.add_argument(
+        "--passes-per-update", type=_within(1), default=8, metavar="N", help="passes between two optimizer steps"
+    )
+    for subject in (memory, parallel):
+        subject.add_argument("--model", default=DEFAULT_MODEL, help="a name, or a folder with at least config.json")
+        subject.add_argument("--peft", type=_path, required=True, metavar="FILE", help="an adapter_config.json")
+        subject.add_argument("--sequence-length", type=_within(1, 1 << 20), default=1024, metavar="T", help="tokens at once")
+        subject.add_argument(
+            "--dtype", choices=["float16", "bfloat16", "float32"], help="of activations (default: the model's)"
+        )
+
+
 def _add_health(parser: argparse.ArgumentParser) -> None:
     server = os.environ.get("HEDDLE_NATS_URL", "nats://127.0.0.1:4222")
     parser.add_argument("role", choices=ROLES, help="the service")
@@ -189,6 +220,24 @@ def _add_api_key(parser: argparse.ArgumentParser) -> None:
 
 def _path(text: str) -> Path:
     return Path(text).expanduser().absolute()
+
+
+def _rate(text: str) -> float:
+    return _number(text, 0.0, math.inf)
+
+
+def _share(text: str) -> float:
+    return _number(text, -math.inf, 1.0)
+
+
+def _number(text: str, above: float, highest: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not max(above, -sys.float_info.min) < number <= highest or math.isinf(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'positive number' if above == 0 else 'number from 0 to 1'}")
+    return number
 
 
 def _within(lowest: int, highest: int | None = None) -> Callable[[str], int]:
