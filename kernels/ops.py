@@ -31,6 +31,7 @@ from kernels.reference import (
     segmented_lora_weight_backward,
     sgd,
     silu_mul_backward,
+    token_losses,
 )
 from kernels.sampling import Draw
 from kernels.segments import AttentionPlan, AttentionSegment, LoraSegment
@@ -68,6 +69,7 @@ __all__ = [
     "sgd",
     "silu_mul",
     "silu_mul_backward",
+    "token_losses",
     "window_attention_backward",
 ]
 

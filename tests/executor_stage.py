@@ -26,6 +26,7 @@ from common.messages import (
     LoraSpec,
     OpenJob,
     Rejected,
+    SequenceEvaluated,
     SliceAccepted,
     StepDone,
     TokenChunk,
@@ -111,7 +112,7 @@ class Stage:
     executor_id: str
     ended: asyncio.Task[None]
     chunks: Mailbox[TokenChunk] = field(default_factory=Mailbox)
-    progress: Mailbox[StepDone | JobFailed] = field(default_factory=Mailbox)
+    progress: Mailbox[StepDone | SequenceEvaluated | JobFailed] = field(default_factory=Mailbox)
 
     @property
     def engine(self) -> Engine:
@@ -217,7 +218,7 @@ async def running_executor(connect: Connect, model_dir: Path, **settings: Any) -
     ended = asyncio.create_task(live())
     stage = Stage(actor=actor, bus=bus, client=client, executor_id=config.instance_id, ended=ended)
     await client.subscribe(subjects.stream("*"), TokenChunk, stage.chunks.put)
-    reports: Any = StepDone | JobFailed
+    reports: Any = StepDone | SequenceEvaluated | JobFailed
     await client.subscribe(subjects.ALL_PROGRESS, reports, stage.progress.put)
     await client.client.flush()
     waiting = asyncio.create_task(ready.wait())

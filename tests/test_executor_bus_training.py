@@ -22,6 +22,7 @@ from common.messages import (
     LoraSpec,
     OptimizerStep,
     Rejected,
+    SequenceEvaluated,
     SliceAccepted,
     StepDone,
     TrainingSlice,
@@ -72,7 +73,7 @@ async def train(stage: Stage, steps: Sequence[int], **fields: Any) -> list[StepD
     return done
 
 
-def _is_step(key: tuple[int, int], event: StepDone | JobFailed) -> bool:
+def _is_step(key: tuple[int, int], event: StepDone | SequenceEvaluated | JobFailed) -> bool:
     return isinstance(event, StepDone) and (event.step, event.lease) == key
 
 
@@ -292,7 +293,7 @@ async def test_a_job_whose_loss_is_not_finite_fails_alone(stage: Stage) -> None:
 async def test_a_job_that_runs_out_of_memory_fails_alone(stage: Stage, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     await opened(stage)
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise MemoryError("no more")
 
     with monkeypatch.context() as broken:

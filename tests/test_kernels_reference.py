@@ -192,6 +192,9 @@ def test_linear_cross_entropy_equals_autograd(dtype: torch.dtype, chunk: int, mo
 
     (dhidden,) = gradients(weighted_losses, torch.ones(9, dtype=torch.float64), hidden)
     losses, hits, actual = ops.linear_cross_entropy(hidden.to(dtype), ops.Linear(head.to(dtype)), labels, weights)
+    alone = ops.token_losses(hidden.to(dtype), ops.Linear(head.to(dtype)), labels, weights)
+    assert torch.equal(alone[0], losses)
+    assert torch.equal(alone[1], hits)
     assert_matches(losses.to(dtype), weighted_losses(hidden))
     assert_matches(actual, dhidden)
     assert torch.equal(hits, (logits.argmax(-1) == labels) & (weights != 0))

@@ -151,8 +151,8 @@ async def test_unknown_things_are_refused_in_openais_words(world: World) -> None
     assert (error.status, error.param) == (400, "training_file")
     error = await refused(world.create(lora={"r": 8}))
     assert (error.status, error.param) == (400, "lora.r")
-    error = await refused(world.create(validation_file="file-1"))
-    assert (error.status, error.message) == (400, "validation_file is not supported yet")
+    error = await refused(world.create(validation_file="file-none"))
+    assert (error.status, error.param) == (400, "validation_file")
 
 
 async def test_without_executor_creation_is_to_be_retried(world: World) -> None:

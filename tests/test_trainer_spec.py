@@ -27,7 +27,7 @@ def test_a_bare_body_gets_the_documented_defaults() -> None:
 
 def test_everything_can_be_asked_for() -> None:
     asked: dict[str, Any] = {
-        **BODY, "suffix": "my-model_1.0", "seed": 5, "metadata": {"team": "a"}, "integrations": [], "validation_file": None,
+        **BODY, "suffix": "my-model_1.0", "seed": 5, "metadata": {"team": "a"}, "integrations": [], "validation_file": "file-2",
         "method": {"type": "supervised", "supervised": {"hyperparameters": {
             "n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": 2}}},
         "lora": {"method": "rslora", "dropout": 0.1, "optimizer": "sgd", "momentum": 0.9,
@@ -39,6 +39,7 @@ def test_everything_can_be_asked_for() -> None:
     assert (spec.optimizer, spec.momentum) == ("sgd", 0.9)
     assert (spec.seed, spec.n_epochs, spec.batch_size, spec.learning_rate) == (5, 2, 4, 2e-3)
     assert (spec.scheduler, spec.warmup_steps, spec.max_grad_norm, spec.weight_decay) == ("cosine", 3, 0.0, 0.01)
+    assert spec.validation_file == "file-2"
     assert (spec.suffix, spec.metadata) == ("my-model_1.0", {"team": "a"})
 
 
@@ -58,7 +59,7 @@ def nested(**hyperparameters: Any) -> dict[str, Any]:
         ({"model": 3}, "model"),
         ({"model": ""}, "model"),
         ({"training_file": None}, "training_file"),
-        ({"validation_file": "file-2"}, "validation_file"),
+        ({"validation_file": ""}, "validation_file"),
         ({"suffix": ""}, "suffix"),
         ({"suffix": "x" * 65}, "suffix"),
         ({"suffix": "No Spaces"}, "suffix"),
@@ -113,8 +114,3 @@ def test_a_missing_parameter_is_named(field: str) -> None:
     with pytest.raises(ApiError, match=field) as error:
         parse_create({name: value for name, value in BODY.items() if name != field}, 0)
     assert error.value.reply.param == field
-
-
-def test_a_validation_file_is_refused_in_clear_words() -> None:
-    with pytest.raises(ApiError, match=r"^validation_file is not supported yet$"):
-        parse_create({**BODY, "validation_file": "file-2"}, 0)

@@ -19,6 +19,7 @@ from common.messages import (
     Beat,
     CheckpointWritten,
     CloseJob,
+    EvaluationSlice,
     ExecutorLoad,
     JobClosed,
     JobFailed,
@@ -26,6 +27,7 @@ from common.messages import (
     LatencyProfile,
     OpenJob,
     Rejected,
+    SequenceEvaluated,
     ServiceState,
     SliceAccepted,
     StepDone,
@@ -89,12 +91,14 @@ class FakeExecutor:
         self.lose_steps: set[int] = set()
         self.repeat_steps = False
         self.lose_answers = 0
+        self.evaluated: list[tuple[int, int]] = []
+        self.lose_scores: set[int] = set()
         self._beats: asyncio.Task[None] | None = None
         self._subscription: Any = None
         self._order = asyncio.Lock()
 
     async def start(self) -> FakeExecutor:
-        orders: Any = OpenJob | TrainingSlice | WriteCheckpoint | CloseJob
+        orders: Any = OpenJob | TrainingSlice | EvaluationSlice | WriteCheckpoint | CloseJob
         self._subscription = await self.bus.subscribe(subjects.executor_slices(self.name), orders, self._on_order)
         self._beats = asyncio.create_task(self._beat())
         await self.bus.client.flush()
@@ -138,7 +142,7 @@ class FakeExecutor:
             await self.bus.publish(subjects.beat("executor", self.name), beat)
             await asyncio.sleep(0.05)
 
-    async def _on_order(self, order: OpenJob | TrainingSlice | WriteCheckpoint | CloseJob) -> Any:
+    async def _on_order(self, order: OpenJob | TrainingSlice | EvaluationSlice | WriteCheckpoint | CloseJob) -> Any:
         async with self._order:
             answer = await self._obey(order)
         if self.lose_answers and isinstance(order, TrainingSlice):
@@ -146,7 +150,7 @@ class FakeExecutor:
             return None
         return answer
 
-    async def _obey(self, order: OpenJob | TrainingSlice | WriteCheckpoint | CloseJob) -> Any:
+    async def _obey(self, order: OpenJob | TrainingSlice | EvaluationSlice | WriteCheckpoint | CloseJob) -> Any:
         held = self.leases.get(order.job_id)
         if held is not None and order.lease < held:
             return Rejected(reason="stale_lease", message=f"held under {held}")
@@ -161,6 +165,8 @@ class FakeExecutor:
                 return Rejected(reason="not_found", message="not open here")
             case TrainingSlice():
                 return await self._accept(order)
+            case EvaluationSlice():
+                return await self._evaluate(order)
             case WriteCheckpoint():
                 return await self._write(order)
 
@@ -194,6 +200,20 @@ class FakeExecutor:
             queue.append(item)
             self.slices_seen += 1
         self.bus.spawn(self._work(item.job_id))
+        return SliceAccepted(job_id=item.job_id, step=item.step, index=item.index)
+
+    async def _evaluate(self, item: EvaluationSlice) -> SliceAccepted:
+        """Each token that counts costs as much as the number of steps that are left to step 10, and every other one is hit."""
+        assert item.step == self.steps[item.job_id]
+        self.evaluated.append((item.step, item.index))
+        tokens = sum(weight > 0 for weight in item.weights)
+        if item.index not in self.lose_scores:
+            score = SequenceEvaluated(
+                job_id=item.job_id, lease=item.lease, step=item.step, index=item.index, loss=float(tokens * (10 - item.step)),
+                num_correct=tokens // 2, num_tokens=tokens,
+            )  # fmt: skip
+            await self.bus.publish(subjects.job_progress(item.job_id), score)
+        self.lose_scores.discard(item.index)
         return SliceAccepted(job_id=item.job_id, step=item.step, index=item.index)
 
     async def _work(self, job_id: str) -> None:

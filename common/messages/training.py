@@ -81,6 +81,32 @@ class TrainingSlice(msgspec.Struct, frozen=True, kw_only=True, tag="slice.1"):
     optimizer: OptimizerStep | None = None
 
 
+class EvaluationSlice(msgspec.Struct, frozen=True, kw_only=True, tag="evaluation_slice.1"):
+    """One sequence to be scored under the adapter as it is before step `step`; it changes nothing, so it may be asked again.
+
+    `weights` as in TrainingSlice.
+    """
+
+    job_id: str
+    lease: int
+    step: int
+    index: int
+    tokens: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+class SequenceEvaluated(msgspec.Struct, frozen=True, kw_only=True, tag="sequence_evaluated.1"):
+    """The score of an EvaluationSlice: the weighted sum of its losses, and hits of its tokens that have a weight."""
+
+    job_id: str
+    lease: int
+    step: int
+    index: int
+    loss: float
+    num_correct: int
+    num_tokens: int
+
+
 class SliceAccepted(msgspec.Struct, frozen=True, kw_only=True, tag="slice_accepted.1"):
     """The slice is in the executor's queue."""
 

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.messages import TrainingSlice
+from common.messages import EvaluationSlice, TrainingSlice
 from services.executor.batch import Segment
-from services.executor.finetune import FinetuneJob, StepResult, TrainingDivergedError
+from services.executor.evaluation import Evaluations, EvaluationWindow, Score
+from services.executor.finetune import FinetuneJob, OutOfOrderSliceError, StepResult, TrainingDivergedError
 from services.executor.model import Decoder, KvCache
 from services.executor.pages import PageAllocator, PageTable
 from services.executor.scheduler import JobView
-from services.executor.training_sequence import InvalidSliceError, TrainingSequence, heads
+from services.executor.training_sequence import InvalidSliceError, TrainingSequence, check_slice, heads
 
 MAX_POOL_SHARE = 0.25
 """Training sequences hold at most this share of the pages, so that inference is never starved of them."""
@@ -28,12 +29,13 @@ class TooManySlicesError(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingEvent:
-    """A finished optimizer step, or (`failure`) the end of a job that cannot go on."""
+    """A finished optimizer step, an evaluated sequence, or (`failure`) the end of a job that cannot go on."""
 
     job_id: str
     lease: int
     step: StepResult | None = None
     elapsed_ms: float = 0.0
+    score: Score | None = None
     failure: str = ""
 
 
@@ -73,6 +75,7 @@ class Training:
         self._pages = pages
         self._entries: dict[str, _Entry] = {}
         self._failures: list[TrainingEvent] = []
+        self._evaluations = Evaluations(decoder, pages, self._try_reserve)
 
     @property
     def num_jobs(self) -> int:
@@ -82,7 +85,8 @@ class Training:
     @property
     def has_work(self) -> bool:
         """Whether some job has a sequence to work on. With no other user of pages, at least one of them can have its pages."""
-        return any(entry.num_queued for entry in self._entries.values()) or bool(self._failures)
+        is_training = any(entry.num_queued for entry in self._entries.values())
+        return is_training or bool(self._failures) or self._evaluations.has_work
 
     @property
     def max_tokens(self) -> int:
@@ -107,6 +111,7 @@ class Training:
 
     def close(self, job_id: str) -> None:
         """Forget a job and free its pages; unknown jobs are fine."""
+        self._evaluations.close(job_id)
         entry = self._entries.pop(job_id, None)
         if entry is not None:
             self._pages.release(entry.table)
@@ -116,7 +121,7 @@ class Training:
         for job_id in list(self._entries):
             self.close(job_id)
 
-    def accept(self, item: TrainingSlice) -> None:
+    def accept(self, item: TrainingSlice | EvaluationSlice) -> None:
         """Queue a slice of an open job; one that came before is ignored.
 
         Raises InvalidSliceError (also for a sequence that the page pool cannot hold) or TooManySlicesError.
@@ -124,9 +129,16 @@ class Training:
         entry = self._entries[item.job_id]
         if len(item.tokens) > self.max_tokens:
             raise InvalidSliceError(f"tokens: {len(item.tokens)} do not fit into the training share of the KV cache")
-        if entry.num_queued >= MAX_QUEUED_SLICES:
-            raise TooManySlicesError(f"{entry.num_queued} slices of job {item.job_id} are waiting")
-        entry.num_queued += entry.job.accept(item)
+        num_queued = entry.num_queued + self._evaluations.num_queued(item.job_id)
+        if num_queued >= MAX_QUEUED_SLICES:
+            raise TooManySlicesError(f"{num_queued} slices of job {item.job_id} are waiting")
+        if isinstance(item, TrainingSlice):
+            entry.num_queued += entry.job.accept(item)
+            return
+        check_slice(item, self.decoder)
+        if item.step != entry.job.step or entry.num_queued:
+            raise OutOfOrderSliceError(f"an evaluation before step {item.step} came, but step {entry.job.step} is next")
+        self._evaluations.accept(item, entry.job.adapter)
 
     def views(self) -> list[JobView]:
         """Jobs that can use the next iteration, for the scheduler."""
@@ -143,13 +155,14 @@ class Training:
                 views.append(
                     JobView(job_id=job_id, forward_tokens=left, is_backward=sequence.is_forwarded, context_tokens=done)
                 )
-        return views
+        return views + self._evaluations.views()
 
-    def windows(self, forward: dict[str, int]) -> list[Window]:
-        """The windows of a plan's training tokens."""
-        windows = []
+    def windows(self, forward: dict[str, int]) -> list[Window | EvaluationWindow]:
+        """The windows of a plan's training tokens, then those of evaluations."""
+        windows: list[Window | EvaluationWindow] = []
         for job_id, num_tokens in forward.items():
-            entry = self._entries[job_id]
+            if (entry := self._entries.get(job_id)) is None:
+                continue
             sequence = self._current(entry)
             assert sequence is not None
             start = sequence.num_forwarded
@@ -165,17 +178,21 @@ class Training:
                 dropout=sequence.dropout,
             )
             windows.append(Window(job_id=job_id, sequence=sequence, start=start, segment=segment))
-        return windows
+        return windows + self._evaluations.windows(forward)
 
-    def heads(self, windows: Sequence[Window], hidden_TH: Tensor) -> None:
+    def heads(self, windows: Sequence[Window | EvaluationWindow], hidden_TH: Tensor) -> None:
         """Losses and gradients of the windows that were forwarded, from the rows that they had in the pass."""
-        if not windows:
-            return
+        parts = [(w.sequence, w.start, len(w.segment.tokens)) for w in windows if isinstance(w, Window)]
+        evaluations = [window for window in windows if isinstance(window, EvaluationWindow)]
+        num_training = sum(num_rows for _, _, num_rows in parts)
         try:
-            heads([(window.sequence, window.start, len(window.segment.tokens)) for window in windows], hidden_TH)
+            if parts:
+                heads(parts, hidden_TH[:num_training])
+            if evaluations:
+                self._evaluations.heads(evaluations, hidden_TH[num_training:])
         except (RuntimeError, MemoryError) as error:
-            for window in windows:
-                self._fail(window.job_id, error)
+            for job_id in {window.job_id for window in windows}:
+                self._fail(job_id, error)
 
     def backward(self, plan: dict[str, int]) -> BackwardWork:
         """Go back through a plan's share of each job; steps that end are reported, jobs that fail are closed and reported."""
@@ -198,6 +215,10 @@ class Training:
                 now = time.perf_counter()
                 elapsed_ms, entry.step_started_at = (now - entry.step_started_at) * 1e3, now
                 events.append(TrainingEvent(job_id=job_id, lease=entry.lease, step=result.step, elapsed_ms=elapsed_ms))
+        events += [
+            TrainingEvent(job_id=job_id, lease=self._entries[job_id].lease, score=score)
+            for job_id, score in self._evaluations.scores()
+        ]
         events += self._failures
         self._failures = []
         return BackwardWork(num_tokens=token_layers / self.decoder.config.num_layers, events=tuple(events))
@@ -213,16 +234,16 @@ class Training:
         sequence = entry.job.start_next()
         if sequence is None or len(sequence.slots_T) == sequence.num_rows:
             return sequence
-        if not self._try_reserve(entry, sequence.num_rows):
+        if not self._try_reserve(entry.table, sequence.num_rows):
             return None
         slots = entry.table.slots(0, sequence.num_rows)
         sequence.slots_T = torch.tensor(slots, dtype=torch.int64, device=self.decoder.device)
         return sequence
 
-    def _try_reserve(self, entry: _Entry, num_tokens: int) -> bool:
-        missing = self._pages.missing(entry.table, num_tokens)
-        held = sum(len(other.table.pages) for other in self._entries.values())
+    def _try_reserve(self, table: PageTable, num_tokens: int) -> bool:
+        missing = self._pages.missing(table, num_tokens)
+        held = sum(len(entry.table.pages) for entry in self._entries.values()) + self._evaluations.num_pages
         if missing > self._pages.num_free or held + missing > MAX_POOL_SHARE * self._pages.num_pages:
             return False
-        self._pages.reserve(entry.table, num_tokens)
+        self._pages.reserve(table, num_tokens)
         return True

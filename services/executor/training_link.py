@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +16,13 @@ from common.bus import Bus, BusError
 from common.messages import (
     CheckpointWritten,
     CloseJob,
+    EvaluationSlice,
     JobClosed,
     JobFailed,
     JobOpened,
     OpenJob,
     Rejected,
+    SequenceEvaluated,
     SliceAccepted,
     StepDone,
     TrainingSlice,
@@ -55,7 +58,7 @@ class TrainingLink:
     async def start(self) -> None:
         """Accept orders from now on."""
         subject = subjects.executor_slices(self._config.instance_id)
-        orders: Any = OpenJob | TrainingSlice | WriteCheckpoint | CloseJob
+        orders: Any = OpenJob | TrainingSlice | EvaluationSlice | WriteCheckpoint | CloseJob
         await self._bus.subscribe(subject, orders, self._on_order, concurrent=True)
 
     async def drain(self) -> None:
@@ -71,7 +74,7 @@ class TrainingLink:
             except (BusError, NatsError) as error:  # the trainer probes a job that is silent for long
                 log.warning("job.unreported", job=event.job_id, error=str(error) or type(error).__name__)
 
-    async def _on_order(self, order: OpenJob | TrainingSlice | WriteCheckpoint | CloseJob) -> Any:
+    async def _on_order(self, order: OpenJob | TrainingSlice | EvaluationSlice | WriteCheckpoint | CloseJob) -> Any:
         if stale := self._stale(order.job_id, order.lease):
             return stale
         match order:
@@ -81,7 +84,7 @@ class TrainingLink:
                 return await self._inbox.ask(lambda: self._close(order))
             case _ if self._training.lease(order.job_id) != order.lease:
                 return Rejected(reason="not_found", message=f"job {order.job_id} is not open here under lease {order.lease}")
-            case TrainingSlice():
+            case TrainingSlice() | EvaluationSlice():
                 return await self._inbox.ask(lambda: self._accept(order))
             case WriteCheckpoint():
                 return await self._write(order)
@@ -145,7 +148,7 @@ class TrainingLink:
             job.restore(checkpoint)
         return job
 
-    def _accept(self, item: TrainingSlice) -> SliceAccepted | Rejected:
+    def _accept(self, item: TrainingSlice | EvaluationSlice) -> SliceAccepted | Rejected:
         if self._training.lease(item.job_id) != item.lease:
             return Rejected(reason="not_found", message=f"job {item.job_id} is not open here any more")
         try:
@@ -176,7 +179,9 @@ def optimizer_object(artifact: str) -> str:
     return f"{artifact}.optimizer"
 
 
-def _progress(event: TrainingEvent) -> StepDone | JobFailed:
+def _progress(event: TrainingEvent) -> StepDone | SequenceEvaluated | JobFailed:
+    if event.score is not None:
+        return SequenceEvaluated(job_id=event.job_id, lease=event.lease, **dataclasses.asdict(event.score))
     if event.step is None:
         return JobFailed(job_id=event.job_id, lease=event.lease, message=event.failure)
     step = event.step

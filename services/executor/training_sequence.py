@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.activation_plan import ActivationPlan
-from common.messages import TrainingSlice
+from common.messages import EvaluationSlice, TrainingSlice
 from kernels import ops
 from services.executor.dropout import RowDropout
 from services.executor.model import Decoder
@@ -86,7 +86,7 @@ def heads(windows: Sequence[tuple[TrainingSequence, int, int]], hidden_TH: Tenso
         sequence._take_head(start, list(itertools.islice(losses, num_rows)), list(itertools.islice(hits, num_rows)))
 
 
-def check_slice(item: TrainingSlice, decoder: Decoder) -> None:
+def check_slice(item: TrainingSlice | EvaluationSlice, decoder: Decoder) -> None:
     """Raises InvalidSliceError for a slice that no job can train on."""
     if len(item.weights) != len(item.tokens):
         raise InvalidSliceError(f"weights: {len(item.weights)} for {len(item.tokens)} tokens")

@@ -30,12 +30,16 @@ _CREATE_SCHEMA: dict[str, Any] = {
     "properties": {
         "model": {"type": "string"},
         "training_file": {"type": "string", "description": "Id of an uploaded chat JSONL."},
-        "validation_file": {"type": "string"},
+        "validation_file": {"type": "string", "description": "Id of a chat JSONL, scored after each epoch."},
         "suffix": {"type": "string"},
         "seed": {"type": "integer"},
         "hyperparameters": {"type": "object", "description": "n_epochs, batch_size, learning_rate_multiplier, ..."},
         "method": {"type": "object", "description": "{type: supervised, supervised: {hyperparameters}}"},
         "metadata": {"type": "object"},
+        "lora": {
+            "type": "object",
+            "description": "method, rank, alpha, dropout, target_modules, learning_rate, scheduler, ...",
+        },
     },
 }
 
@@ -65,7 +69,7 @@ class Trainer:
         while has_more:
             page = await self.ask("list", JobQuery(after=after, limit=MAX_PAGE), JobPage)
             for job in page.data:
-                if job.training_file == file_id and job.status not in ENDED:
+                if file_id in (job.training_file, job.validation_file) and job.status not in ENDED:
                     return job.id
             after, has_more = page.data[-1].id if page.data else "", page.has_more and bool(page.data)
         return None

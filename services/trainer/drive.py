@@ -9,16 +9,19 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Literal, Protocol, TypeVar
 
-from common.messages import OptimizerStep, StepDone, TrainingSlice
+from common.messages import OptimizerStep, SequenceEvaluated, StepDone, TrainingSlice
 from services.trainer import naming
 from services.trainer.config import TrainerConfig
 from services.trainer.dataset import Dataset
+from services.trainer.evaluation import Evaluation, Scores
 from services.trainer.progress import Position, next_action
-from services.trainer.schedule import StepPlan, make_slices, optimizer_step, plan_steps
+from services.trainer.schedule import StepPlan, make_evaluation, make_slices, optimizer_step, plan_steps
 from services.trainer.session import ExecutorLostError, ExecutorSession, JobRejectedError, OverloadedError
 from services.trainer.spec import JobSpec
 
 T = TypeVar("T")
+MAX_EVALUATIONS_IN_FLIGHT = 8
+"""Sequences sent to be scored but not scored: enough to keep the executor busy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +32,17 @@ class Course:
     spec: JobSpec
     dataset: Dataset
     plan: StepPlan
+    validation: Dataset | None = None
 
     @classmethod
-    def of(cls, job_id: str, spec: JobSpec, dataset: Dataset) -> Course:
-        """The course of a job over a data set."""
-        return cls(job_id, spec, dataset, plan_steps(spec, len(dataset.sequences)))
+    def of(cls, job_id: str, spec: JobSpec, dataset: Dataset, validation: Dataset | None = None) -> Course:
+        """The course of a job over a data set, with another one to be scored at each epoch's end."""
+        return cls(job_id, spec, dataset, plan_steps(spec, len(dataset.sequences)), validation)
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest sequence of all."""
+        return max(part.longest for part in (self.dataset, self.validation) if part is not None)
 
     def update(self, step: int) -> OptimizerStep:
         """The optimizer's step."""
@@ -58,6 +67,9 @@ class Owner(Protocol):
     async def step_done(self, done: StepDone) -> None:
         """A step is done, perhaps not for the first time."""
 
+    async def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """The validation file was scored before `step`."""
+
     async def checkpoint_written(self, artifact: str, step: int) -> None:
         """A checkpoint holds the state before `step`."""
 
@@ -78,6 +90,7 @@ class Drive:
         self._saved_at = 0.0
         self._saved = 0
         self._num_saves = 0
+        self._scores: Scores | None = None
 
     async def run(self, step: int, checkpointed: int) -> Literal["finish", "stop"]:
         """Train from `step` to the end, or until the owner wants to stop; either way a checkpoint holds the last step.
@@ -98,6 +111,7 @@ class Drive:
                     await self._wait(self._config.heartbeat_s)
                     await self._probe_after_stall()
                 case "checkpoint":
+                    await self._evaluate()
                     await self._write_checkpoint()
                 case ending:
                     return ending
@@ -115,16 +129,45 @@ class Drive:
         """Take in the progress that has arrived; a step told twice is simply told again."""
         while self._session.inbox:
             progress = self._session.inbox.popleft()
-            if not isinstance(progress, StepDone):
-                raise JobRejectedError(progress.message)
-            self._reached(progress.step + 1)
-            await self._owner.step_done(progress)
+            match progress:
+                case StepDone():
+                    self._reached(progress.step + 1)
+                    await self._owner.step_done(progress)
+                case SequenceEvaluated():
+                    self._progressed_at = time.monotonic()
+                    if self._scores is not None:
+                        self._scores.take(progress)
+                case _:
+                    raise JobRejectedError(progress.message)
 
     async def _send_step(self, step: int) -> None:
         for item in self._course.slices(step, self._session.order.lease):
             await self._patiently(functools.partial(self._session.send, item))
         self._position = dataclasses.replace(self._position, sent=max(self._position.sent, step + 1))
         self._progressed_at = time.monotonic()
+
+    async def _evaluate(self) -> None:
+        """At an epoch's end have all validation sequences scored; a score that got lost is asked for again."""
+        step, validation = self._position.done, self._course.validation
+        if validation is None or step % self._course.plan.steps_per_epoch:
+            return
+        scores = self._scores = Scores(step, len(validation.sequences))
+        to_send = scores.missing()
+        while scores.missing():
+            if to_send and scores.num_pending(to_send) < MAX_EVALUATIONS_IN_FLIGHT:
+                index = to_send.pop(0)
+                lease = self._session.order.lease
+                item = make_evaluation(self._course.job_id, lease, step, index, validation.sequences[index])
+                await self._patiently(functools.partial(self._session.send, item))
+                self._progressed_at = time.monotonic()
+            else:
+                await self._wait(self._config.heartbeat_s)
+            await self._absorb()
+            self._next()
+            if time.monotonic() - self._progressed_at >= self._config.stall_s:
+                to_send, self._progressed_at = scores.missing(), time.monotonic()
+        self._scores = None
+        await self._owner.evaluated(step, scores.mean())
 
     async def _write_checkpoint(self) -> None:
         step = self._position.done

@@ -21,7 +21,7 @@ from common.messages import (
 )
 from services.trainer import events, jobs, naming
 from services.trainer.jobs import JobRecord
-from services.trainer.spec import ApiError, JobSpec, parse_create
+from services.trainer.spec import ApiError, parse_create
 from services.trainer.surroundings import Surroundings
 
 Q = TypeVar("Q")
@@ -44,7 +44,9 @@ class Endpoints:
         """Check the body, the model and the file; then the job exists."""
         spec = parse_create(message.body, secrets.randbelow(2**31))
         self._require_served(spec.model)
-        await self._require_file(spec)
+        await self._require_file(spec.training_file, "training_file")
+        if spec.validation_file is not None:
+            await self._require_file(spec.validation_file, "validation_file")
         record = jobs.new_record(naming.new_job_id(time.time()), spec, time.time())
         await self._say(record, f"Created finetuning job: {record.job.id}")
         await self._around.table.create(record)
@@ -115,12 +117,12 @@ class Endpoints:
             400, f"model {model} cannot be finetuned here; base models: {', '.join(known)}", "model_not_found", "model"
         )
 
-    async def _require_file(self, spec: JobSpec) -> None:
+    async def _require_file(self, file_id: str, param: str) -> None:
         store = await self._around.bus.object_store(subjects.FILES_STORE)
         try:
-            await store.get_info(spec.training_file)
+            await store.get_info(file_id)
         except ObjectNotFoundError as error:
-            raise ApiError(400, f"no such file: {spec.training_file}", "file_not_found", "training_file") from error
+            raise ApiError(400, f"no such file: {file_id}", "file_not_found", param) from error
 
     async def _say(self, record: JobRecord, text: str) -> None:
         await self._around.events.append(record.job.id, events.message(time.time(), text))

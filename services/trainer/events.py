@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from common.messages import JobEvent, OptimizerStep, StepDone
+from services.trainer.evaluation import Evaluation
 
 Level = Literal["info", "warn", "error"]
 
@@ -15,16 +16,21 @@ def message(now: float, text: str, level: Level = "info", data: Mapping[str, Any
     return JobEvent(id="", created_at=int(now), level=level, message=text, data=dict(data or {}))
 
 
-def metrics(now: float, done: StepDone, update: OptimizerStep, total_steps: int) -> JobEvent:
-    """The numbers of one step; steps count from 1 for users."""
+def metrics(
+    now: float, done: StepDone, update: OptimizerStep, total_steps: int, evaluation: Evaluation | None = None
+) -> JobEvent:
+    """The numbers of one step, and of the evaluation behind it; steps count from 1 for users."""
     data = {
         **step_metrics(done),
+        **(evaluation.metrics() if evaluation else {}),
         "total_steps": total_steps,
         "learning_rate": update.learning_rate,
         "grad_norm": done.grad_norm,
         "tokens_per_second": 1000.0 * done.num_sequence_tokens / done.elapsed_ms if done.elapsed_ms > 0 else 0.0,
     }
     text = f"Step {done.step + 1}/{total_steps}: training loss={done.loss:.4f}"
+    if evaluation is not None:
+        text += f", full validation loss={evaluation.loss:.4f}"
     return JobEvent(id="", created_at=int(now), level="info", message=text, type="metrics", data=data)
 
 

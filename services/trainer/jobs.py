@@ -51,6 +51,7 @@ def new_record(job_id: str, spec: JobSpec, now: float) -> JobRecord:
         created_at=int(now),
         model=spec.model,
         training_file=spec.training_file,
+        validation_file=spec.validation_file,
         status="validating_files",
         hyperparameters=job_hyperparameters(spec),
         lora=job_lora(spec),

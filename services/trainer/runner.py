@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 import nats.js.errors
 import structlog
@@ -20,6 +21,17 @@ from services.trainer.training import Training
 
 log = structlog.get_logger()
 
+FileParam = Literal["training_file", "validation_file"]
+FILE_NAMES: dict[FileParam, str] = {"training_file": "Training file", "validation_file": "Validation file"}
+
+
+class InvalidFileError(ValueError):
+    """A file of the job cannot be used; `param` says which."""
+
+    def __init__(self, param: FileParam, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
 
 class JobRunner:
     """Works on a claimed job until it is over, handed over, or taken from us."""
@@ -34,15 +46,14 @@ class JobRunner:
 
     async def run(self) -> None:
         """Validate a new job, train any other. Raises nats errors when the server does not answer."""
-        spec = self.lease.record.spec
         try:
-            dataset = await self._load_dataset()
+            course = await self._course()
             if self.validates:
-                await self._queue(dataset)
+                await self._queue(course)
             else:
-                await self._train(Course.of(self.lease.job_id, spec, dataset))
-        except DatasetError as error:
-            await self._fail(JobError(code="invalid_training_file", message=str(error), param="training_file"))
+                await self._train(course)
+        except InvalidFileError as error:
+            await self._fail(JobError(code=f"invalid_{error.param}", message=str(error), param=error.param))
         except JobRejectedError as error:
             await self._fail(JobError(code="training_failed", message=str(error)))
 
@@ -81,29 +92,38 @@ class JobRunner:
         except SupersededError as error:
             log.info("job.superseded", job_id=self.lease.job_id, now=str(error))
 
-    async def _load_dataset(self) -> Dataset:
-        """The job's training sequences; a file that cannot be read now is tried again. Raises DatasetError."""
-        config, file_id = self._around.config, self.lease.record.spec.training_file
+    async def _course(self) -> Course:
+        """All that the job trains on. Raises InvalidFileError."""
+        spec = self.lease.record.spec
+        dataset = await self._load(spec.training_file, "training_file")
+        validation = await self._load(spec.validation_file, "validation_file") if spec.validation_file else None
+        return Course.of(self.lease.job_id, spec, dataset, validation)
+
+    async def _load(self, file_id: str, param: FileParam) -> Dataset:
+        """The sequences of one of the job's files; one that cannot be read now is tried again. Raises InvalidFileError."""
+        config, model = self._around.config, self.lease.record.spec.model
         for number in range(1, config.max_file_reads + 1):
             try:
-                return await self._around.load_dataset(self.lease.record.spec, validates=self.validates)
+                return await self._around.load_dataset(file_id, model, validates=self.validates)
+            except DatasetError as error:
+                raise InvalidFileError(param, str(error)) from error
             except (TimeoutError, nats.js.errors.Error) as error:
                 reason = str(error) or type(error).__name__
             self.lease.check()
-            text = f"Training file {file_id} could not be read (try {number} of {config.max_file_reads}): {reason}"
+            text = f"{FILE_NAMES[param]} {file_id} could not be read (try {number} of {config.max_file_reads}): {reason}"
             await self._journal.write(events.message(time.time(), text, "warn"))
             if number < config.max_file_reads:
                 await self.lease.pause(config.file_retry_s * 2 ** (number - 1))
-        raise DatasetError(f"file {file_id} could not be read in {config.max_file_reads} tries; the last: {reason}")
+        text = f"file {file_id} could not be read in {config.max_file_reads} tries; the last: {reason}"
+        raise InvalidFileError(param, text)
 
-    async def _queue(self, dataset: Dataset) -> None:
-        total = Course.of(self.lease.job_id, self.lease.record.spec, dataset).plan.total_steps
-        counts = {
-            "examples": len(dataset.sequences),
-            "tokens": dataset.num_tokens,
-            "trained_tokens": dataset.num_loss_tokens,
-            "longest": dataset.longest,
-        }
+    async def _queue(self, course: Course) -> None:
+        total = course.plan.total_steps
+        if course.validation is not None:
+            counts = _counts(course.validation)
+            text = "Validation file validated: {examples} examples, {tokens} tokens, {trained_tokens} of them scored"
+            await self._journal.write(events.message(time.time(), text.format(**counts), data=counts))
+        counts = _counts(course.dataset)
         text = "Training file validated: {examples} examples, {tokens} tokens per epoch, {trained_tokens} of them trained"
         data = {**counts, "total_steps": total}
         await self._journal.write(events.message(time.time(), text.format(**counts), data=data))
@@ -136,3 +156,12 @@ class JobRunner:
         await self._journal.write(events.message(time.time(), f"Job failed: {error.message}", "error"))
         await self.lease.change(lambda record: jobs.failed(record, error, time.time()))
         self._around.counters["jobs_failed"] += 1
+
+
+def _counts(dataset: Dataset) -> dict[str, int]:
+    return {
+        "examples": len(dataset.sequences),
+        "tokens": dataset.num_tokens,
+        "trained_tokens": dataset.num_loss_tokens,
+        "longest": dataset.longest,
+    }

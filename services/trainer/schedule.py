@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from functools import lru_cache
 
-from common.messages import OptimizerStep, TrainingSlice
+from common.messages import EvaluationSlice, OptimizerStep, TrainingSlice
 from services.trainer.dataset import TrainingSequence
 from services.trainer.spec import JobSpec, Scheduler
 
@@ -92,3 +92,9 @@ def make_slices(
         )
         for index, sequence in enumerate(sequences)
     ]
+
+
+def make_evaluation(job_id: str, lease: int, step: int, index: int, sequence: TrainingSequence) -> EvaluationSlice:
+    """A sequence of the validation file, to be scored before a step; the weights are left to whoever takes the mean."""
+    weights = tuple(1.0 if trained else 0.0 for trained in sequence.in_loss)
+    return EvaluationSlice(job_id=job_id, lease=lease, step=step, index=index, tokens=sequence.tokens, weights=weights)

@@ -18,11 +18,13 @@ from common.fleet import Fleet
 from common.messages import (
     CheckpointWritten,
     CloseJob,
+    EvaluationSlice,
     JobClosed,
     JobFailed,
     JobOpened,
     OpenJob,
     Rejected,
+    SequenceEvaluated,
     SliceAccepted,
     StepDone,
     TrainingSlice,
@@ -31,6 +33,7 @@ from common.messages import (
 from services.trainer.config import TrainerConfig
 
 T = TypeVar("T")
+Progress = StepDone | SequenceEvaluated | JobFailed
 log = structlog.get_logger()
 NUM_TRIES = 3
 """An answer may be lost; every order is idempotent."""
@@ -67,7 +70,7 @@ class ExecutorSession:
     ) -> None:
         self.executor_id = executor_id
         self.order = order
-        self.inbox: deque[StepDone | JobFailed] = deque()
+        self.inbox: deque[Progress] = deque()
         self.wake = wake
         self._bus, self._fleet, self._config, self._guard = bus, fleet, config, guard
         self._subscription: Subscription | None = None
@@ -79,11 +82,11 @@ class ExecutorSession:
 
     async def open(self) -> int:
         """Let the executor hold the job as the order's checkpoint has it; returns the step to continue with."""
-        either: Any = StepDone | JobFailed
+        either: Any = Progress
         self._subscription = await self._bus.subscribe(subjects.job_progress(self.order.job_id), either, self._on_progress)
         return (await self._ask(self.order, JobOpened, self._config.open_timeout_s)).step
 
-    async def send(self, item: TrainingSlice) -> None:
+    async def send(self, item: TrainingSlice | EvaluationSlice) -> None:
         """Queue a slice. Raises OverloadedError, ExecutorLostError or JobRejectedError."""
         await self._ask(item, SliceAccepted, self._config.request_timeout_s)
 
@@ -106,7 +109,7 @@ class ExecutorSession:
         if self._subscription is not None:
             await self._subscription.unsubscribe()
 
-    async def _on_progress(self, progress: StepDone | JobFailed) -> None:
+    async def _on_progress(self, progress: Progress) -> None:
         if progress.lease == self.order.lease:
             self.inbox.append(progress)
             self.wake.set()

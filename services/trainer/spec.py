@@ -35,6 +35,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     training_file: str
+    validation_file: str | None = None
     suffix: str | None = None
     seed: int
     metadata: dict[str, str] | None = None
@@ -93,7 +94,7 @@ class _CreateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     model: Annotated[str, Meta(min_length=1)]
     training_file: Annotated[str, Meta(min_length=1)]
-    validation_file: str | None = None
+    validation_file: Annotated[str, Meta(min_length=1)] | None = None
     suffix: Annotated[str, Meta(pattern=r"^[a-z0-9_.-]{1,64}\Z")] | None = None
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     metadata: (
@@ -111,8 +112,6 @@ def parse_create(body: dict[str, Any], new_seed: int) -> JobSpec:
         asked = msgspec.convert(body, _CreateBody)
     except msgspec.ValidationError as error:
         raise _bad_parameter(str(error)) from error
-    if asked.validation_file is not None:
-        raise ApiError(400, "validation_file is not supported yet", "unsupported_parameter", "validation_file")
     return _resolve(asked, _hyperparameters(asked), asked.lora or _Lora(), new_seed)
 
 
@@ -151,6 +150,7 @@ def _resolve(asked: _CreateBody, hyper: _Hyperparameters, lora: _Lora, new_seed:
     return JobSpec(
         model=asked.model,
         training_file=asked.training_file,
+        validation_file=asked.validation_file,
         suffix=asked.suffix,
         seed=new_seed if asked.seed is None else asked.seed,
         metadata=asked.metadata,

@@ -21,7 +21,6 @@ from services.trainer.dataset import Dataset, DatasetError, read_dataset
 from services.trainer.event_log import EventLog
 from services.trainer.job_table import JobTable
 from services.trainer.placement import max_training_len
-from services.trainer.spec import JobSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,16 +40,16 @@ class Surroundings:
         """Last beats of the living executors."""
         return self.fleet.alive("executor", time.monotonic())
 
-    async def load_dataset(self, spec: JobSpec, *, validates: bool) -> Dataset:
-        """The training sequences of a job; those of a validated job are held against the executors of today no more.
+    async def load_dataset(self, file_id: str, model: str, *, validates: bool) -> Dataset:
+        """The sequences of a job's file; those of a validated job are held against the executors of today no more.
 
         Raises DatasetError; TimeoutError and nats errors when the file cannot be read now.
         """
         store = await self.bus.object_store(subjects.FILES_STORE)
         try:
-            data = await read_object(store, spec.training_file, self.config.open_timeout_s)
+            data = await read_object(store, file_id, self.config.open_timeout_s)
         except ObjectNotFoundError as error:
-            raise DatasetError(f"file {spec.training_file} does not exist any more") from error
-        trainable = max_training_len(self.executors(), spec.model) if validates else None
+            raise DatasetError(f"file {file_id} does not exist any more") from error
+        trainable = max_training_len(self.executors(), model) if validates else None
         limit = min(self.config.max_sequence_length, trainable or self.config.max_sequence_length)
         return await asyncio.to_thread(read_dataset, data, self.tokenizer, limit)

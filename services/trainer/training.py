@@ -14,6 +14,7 @@ from common.codec import encode
 from common.messages import AdapterRecord, CloseJob, OpenJob, StepDone
 from services.trainer import events, jobs, naming
 from services.trainer.drive import Course, Drive
+from services.trainer.evaluation import Evaluation
 from services.trainer.jobs import JobRecord, SupersededError
 from services.trainer.journal import Journal
 from services.trainer.lease import Lease
@@ -32,6 +33,7 @@ class Training:
         self.handing_over = False
         self._around, self._config, self._lease, self._journal, self._course = around, around.config, lease, journal, course
         self._last: StepDone | None = None
+        self._evaluation: tuple[int, Evaluation] | None = None
         self._best_step = self.step
         self._attempts = 0
         self._opened: tuple[float, int] | None = None
@@ -93,13 +95,25 @@ class Training:
             self._best_step, self._attempts = self.step, 0
         self._around.counters["steps"] += 1
         self._around.counters["trained_tokens"] += done.num_sequence_tokens
-        update = self._course.update(done.step)
-        event = events.metrics(time.time(), done, update, self._course.plan.total_steps)
+        await self._write_metrics(done)
+
+    async def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """Tell the evaluation with the metrics of the step before it."""
+        self._evaluation = (step, evaluation)
+        if self._last is not None and self._last.step + 1 == step:
+            await self._write_metrics(self._last, evaluation)
+        else:
+            await self._say(f"Validation loss before step {step + 1}: {evaluation.loss:.4f}", data=evaluation.metrics())
+
+    async def _write_metrics(self, done: StepDone, evaluation: Evaluation | None = None) -> None:
+        event = events.metrics(time.time(), done, self._course.update(done.step), self._course.plan.total_steps, evaluation)
         await self._journal.metrics(done.step, event)
 
     async def checkpoint_written(self, artifact: str, step: int) -> None:
         """Remember a checkpoint, and say so; most of them end an epoch."""
         metrics = events.step_metrics(self._last) if self._last and self._last.step + 1 == step else {}
+        if self._evaluation is not None and self._evaluation[0] == step:
+            metrics |= self._evaluation[1].metrics()
         await self._record(lambda record: jobs.checkpointed(record, artifact, step, metrics, time.time()))
         spec = self._course.spec
         await self._announce(naming.checkpoint_model_name(spec.model, spec.suffix, self._lease.job_id, step), artifact)
@@ -172,7 +186,7 @@ class Training:
                 return None
             beats = [b for b in self._around.executors() if b.sent_at > self._set_aside_at.get(b.instance_id, 0.0)]
             prefer = self._lease.record.executor_id if self._attempts == 0 else ""
-            chosen = choose_executor(beats, self._course.spec.model, self._course.dataset.longest, prefer)
+            chosen = choose_executor(beats, self._course.spec.model, self._course.longest, prefer)
             if chosen is not None:
                 return chosen
             if not told:
