@@ -13,6 +13,7 @@ import pytest
 
 from common import subjects
 from common.bus import Bus
+from common.fingerprint import fingerprint
 from common.messages import Beat, DraftTree, DraftTrees, IterationReport, PlannerClaim, PlannerGranted, ServiceState
 from services.executor.engine import Iteration
 from tests.executor_stage import Connect, Gate, Mailbox, Stage, known_profile, running_executor, write_model
@@ -123,7 +124,7 @@ async def serve(stage: Stage, *names: str) -> None:
 
 async def test_trees_of_a_claimed_planner_save_iterations(connect: Connect, model_dir: Path, planner: FakePlanner) -> None:
     async with claimed(connect, model_dir, planner) as stage:
-        assert planner.claims == [PlannerClaim(executor_id="executor-1", model="tiny")]
+        assert planner.claims == [PlannerClaim(executor_id="executor-1", model="tiny", fingerprint=fingerprint(model_dir))]
         await serve(stage, "r3", "r4")
         await stage.settled()
         assert stage.load.planner_id == "planner-1"

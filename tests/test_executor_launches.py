@@ -15,6 +15,7 @@ from common.messages import DraftTree, LoraSpec, Sampling
 from kernels.native.build import library
 from services.executor.batch import Batch
 from services.executor.engine import Engine
+from services.executor.features import FeatureWish, PassFeatures
 from services.executor.finetune import new_job
 from services.executor.model import KvCache
 from services.executor.scheduler import Limits
@@ -62,6 +63,13 @@ def draft(engine: Engine, num_nodes: int) -> None:
 def requests(n: int) -> Engine:
     engine = engine_of()
     decoding(engine, n)
+    return engine
+
+
+def features(n: int) -> Engine:
+    """Requests whose hidden states a planner wants."""
+    engine = requests(n)
+    engine.feature_wish = FeatureWish((1, 2), 4)
     return engine
 
 
@@ -131,9 +139,9 @@ def count_layers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Counter[str
     batches: list[Batch] = []
     forward = engine.decoder.forward
 
-    def remembered(batch: Batch, cache: KvCache) -> torch.Tensor:
+    def remembered(batch: Batch, cache: KvCache, features: PassFeatures) -> torch.Tensor:
         batches.append(batch)
-        return forward(batch, cache)
+        return forward(batch, cache, features)
 
     monkeypatch.setattr(engine.decoder, "forward", remembered)
     iteration = engine.forward_pass()
@@ -146,7 +154,7 @@ def count_layers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Counter[str
 
 
 LAYERS = [
-    requests, adapters, trees, short_chunks, jobs,
+    requests, features, adapters, trees, short_chunks, jobs,
     pytest.param(long_chunks, marks=without_compiler), pytest.param(contexts, marks=without_compiler),
 ]  # fmt: skip
 

@@ -12,19 +12,26 @@ class PlannerClaim(msgspec.Struct, frozen=True, kw_only=True, tag="claim.1"):
 
     executor_id: str
     model: str
+    fingerprint: str = ""
+    """Of the base model; see `common.fingerprint`."""
 
 
 class PlannerGranted(msgspec.Struct, frozen=True, kw_only=True, tag="granted.1"):
     """This planner drafts for the executor that asked."""
 
     planner_id: str
+    feature_layers: tuple[int, ...] = ()
+    """The states after these layers are wanted with each report, 1 is the first layer; rising."""
+    feature_window: int = 0
+    """Of the last so many tokens of a sequence that is opened."""
 
 
 class OpenedSequence(msgspec.Struct, frozen=True, kw_only=True):
     """A sequence that starts to decode, or that a new planner has not seen: all its tokens so far.
 
     `num_decoded` of its tokens came since its first one on this executor, the start of SequenceProgress.decode_ms; None: all
-    output but the first, which prefill gives.
+    output but the first, which prefill gives. `features` are rows of bfloat16, as the planner asked for, of consecutive tokens;
+    the last row is of the last token but one, as the last token's is not computed yet. Empty if there are none.
     """
 
     request_id: str
@@ -33,10 +40,14 @@ class OpenedSequence(msgspec.Struct, frozen=True, kw_only=True):
     max_output: int
     tpot_ms: float | None = None
     num_decoded: int | None = None
+    features: bytes = b""
 
 
 class SequenceProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """What one verify step did to a sequence. `tokens` were committed by it (bonus token included)."""
+    """What one verify step did to a sequence. `tokens` were committed by it (bonus token included).
+
+    `features` are as in OpenedSequence, of as many tokens, each one place earlier: the old last token to the new last but one.
+    """
 
     request_id: str
     tokens: tuple[int, ...]
@@ -44,6 +55,7 @@ class SequenceProgress(msgspec.Struct, frozen=True, kw_only=True):
     accepted_len: int
     num_output: int
     decode_ms: float
+    features: bytes = b""
 
 
 class IterationReport(msgspec.Struct, frozen=True, kw_only=True, tag="report.1"):

@@ -14,6 +14,7 @@ from nats.errors import Error as NatsError
 
 from common import subjects
 from common.bus import Bus, BusError
+from common.fingerprint import fingerprint
 from common.latency import predict_ms
 from common.messages import Admit, Admitted, Beat, Cancel, CheckAdapter, Rejected, TokenChunk
 from common.service import Vitals
@@ -22,6 +23,7 @@ from services.executor.adapter_store import AdapterStore
 from services.executor.config import ExecutorConfig
 from services.executor.device import is_out_of_memory
 from services.executor.engine import Iteration
+from services.executor.features import bounded, wish_of
 from services.executor.gateway_watch import GatewayWatch
 from services.executor.grammar_store import GrammarStore
 from services.executor.inbox import Inbox
@@ -78,6 +80,7 @@ class ExecutorActor:
         await bus.subscribe(subjects.ALL_CANCELS, Cancel, self._on_cancel)
         await self._training.start()
         if self._config.speculation:
+            self._planner.fingerprint = fingerprint(Path(self._config.model_dir))
             await self._planner.start(bus, tasks)
         checks = subjects.check_adapter(self._model)
         await bus.subscribe(checks, CheckAdapter, self._adapters.on_check, queue="executor", concurrent=True)
@@ -226,7 +229,8 @@ class ExecutorActor:
         self._dropped.clear()
         if not decoding and not closed:
             return
-        everyone = self._planner.takes_reopening()
+        if (everyone := self._planner.takes_reopening()) and self._planner.granted is not None:
+            self._engine.feature_wish = wish_of(self._planner.granted, self._engine.decoder.config.num_layers)
         fresh = {sequence.request_id for sequence in iteration.opened} | self._unknown
         opened = tuple(s.opened() for s in decoding if everyone or s.request_id in fresh)
         self._unknown = frozenset()
@@ -234,7 +238,7 @@ class ExecutorActor:
         known = {sequence.request_id for sequence in opened}
         await self._planner.report(
             iteration.number,
-            opened=opened,
+            opened=bounded(opened),
             closed=closed,
             progress=tuple(step for step in iteration.progress if step.request_id not in known),
             token_budget=min(self._config.max_draft_tokens, self._config.max_batch_tokens - len(decoding)),

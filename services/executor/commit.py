@@ -44,8 +44,8 @@ def verify(work: Work, drawn: Drawn, moves: Moves, counters: Counter[str]) -> Ve
     return verdict
 
 
-def commit(work: Work, verdict: Verdict, now: float, counters: Counter[str]) -> Committed:
-    """Append the verdict's tokens, up to the one that ends the request."""
+def commit(work: Work, verdict: Verdict, now: float, counters: Counter[str], features: bytes = b"") -> Committed:
+    """Append the verdict's tokens, up to the one that ends the request; `features` are of the rows that they followed."""
     sequence = work.sequence
     before = len(sequence.tokens)
     if sequence.first_token_at is None and sequence.digests is not None:
@@ -65,5 +65,6 @@ def commit(work: Work, verdict: Verdict, now: float, counters: Counter[str]) -> 
         accepted_len=accepted_len,
         num_output=sequence.num_output,
         decode_ms=sequence.decode_ms(now),
+        features=features[: len(features) // len(verdict.tokens) * len(tokens)],
     )
     return Committed(tokens, reason, progress)

@@ -31,6 +31,7 @@ from services.executor.batch import build_batch
 from services.executor.commit import Moves, commit, verify
 from services.executor.device import is_out_of_memory
 from services.executor.draws import WorkDraws, drawn_by
+from services.executor.features import FeatureWish, PassFeatures
 from services.executor.grammar import GrammarError, GrammarState
 from services.executor.logits import processor_of
 from services.executor.lora import LoraAdapter
@@ -97,6 +98,8 @@ class Engine:
         """Those that are resident, the one used longest ago first."""
         self.sequences: dict[str, Sequence] = {}
         self.counters: Counter[str] = Counter()
+        self.feature_wish = FeatureWish()
+        """The hidden states that the planner wants."""
         self.num_iterations = 0
         self._prefix_cache = prefix_cache
         self._executor_id = executor_id
@@ -190,19 +193,22 @@ class Engine:
         self.num_iterations += 1
         self._plan = plan
         if not segments:
-            return self._finish_iteration([], [], plan, 0)
+            return self._finish_iteration([], [], plan, 0, PassFeatures(FeatureWish()))
         num_training = sum(len(window.segment.tokens) for window in windows)
         try:
             batch = build_batch(segments, self.decoder.device)
-            hidden_TH = self.decoder.forward(batch, self.cache)
+            features = PassFeatures(self.feature_wish)
+            hidden_TH = self.decoder.forward(batch, self.cache, features)
+            features.keep(self.decoder.config.num_layers, hidden_TH)
+            features.gather(batch.starts, [len(each.segment.tokens) for each in works], [each.is_decode for each in works])
             self.training.heads(windows, hidden_TH[len(hidden_TH) - num_training :])
             draws = Draws(self.decoder.logits(hidden_TH[batch.logit_rows])) if len(batch.logit_rows) else None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or not self._shrink(plan.num_tokens):
                 raise
-            return self._finish_iteration([], [], plan, 0)
+            return self._finish_iteration([], [], plan, 0, PassFeatures(FeatureWish()))
         drawn = drawn_by(works, draws, batch.starts, hidden_TH, self.decoder.logits)
-        iteration = self._finish_iteration(works, drawn, plan, num_training)
+        iteration = self._finish_iteration(works, drawn, plan, num_training, features)
         if len(batch.tokens_T) == plan.num_tokens:  # else pages were short, and the prediction was for another pass
             self.profile = corrected(self.profile, plan.rows, (self._clock() - now) * 1e3)
         return iteration
@@ -240,14 +246,14 @@ class Engine:
     # --- parts of an iteration -------------------------------------------------------------------------------------
 
     def _finish_iteration(
-        self, works: list[Work], drawn_by_work: list[WorkDraws], plan: IterationPlan, num_training: int
+        self, works: list[Work], drawn_by_work: list[WorkDraws], plan: IterationPlan, num_training: int, features: PassFeatures
     ) -> Iteration:
         now = self._clock()
         moves = Moves()
         chunks: list[TokenChunk] = []
         progress: list[SequenceProgress] = []
         counts: Counter[str] = Counter()
-        for work, drawn in zip(works, drawn_by_work, strict=True):
+        for i, (work, drawn) in enumerate(zip(works, drawn_by_work, strict=True)):
             if work.is_decode:
                 counts["decode"] += 1
                 counts["draft"] += len(work.segment.tokens) - 1
@@ -260,8 +266,10 @@ class Engine:
             except (NonFiniteLogitsError, GrammarError) as error:
                 chunks.append(self._finish(work.sequence, (), "error", error=str(error)))
                 continue
+            nodes = (0, *verdict.path) if work.is_decode else None
+            work.sequence.features = features.take(i, work.sequence.features, work.sequence.num_computed, nodes)
             if verdict.tokens:
-                done = commit(work, verdict, now, self.counters)
+                done = commit(work, verdict, now, self.counters, features.of(i, nodes) if nodes else b"")
                 finish = self._finish if done.reason else self._chunk
                 chunks.append(
                     finish(work.sequence, done.tokens, done.reason, logprobs=drawn.logprobs(verdict.path, done.tokens))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels import ops
 from services.executor.batch import Batch
+from services.executor.features import PassFeatures
 from services.executor.model_config import ModelConfig
 from services.executor.rope import rotary_tables
 
@@ -102,10 +103,11 @@ class Decoder:
             window=self.config.windows[layer],
         )
 
-    def forward(self, batch: Batch, cache: KvCache) -> Tensor:
+    def forward(self, batch: Batch, cache: KvCache, features: PassFeatures | None = None) -> Tensor:
         """Hidden states [T, H] of all rows after the last layer, before the final norm.
 
-        In place: writes keys and values of the rows into `cache`, and activations of training rows into their tapes.
+        In place: writes keys and values of the rows into `cache`, and activations of training rows into their tapes. `features`
+        gets the states after all layers but the last.
         """
         x_TH = F.embedding(batch.tokens_T, self.embedding_VH)
         cos_TD, sin_TD = self.cos_PD[batch.positions_T], self.sin_PD[batch.positions_T]
@@ -118,6 +120,8 @@ class Decoder:
             if layer + 1 < self.config.num_layers:
                 norm_H = self.layers[layer + 1].input_norm_H
                 x_TH, y_TH = ops.add_rms_norm(m_TH, down_TH, norm_H, self.config.rms_norm_eps)
+                if features is not None:
+                    features.keep(layer + 1, x_TH)
         return m_TH + down_TH
 
     def logits(self, hidden_RH: Tensor) -> Tensor:

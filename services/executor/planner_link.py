@@ -35,6 +35,10 @@ class PlannerLink:
     """Claims a planner, reports iterations to it and collects its trees."""
 
     def __init__(self, executor_id: str, model: str, max_wait_s: float) -> None:
+        self.fingerprint = ""
+        """Of the base model, for drafters that are trained for one."""
+        self.granted: PlannerGranted | None = None
+        """What the last planner that was claimed said."""
         self.planner_id: str | None = None
         self.mean_turnaround_ms = 0.0
         self._executor_id = executor_id
@@ -143,7 +147,7 @@ class PlannerLink:
             await asyncio.sleep(0.25)
 
     async def _claim(self) -> None:
-        claim = PlannerClaim(executor_id=self._executor_id, model=self._model)
+        claim = PlannerClaim(executor_id=self._executor_id, model=self._model, fingerprint=self.fingerprint)
         try:
             granted = await self._bus.request(subjects.CLAIM, claim, PlannerGranted, timeout_s=1.0)
         except BusError as error:
@@ -151,5 +155,6 @@ class PlannerLink:
             return
         if not self._fleet.is_alive("planner", granted.planner_id, time.monotonic()):
             return
+        self.granted = granted
         self.planner_id, self._reopen, self._misses = granted.planner_id, True, 0
         log.info("planner.claimed", planner=granted.planner_id)

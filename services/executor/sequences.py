@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from common.messages import DraftTree, FinishReason, InferenceRequest, OpenedSequence, Usage
+from services.executor.features import FeatureWindow
 from services.executor.grammar import GrammarState
 from services.executor.logits import LogitsProcessor
 from services.executor.lora import LoraAdapter
@@ -32,6 +33,8 @@ class Sequence:
     """Advanced as tokens are drawn: never behind `tokens`, and beyond them only when the request ends."""
     digests: PageDigests | None = None
     """Names of its full pages; None: it neither uses nor fills the prefix cache."""
+    features: FeatureWindow | None = None
+    """Hidden states of its last tokens, if a planner wants them."""
     num_computed: int = 0
     num_cached: int = 0
     """Prompt tokens that another sequence had computed."""
@@ -166,6 +169,7 @@ class Sequence:
             num_decoded=self.num_output - self.num_first,
             max_output=self.request.max_tokens,
             tpot_ms=self.request.slo.tpot_ms,
+            features=b"" if self.features is None else self.features.before(len(self.tokens) - 1),
         )
 
     def usage(self, now: float) -> Usage:

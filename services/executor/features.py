@@ -1,0 +1,121 @@
+"""Hidden states of committed tokens, kept for a planner whose drafter asked for them. Knows rows and positions, no drafter.
+
+F is the width of a row: the hidden sizes of the asked layers side by side. Rows travel as bfloat16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import structlog
+import torch
+from torch import Tensor
+
+from common.messages import OpenedSequence, PlannerGranted
+
+MAX_WINDOW = 512
+MAX_LAYERS = 8
+MAX_REPORT_BYTES = 2 * 1024 * 1024
+"""Of a report's features of opened sequences: when all are opened at once, drafters live with fewer."""
+Rows = np.ndarray[Any, np.dtype[np.uint16]]
+log = structlog.get_logger()
+
+
+class FeatureWish(NamedTuple):
+    """States after these layers (1 is the first one, the number of layers the output before the final norm) of the last
+    `window` committed tokens; nothing is kept for an empty wish."""
+
+    layers: tuple[int, ...] = ()
+    window: int = 0
+
+
+def wish_of(granted: PlannerGranted, num_layers: int) -> FeatureWish:
+    """What the planner asks for; nothing, and a warning, if this model cannot give it."""
+    wish = FeatureWish(granted.feature_layers, granted.feature_window)
+    if not wish.layers:
+        return FeatureWish()
+    rising = all(low < high for low, high in zip((0, *wish.layers), wish.layers, strict=False))
+    if not rising or wish.layers[-1] > num_layers or len(wish.layers) > MAX_LAYERS or not 1 <= wish.window <= MAX_WINDOW:
+        log.warning("planner.impossible_features", layers=wish.layers, window=wish.window, num_layers=num_layers)
+        return FeatureWish()
+    return wish
+
+
+def bounded(opened: Iterable[OpenedSequence]) -> tuple[OpenedSequence, ...]:
+    """The sequences, the first ones with their features, as long as there is room for them."""
+    found, num_bytes = [], 0
+    for sequence in opened:
+        num_bytes += len(sequence.features)
+        found.append(sequence if num_bytes <= MAX_REPORT_BYTES else msgspec.structs.replace(sequence, features=b""))
+    return tuple(found)
+
+
+@dataclasses.dataclass
+class FeatureWindow:
+    """The last rows [n, F] of one sequence; the last one is of the token before position `end`."""
+
+    wish: FeatureWish
+    end: int
+    rows: Rows
+
+    def append(self, start: int, rows: Rows) -> None:
+        """Rows of the tokens from position `start` on. After a gap the older ones are forgotten; known ones stay."""
+        if start > self.end:
+            self.rows, self.end = rows[:0], start
+        new = rows[self.end - start :]
+        self.rows = np.concatenate([self.rows, new])[-self.wish.window :]
+        self.end += len(new)
+
+    def before(self, position: int) -> bytes:
+        """The rows of the tokens before this position, if that is where they end."""
+        return self.rows.tobytes() if position == self.end else b""
+
+
+class PassFeatures:
+    """The states of one pass: gathered in as many operations whatever the pass holds, and shared out to its sequences."""
+
+    def __init__(self, wish: FeatureWish) -> None:
+        self.wish = wish
+        self._states: list[Tensor] = []
+        self._starts: list[int] = []
+        self._rows: Rows | None = None
+
+    def keep(self, layer: int, x_TH: Tensor) -> None:
+        """The state after this many layers; layers come in their order."""
+        if layer in self.wish.layers:
+            self._states.append(x_TH)
+
+    def gather(self, starts: Sequence[int], sizes: Sequence[int], are_decoding: Sequence[bool]) -> None:
+        """Segment i has `sizes[i]` rows from `starts[i]` on: all of trees, the last `window` of prompts are taken."""
+        if not self._states:
+            return
+        taken = list[int]()
+        for start, size, is_decoding in zip(starts, sizes, are_decoding, strict=False):
+            self._starts.append(len(taken))
+            taken += range(start if is_decoding else max(start, start + size - self.wish.window), start + size)
+        self._starts.append(len(taken))
+        rows_R = torch.tensor(taken, dtype=torch.int64, device=self._states[0].device)
+        rows_RF = torch.cat([state_TH[rows_R] for state_TH in self._states], dim=1).to(torch.bfloat16).cpu()
+        self._rows = rows_RF.view(torch.int16).numpy().view(np.uint16)
+
+    def take(self, segment: int, window: FeatureWindow | None, end: int, nodes: Sequence[int] | None) -> FeatureWindow | None:
+        """The window with the segment's rows: those of the nodes of a tree, which end before position `end`, or all."""
+        if self._rows is None:
+            return None
+        rows = self._rows[self._starts[segment] : self._starts[segment + 1]]
+        rows = rows if nodes is None else rows[list(nodes)]
+        start = end - len(rows)
+        if window is None or window.wish != self.wish:
+            window = FeatureWindow(self.wish, start, rows[:0])
+        window.append(start, rows)
+        return window
+
+    def of(self, segment: int, nodes: Sequence[int]) -> bytes:
+        """The rows of these nodes."""
+        if self._rows is None:
+            return b""
+        return self._rows[self._starts[segment] : self._starts[segment + 1]][list(nodes)].tobytes()
