@@ -35,7 +35,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "heddle_commit_kv": (_INT, [_POINTER, _INT64, _POINTER, _POINTER] + [_INT64] * 2),
     "heddle_draw": (_INT, [_POINTER, _INT64, _POINTER, _INT64, _POINTER, _INT]),
     "heddle_layers_width": (_INT64, [_POINTER]),
-    "heddle_layers": (_INT, [_POINTER] * 9 + [_INT64] + [_POINTER] * 2),
+    "heddle_layers": (_INT, [_POINTER] * 9 + [_INT64] + [_POINTER] * 3),
     "heddle_attention": (_INT, [_POINTER] * 8 + [_INT64] * 5 + [_FLOAT, _INT64, _INT]),
 }
 

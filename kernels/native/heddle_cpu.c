@@ -816,9 +816,11 @@ static void norm_heads(void *x, int64_t x_stride, const void *weight, int64_t nu
 }
 
 /* x [T, H]: embeddings, and then the hidden states behind the last layer. `work`: heddle_layers_width elements for each row. `lora`:
- * four for each layer (qkv, o, gate_up, down), or NULL. Returns 0, or -1 if there was no memory. Every operation is the one above. */
+ * four for each layer (qkv, o, gate_up, down), or NULL. `kept`: where a copy of the states behind each layer but the last goes, NULL for
+ * nowhere. Returns 0, or -1 if there was no memory. Every operation is the one above. */
 int heddle_layers(const shape_t *p, const layer_t *layers, void *const *k_caches, void *const *v_caches, const attention_t *attention,
-                  const lora_work_t *lora, const void *cos, const void *sin, const int64_t *slots, int64_t num_rows, void *x, void *work) {
+                  const lora_work_t *lora, const void *cos, const void *sin, const int64_t *slots, int64_t num_rows, void *x, void *work,
+                  void *const *kept) {
     int half = (int)p->half, status = 0;
     int64_t hidden = p->num_hidden, inner = p->num_inner, q_width = p->num_heads * p->head_dim, kv_width = p->num_kv_heads * p->head_dim;
     int64_t qkv_width = q_width + 2 * kv_width;
@@ -849,6 +851,7 @@ int heddle_layers(const shape_t *p, const layer_t *layers, void *const *k_caches
         status |= heddle_linear(h, inner, w->down, NULL, out, hidden, num_rows, inner, hidden, half);
         if (lora) status |= adapt(updates + 3, out, hidden, h, inner, half);
         if (l + 1 < p->num_layers) heddle_rms_norm(x, out, layers[l + 1].input_norm, x, y, num_rows, hidden, eps, half);
+        if (kept[l]) memcpy(kept[l], x, num_rows * hidden * (half ? 2 : 4));
     }
     for (int64_t i = 0; i < num_rows * hidden; i += LANES) store(x, i, load(x, i, half) + load(out, i, half), half);
     return status;

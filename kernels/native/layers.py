@@ -7,7 +7,7 @@ is the way through Python and torch between them, a third of the time of a pass 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,8 +106,12 @@ class LayerStack:
         v_caches: Sequence[Tensor],
         plan: AttentionPlan,
         lora: LayersLora | None,
+        kept: Mapping[int, Tensor],
     ) -> Tensor:
-        """Hidden states [T, H] behind the last layer, in x_TH's own memory. The plan's segments hold every row."""
+        """Hidden states [T, H] behind the last layer, in x_TH's own memory. The plan's segments hold every row.
+
+        `kept[n]` is filled with those behind the first n layers.
+        """
         num_rows = x_TH.shape[0]
         heads, group = self._shape.num_heads, self._shape.num_heads // self._shape.num_kv_heads
         attention = plan.arranged(("native", heads, group), lambda: native.AttentionWork(plan.segments, heads, group))
@@ -116,6 +120,11 @@ class LayerStack:
         caches = np.array([cache.data_ptr() for cache in (*k_caches, *v_caches)], dtype=np.int64)
         keys = np.array([*attention.pointers, attention.num_tasks, attention.task_heads], dtype=np.int64)
         work = torch.empty(num_rows * self._width, dtype=self._dtype)
+        copies = np.zeros(len(self._parts), dtype=np.int64)
+        for num_layers, copy_TH in kept.items():
+            assert copy_TH.is_contiguous()
+            assert copy_TH.shape == x_TH.shape
+            copies[num_layers - 1] = copy_TH.data_ptr()
         status = self._call(
             self._sizes_ptr,
             self._layers.ctypes.data,
@@ -129,6 +138,7 @@ class LayerStack:
             num_rows,
             x_TH.data_ptr(),
             work.data_ptr(),
+            copies.ctypes.data,
         )
         native.check(status)
         return x_TH

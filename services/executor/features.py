@@ -89,6 +89,12 @@ class PassFeatures:
         if layer in self.wish.layers:
             self._states.append(x_TH)
 
+    def room(self, x_TH: Tensor, num_layers: int) -> dict[int, Tensor]:
+        """Where the states after the wanted layers but the last one will be, by the number of layers."""
+        found = {layer: torch.empty_like(x_TH) for layer in self.wish.layers if layer < num_layers}
+        self._states += found.values()
+        return found
+
     def gather(self, starts: Sequence[int], sizes: Sequence[int], are_decoding: Sequence[bool]) -> None:
         """Segment i has `sizes[i]` rows from `starts[i]` on: all of trees, the last `window` of prompts are taken."""
         if not self._states:

@@ -113,7 +113,8 @@ class Decoder:
         cos_TD, sin_TD = self.cos_PD[batch.positions_T], self.sin_PD[batch.positions_T]
         if self.stack is not None and not batch.training and batch.adapters.is_stackable:
             lora = batch.adapters.stacked(self.config)
-            return self.stack(x_TH, cos_TD, sin_TD, batch.slots_T, cache.k, cache.v, batch.attention, lora)
+            kept = {} if features is None else features.room(x_TH, self.config.num_layers)
+            return self.stack(x_TH, cos_TD, sin_TD, batch.slots_T, cache.k, cache.v, batch.attention, lora, kept)
         y_TH = ops.rms_norm(x_TH, self.layers[0].input_norm_H, self.config.rms_norm_eps)
         for layer in range(self.config.num_layers):
             m_TH, down_TH = self._layer(layer, x_TH, y_TH, cos_TD, sin_TD, batch, cache)
