@@ -6,6 +6,7 @@
  *
  * Types: `half` arguments are 1 for bfloat16 storage, 0 for float32; arithmetic is float32. Shape letters as in kernels/segments.py.
  */
+#include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -28,9 +29,7 @@
 typedef float v8 __attribute__((vector_size(32)));
 typedef uint32_t u8x __attribute__((vector_size(32)));
 typedef int32_t i8x __attribute__((vector_size(32)));
-typedef uint16_t h8 __attribute__((vector_size(16)));
 typedef v8 v8_mem __attribute__((aligned(4), may_alias));
-typedef h8 h8_mem __attribute__((aligned(2), may_alias));
 
 /* --- loads, stores, rounding ---------------------------------------------------------------------------------------- */
 
@@ -38,18 +37,21 @@ INLINE v8 splat(float x) { return (v8){x, x, x, x, x, x, x, x}; }
 
 INLINE v8 load(const void *p, int64_t i, int half) {
     if (!half) return *(const v8_mem *)((const float *)p + i);
-    return (v8)(__builtin_convertvector(*(const h8_mem *)((const uint16_t *)p + i), u8x) << 16);
+    return (v8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)((const uint16_t *)p + i))), 16);
 }
 
-INLINE h8 narrow(v8 x) { /* round to nearest even; NaN stays NaN */
-    u8x bits = (u8x)x;
-    u8x rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    u8x is_nan = (u8x)(x != x);
-    return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), h8);
+INLINE u8x to_half(v8 x) { /* in the upper 16 bits, rounded to nearest even; NaN stays NaN. The lower ones are to be dropped */
+    u8x bits = (u8x)x, rounded = bits + (0x7fff + ((bits >> 16) & 1));
+    return (u8x)_mm256_blendv_epi8((__m256i)rounded, _mm256_set1_epi32(0x7fc00000), (__m256i)(x != x));
+}
+
+INLINE __m128i narrow(v8 x) {
+    __m256i bits = (__m256i)(to_half(x) >> 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
 }
 
 INLINE void store(void *p, int64_t i, v8 x, int half) {
-    if (half) *(h8_mem *)((uint16_t *)p + i) = narrow(x);
+    if (half) _mm_storeu_si128((__m128i *)((uint16_t *)p + i), narrow(x));
     else *(v8_mem *)((float *)p + i) = x;
 }
 
@@ -66,7 +68,7 @@ INLINE void store1(void *p, int64_t i, float value, int half) {
 }
 
 INLINE v8 rounded(v8 x, int half) { /* as if stored and loaded again */
-    return half ? (v8)(__builtin_convertvector(narrow(x), u8x) << 16) : x;
+    return half ? (v8)(to_half(x) & 0xffff0000u) : x;
 }
 
 INLINE void *at(const void *p, int64_t i, int half) { return (char *)p + i * (half ? 2 : 4); }
@@ -329,6 +331,10 @@ INLINE void rotate(const void *x, void *y, const void *cos, const void *sin, int
     }
 }
 
+INLINE void rotate_heads(const void *x, void *y, const void *cos, const void *sin, int64_t num_heads, int64_t head_dim, int half) {
+    for (int64_t h = 0; h < num_heads; h++) rotate(at(x, h * head_dim, half), at(y, h * head_dim, half), cos, sin, head_dim, half);
+}
+
 /* q_out = rope(q); k_cache[slots] = rope(k); v_cache[slots] = v. D is a multiple of 16; strides are those of rows, in elements. */
 void heddle_rope_and_cache(const void *q, int64_t q_stride, const void *k, int64_t k_stride, const void *v, int64_t v_stride,
                            const void *cos, const void *sin, void *q_out, void *k_cache, void *v_cache, const int64_t *slots,
@@ -337,10 +343,14 @@ void heddle_rope_and_cache(const void *q, int64_t q_stride, const void *k, int64
 #pragma omp parallel for schedule(static) if (num_rows * num_heads * head_dim >= MIN_PARALLEL)
     for (int64_t r = 0; r < num_rows; r++) {
         const void *c = at(cos, r * head_dim, half), *s = at(sin, r * head_dim, half);
-        for (int64_t h = 0; h < num_heads; h++)
-            rotate(at(q, r * q_stride + h * head_dim, half), at(q_out, (r * num_heads + h) * head_dim, half), c, s, head_dim, half);
-        for (int64_t h = 0; h < num_kv_heads; h++)
-            rotate(at(k, r * k_stride + h * head_dim, half), at(k_cache, slots[r] * kv_row + h * head_dim, half), c, s, head_dim, half);
+        void *to = at(q_out, r * num_heads * head_dim, half), *key = at(k_cache, slots[r] * kv_row, half);
+        if (half) {
+            rotate_heads(at(q, r * q_stride, 1), to, c, s, num_heads, head_dim, 1);
+            rotate_heads(at(k, r * k_stride, 1), key, c, s, num_kv_heads, head_dim, 1);
+        } else {
+            rotate_heads(at(q, r * q_stride, 0), to, c, s, num_heads, head_dim, 0);
+            rotate_heads(at(k, r * k_stride, 0), key, c, s, num_kv_heads, head_dim, 0);
+        }
         memcpy(at(v_cache, slots[r] * kv_row, half), at(v, r * v_stride, half), (size_t)(kv_row * (half ? 2 : 4)));
     }
 }
@@ -811,7 +821,8 @@ static void norm_heads(void *x, int64_t x_stride, const void *weight, int64_t nu
     for (int64_t r = 0; r < num_rows; r++)
         for (int64_t h = 0; h < num_heads; h++) {
             void *head = at(x, r * x_stride + h * head_dim, half);
-            norm_row(head, NULL, weight, NULL, head, head_dim, eps, half);
+            if (half) norm_row(head, NULL, weight, NULL, head, head_dim, eps, 1);
+            else norm_row(head, NULL, weight, NULL, head, head_dim, eps, 0);
         }
 }
 
