@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.open_loop import closed, send
 from benchmarks.report import commit, line, machine, write_csv
-from benchmarks.servers import Vllm, model_folder
+from benchmarks.servers import START_S, Vllm, model_folder
 from benchmarks.speculation_rows import OURS, PEER, PEER_NGRAM, PLAIN, load_rows, part_rows, tpot_rows, verify_rows
 from benchmarks.streams import Sample
 from benchmarks.vllm_env import VLLM_VERSION
@@ -51,7 +51,7 @@ def running(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Ser
                 log = home / f"{name.replace(' ', '-')}.log"
                 servers[name] = Vllm(options.peer, folder, log, options.peer_dtype, *extra)
         for name, server in servers.items():
-            server.start()
+            server.start(START_S)
             started.callback(server.stop)
             print(f"{name} is up", flush=True)
         yield servers

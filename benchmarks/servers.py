@@ -18,8 +18,8 @@ from kernels.cache import cache_dir
 from services.cli.models import locate, usable_folder
 from tests.stack import Stack, eventually
 
-VLLM_START_S = 1800.0
-"""Its first start in a user's account compiles the model."""
+START_S = 1800.0
+"""vLLM's first start in a user's account compiles the model."""
 VLLM_STOP_S = 30.0
 VLLM_SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "3", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 MAX_MODEL_LEN = 2048
@@ -58,7 +58,7 @@ class Vllm:
             "--max-model-len", str(MAX_MODEL_LEN), *options,
         ]  # fmt: skip
 
-    def start(self) -> Vllm:
+    def start(self, timeout_s: float = START_S) -> Vllm:
         """Start and wait until it says that it is healthy; AssertionError with its log when it ends instead."""
         paths = {"PATH": f"{self._bin}{os.pathsep}{os.environ['PATH']}"}
         with self._log.open("wb") as sink:
@@ -70,7 +70,7 @@ class Vllm:
                 env=VLLM_SETTINGS | dict(os.environ) | paths,
             )
         try:
-            eventually(self._is_healthy, VLLM_START_S)
+            eventually(self._is_healthy, timeout_s)
         except BaseException:
             self.stop()
             raise

@@ -41,7 +41,7 @@ class Stack:
         self._by_hand: list[subprocess.Popen[bytes]] = []
 
     def start(self, timeout_s: float = 90.0) -> Stack:
-        """Start and wait for the screen that says it is up."""
+        """Start and wait for the screen that says it is up; nothing runs on when that takes too long."""
         log = self.state_dir.with_suffix(".screen")
         command = [sys.executable, "-m", "services.cli", "up", "--port", str(self.port), "--state-dir", str(self.state_dir)]
         with log.open("wb") as sink:
@@ -55,7 +55,11 @@ class Stack:
             assert self.process.poll() is None, log.read_text()
             return "Ctrl-C" in log.read_text()
 
-        eventually(is_up, timeout_s)
+        try:
+            eventually(is_up, timeout_s)
+        except BaseException:
+            self.stop()
+            raise
         self.screen = log.read_text()
         return self
 
