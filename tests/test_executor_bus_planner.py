@@ -39,6 +39,7 @@ class FakePlanner:
     bus: Bus
     planner_id: str
     answers: Callable[[IterationReport], bool] = lambda report: True
+    num_resting: int = 0
     forgets: set[str] = field(default_factory=set)
     state: ServiceState = "ready"
     claims: Mailbox[PlannerClaim] = field(default_factory=Mailbox)
@@ -83,7 +84,13 @@ class FakePlanner:
         """Answer a report."""
         unknown, self.forgets = tuple(self.forgets), set()
         trees = tuple(self._tree(name) for name in self.known if name not in unknown)
-        answer = DraftTrees(planner_id=self.planner_id, iteration=report.iteration, trees=trees, unknown=unknown)
+        answer = DraftTrees(
+            planner_id=self.planner_id,
+            iteration=report.iteration,
+            trees=() if self.num_resting else trees,
+            unknown=unknown,
+            num_resting=self.num_resting,
+        )
         await self.bus.publish(subjects.executor_trees(report.executor_id), answer)
 
     def _tree(self, name: str) -> DraftTree:
@@ -139,7 +146,11 @@ async def test_trees_of_a_claimed_planner_save_iterations(connect: Connect, mode
         assert stage.actor.vitals().gauges["planner_turnaround_ms"] > 0
         assert (await planner.reports.first(lambda report: "r4" in report.closed)).iteration > 0
         assert planner.known == {}
-        assert all(report.token_budget > 0 and report.t_spec_ms > 0 for report in planner.reports)
+        assert all(report.token_budget > 0 and report.t_spec_ms > report.wait_ms >= 0 for report in planner.reports)
+        assert planner.reports[-1].wait_ms > 0
+        counters = stage.counters()
+        assert all(counters[f"{part}_ms"] > 0 for part in ("verify", "commit", "send", "wait"))
+        assert sum(counters[f"{part}_ms"] for part in ("verify", "commit", "send")) < counters["iteration_ms"]
 
 
 async def test_without_speculation_no_planner_is_claimed(connect: Connect, model_dir: Path, planner: FakePlanner) -> None:
@@ -168,6 +179,29 @@ async def test_late_trees_are_not_waited_for_until_they_are_on_time_again(
         await stage.poll(lambda: stage.actor._planner._misses == 0)
         gate.open()
         assert await stage.output("r4") == truth()["r4"]
+        await stage.settled()
+        assert stage.counters()["accepted_tokens"] > 0
+
+
+async def test_a_planner_that_rests_is_not_waited_for_and_says_when_it_drafts_again(
+    connect: Connect, model_dir: Path, planner: FakePlanner
+) -> None:
+    """The answers to all reports but the first come when the last but one was made: who waited for one would wait for ever."""
+    planner.num_resting = 2 * NUM_TOKENS
+    planner.answers = lambda report: len(planner.reports) == 0
+    async with claimed(connect, model_dir, planner) as stage:
+        stage.actor._planner._max_wait_s = 1e6
+        gate = Gate(stage.engine)
+        await stage.admit(tiny_request("r3", PROMPTS["r3"], NUM_TOKENS))
+        gate.let(NUM_TOKENS - 4)
+        reports = await planner.reports.hold(NUM_TOKENS - 4)
+        assert stage.counters()["draft_tokens"] == 0
+        planner.num_resting = 0
+        await planner.send(reports[-1])
+        planner.answers = lambda report: True
+        await stage.poll(lambda: stage.actor._planner._resting_until < reports[-1].iteration + 1)
+        gate.open()
+        assert await stage.output("r3") == truth()["r3"]
         await stage.settled()
         assert stage.counters()["accepted_tokens"] > 0
 

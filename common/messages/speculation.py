@@ -62,7 +62,8 @@ class IterationReport(msgspec.Struct, frozen=True, kw_only=True, tag="report.1")
     """The state of an executor's decoding after iteration `iteration`: the planner answers with DraftTrees of that number.
 
     `token_budget` is the number of draft nodes (roots excluded) that the next iteration may hold; `t_spec_ms` its predicted
-    latency (AdaServe section 3, the t_spec of formula 2); `base_tokens` are the roots and other tokens that it holds anyway.
+    latency without any (AdaServe section 3, the t_spec of formula 2), of which `wait_ms` are spent on getting drafts;
+    `base_tokens` are the roots and other tokens that it holds anyway.
     """
 
     executor_id: str
@@ -73,6 +74,7 @@ class IterationReport(msgspec.Struct, frozen=True, kw_only=True, tag="report.1")
     token_budget: int
     base_tokens: int
     t_spec_ms: float
+    wait_ms: float = 0.0
     latency: LatencyProfile
 
 
@@ -97,9 +99,12 @@ class DraftTrees(msgspec.Struct, frozen=True, kw_only=True, tag="trees.1"):
     planner_id: str
     iteration: int
     trees: tuple[DraftTree, ...] = ()
-    draft_ms: float = 0.0
+    answer_ms: float = 0.0
+    """What the planner took for it."""
     unknown: tuple[str, ...] = ()
     """Sequences of the report that the planner cannot follow: the executor opens them again."""
+    num_resting: int = 0
+    """Drafts do not pay at present: answers to so many reports after this one hold none, unless things change."""
 
 
 # --- finetuning: trainer <-> executor ----------------------------------------------------------------------------------

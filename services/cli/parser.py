@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from common.messages import Role
+from common.speculation import SPELLINGS, parse_speculation
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -128,9 +129,10 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     speculation.add_argument("--draft", choices=["ngram"], default="ngram", help="who guesses the next tokens")
     speculation.add_argument(
         "--speculation",
-        choices=["heddle", "adaserve", "throughput", "slo", "none"],
+        type=_speculation,
         default="heddle",
-        help="how draft trees are chosen; none: off",
+        metavar="MODE",
+        help=f"how draft trees are chosen: {SPELLINGS} (the same K tokens for every request); none: off",
     )
 
     replicas = parser.add_argument_group("replicas")
@@ -238,6 +240,14 @@ def _number(text: str, above: float, highest: float) -> float:
     if not max(above, -sys.float_info.min) < number <= highest or math.isinf(number):
         raise argparse.ArgumentTypeError(f"{text!r} is not a {'positive number' if above == 0 else 'number from 0 to 1'}")
     return number
+
+
+def _speculation(text: str) -> str:
+    try:
+        parse_speculation(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _within(lowest: int, highest: int | None = None) -> Callable[[str], int]:

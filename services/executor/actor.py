@@ -55,6 +55,8 @@ class ExecutorActor:
         self._draining = False
         self._vitals = Vitals(state="starting")
         self._iteration_ms = 0.0
+        self._other_ms = 0.0
+        """Mean time of an iteration beyond what its decoding rows are predicted to take: prefill, finetuning, messages."""
         self._num_failures = 0
         self._unknown: frozenset[str] = frozenset()
         self._dropped: list[str] = []
@@ -208,15 +210,22 @@ class ExecutorActor:
     async def _iterate(self) -> None:
         started_at = time.perf_counter()
         iteration = await self._on_device(self._engine.forward_pass)
+        passed_at = time.perf_counter()
         await self._send(iteration.chunks)
+        sent_at = time.perf_counter()
         await self._report(iteration)
+        reported_at = time.perf_counter()
         self._inbox.apply()
         work = await self._on_device(self._engine.backward_pass)
         elapsed_ms = (time.perf_counter() - started_at) * 1e3
         self._iteration_ms += 0.2 * (elapsed_ms - self._iteration_ms)
+        plain_ms = elapsed_ms - (reported_at - sent_at) * 1e3
+        self._other_ms += 0.2 * (max(0.0, plain_ms - iteration.decode_ms) - self._other_ms)
+        self._engine.counters["send_ms"] += (sent_at - passed_at) * 1e3  # type: ignore[assignment]
         self._note(iteration, work, elapsed_ms)
         await self._training.publish(work.events)
         trees = await self._planner.trees(iteration.number)
+        self._engine.counters["wait_ms"] = self._planner.wait_ms  # type: ignore[assignment]
         self._inbox.apply()
         if trees is not None:
             self._engine.set_trees(trees)
@@ -243,7 +252,7 @@ class ExecutorActor:
             progress=tuple(step for step in iteration.progress if step.request_id not in known),
             token_budget=min(self._config.max_draft_tokens, self._config.max_batch_tokens - len(decoding)),
             base_tokens=len(decoding),
-            iteration_ms=max(self._iteration_ms, predict_ms(profile, root_rows(s.num_computed for s in decoding))),
+            plain_ms=self._other_ms + predict_ms(profile, root_rows(s.num_computed for s in decoding)),
             latency=profile,
         )
 

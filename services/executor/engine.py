@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 import torch
 
-from common.latency import backward_corrected, corrected
+from common.latency import Rows, backward_corrected, corrected, predict_ms
 from common.messages import (
     DraftTrees,
     FinishReason,
@@ -64,6 +64,8 @@ class Iteration:
     progress: tuple[SequenceProgress, ...] = ()
     planned_ms: float = 0.0
     limit_ms: float = 0.0
+    decode_ms: float = 0.0
+    """Predicted of a pass with its roots and draft nodes alone."""
 
 
 class Engine:
@@ -194,6 +196,7 @@ class Engine:
         self._plan = plan
         if not segments:
             return self._finish_iteration([], [], plan, 0, PassFeatures(FeatureWish()))
+        started_at = time.perf_counter()
         num_training = sum(len(window.segment.tokens) for window in windows)
         try:
             batch = build_batch(segments, self.decoder.device)
@@ -208,7 +211,10 @@ class Engine:
                 raise
             return self._finish_iteration([], [], plan, 0, PassFeatures(FeatureWish()))
         drawn = drawn_by(works, draws, batch.starts, hidden_TH, self.decoder.logits)
+        drawn_at = time.perf_counter()
         iteration = self._finish_iteration(works, drawn, plan, num_training, features)
+        self.counters["verify_ms"] += (drawn_at - started_at) * 1e3  # type: ignore[assignment]
+        self.counters["commit_ms"] += (time.perf_counter() - drawn_at) * 1e3  # type: ignore[assignment]
         if len(batch.tokens_T) == plan.num_tokens:  # else pages were short, and the prediction was for another pass
             self.profile = corrected(self.profile, plan.rows, (self._clock() - now) * 1e3)
         return iteration
@@ -294,6 +300,7 @@ class Engine:
             progress=tuple(progress),
             planned_ms=plan.predicted_ms,
             limit_ms=plan.limit_ms,
+            decode_ms=predict_ms(self.profile, _decode_rows(works)),
         )
 
     def _starts_to_decode(self, work: Work) -> bool:
@@ -321,3 +328,11 @@ class Engine:
         del self.sequences[sequence.request_id]
         self.counters[f"finished_{reason}"] += 1
         return self._chunk(sequence, tokens, reason, **fields)
+
+
+def _decode_rows(works: list[Work]) -> Rows:
+    rows = Rows()
+    for work in works:
+        if work.is_decode:
+            rows = rows.with_segment(len(work.segment.tokens), len(work.segment.context_slots))
+    return rows

@@ -41,6 +41,10 @@ class PlannerLink:
         """What the last planner that was claimed said."""
         self.planner_id: str | None = None
         self.mean_turnaround_ms = 0.0
+        self.mean_wait_ms = 0.0
+        """What getting drafts adds to an iteration that waits for them: less than a turnaround where other work goes on."""
+        self.wait_ms = 0.0
+        """All that it added so far."""
         self._executor_id = executor_id
         self._model = model
         self._max_wait_s = max_wait_s
@@ -49,6 +53,9 @@ class PlannerLink:
         self._reported = 0
         self._reported_at: dict[int, float] = {}
         """When the last iteration was reported, and those before it whose trees would still be on time."""
+        self._report_ms = 0.0
+        self._resting_until = 0
+        """The planner announced no drafts for the iterations up to this one."""
         self._misses = 0
         self._trees: DraftTrees | None = None
         self._arrived = asyncio.Event()
@@ -74,12 +81,13 @@ class PlannerLink:
         progress: tuple[SequenceProgress, ...],
         token_budget: int,
         base_tokens: int,
-        iteration_ms: float,
+        plain_ms: float,
         latency: LatencyProfile,
     ) -> None:
-        """Tell the planner what an iteration did; it answers with the trees of the next."""
+        """Tell the planner what an iteration did; it answers with the next one's trees. That takes `plain_ms` without them."""
         if self.planner_id is None:
             return
+        now = time.perf_counter()
         report = IterationReport(
             executor_id=self._executor_id,
             iteration=iteration,
@@ -88,10 +96,10 @@ class PlannerLink:
             progress=progress,
             token_budget=token_budget,
             base_tokens=base_tokens,
-            t_spec_ms=iteration_ms + self.mean_turnaround_ms,
+            t_spec_ms=plain_ms + self.mean_wait_ms,
+            wait_ms=self.mean_wait_ms,
             latency=latency,
         )
-        now = time.perf_counter()
         recent = {number: at for number, at in self._reported_at.items() if now - at <= self._max_wait_s}
         self._reported, self._reported_at = iteration, recent | {iteration: now}
         self._trees = None
@@ -100,17 +108,24 @@ class PlannerLink:
             await self._bus.publish(subjects.planner_report(self.planner_id), report)
         except (BusError, NatsError) as error:
             log.warning("planner.unreported", error=str(error) or type(error).__name__)
+        self._report_ms = (time.perf_counter() - now) * 1e3
 
     async def trees(self, iteration: int) -> DraftTrees | None:
         """The trees that answer the report of this iteration, waiting for them a little; None if they are late."""
         if self.planner_id is None or self._reported != iteration:
             return None
+        if iteration <= self._resting_until:
+            return self._trees
+        started_at = time.perf_counter()
         if self._trees is None and self._misses < MISSES_UNTIL_IMPATIENT:
             left_s = self._reported_at[iteration] + self._max_wait_s - time.perf_counter()
             try:
                 await asyncio.wait_for(self._arrived.wait(), max(left_s, 0.0))
             except TimeoutError:
                 self._misses += 1
+        waited_ms = self._report_ms + (time.perf_counter() - started_at) * 1e3
+        self.wait_ms += waited_ms
+        self.mean_wait_ms += 0.1 * (waited_ms - self.mean_wait_ms)
         return self._trees
 
     async def _on_trees(self, message: DraftTrees) -> None:
@@ -118,6 +133,7 @@ class PlannerLink:
         if reported_at is None or message.planner_id != self.planner_id:
             return
         turnaround_ms = (time.perf_counter() - reported_at) * 1e3
+        self._resting_until = message.iteration + message.num_resting
         if turnaround_ms <= self._max_wait_s * 1e3:
             self._misses = 0  # also when a short iteration did not wait for them: the next one will
         self.mean_turnaround_ms += 0.1 * (turnaround_ms - self.mean_turnaround_ms)
@@ -156,5 +172,5 @@ class PlannerLink:
         if not self._fleet.is_alive("planner", granted.planner_id, time.monotonic()):
             return
         self.granted = granted
-        self.planner_id, self._reopen, self._misses = granted.planner_id, True, 0
+        self.planner_id, self._reopen, self._misses, self._resting_until = granted.planner_id, True, 0, 0
         log.info("planner.claimed", planner=granted.planner_id)

@@ -16,13 +16,14 @@ from common.messages import Beat, DraftTrees, IterationReport, PlannerClaim, Pla
 from common.service import Vitals
 from services.planner.acceptance import Acceptance
 from services.planner.config import PlannerConfig
+from services.planner.modes import make_mode
 from services.planner.ngram import NgramDrafter
-from services.planner.planner import MODES, Planner, Shape
+from services.planner.planner import Planner, Shape
 
 log = structlog.get_logger()
 
 SMOOTHING = 0.05
-"""Weight of the last report in the mean drafting time."""
+"""Weight of the last report in the mean time of an answer."""
 
 
 class PlannerActor:
@@ -32,8 +33,7 @@ class PlannerActor:
         self._config = config
         self._planner = make_planner(config)
         self._fleet = Fleet()
-        self._draft_ms_total = 0.0
-        self._mean_draft_ms = 0.0
+        self._mean_answer_ms = 0.0
         self._bus: Bus | None = None
         self._claims: Subscription | None = None
 
@@ -56,8 +56,8 @@ class PlannerActor:
         """What was drafted, chosen and accepted so far."""
         counts = self._planner.counters + self._planner.table.counters
         return Vitals(
-            counters={name: float(count) for name, count in counts.items()} | {"draft_ms_total": self._draft_ms_total},
-            gauges={"sequences": float(len(self._planner.table)), "mean_draft_ms": self._mean_draft_ms},
+            counters={name: float(count) for name, count in counts.items()},
+            gauges={"sequences": float(len(self._planner.table)), "mean_answer_ms": self._mean_answer_ms},
         )
 
     async def _on_beat(self, beat: Beat) -> None:
@@ -78,15 +78,15 @@ class PlannerActor:
         assert self._bus is not None
         started_at = time.monotonic()
         drafted = self._planner.answer(report, started_at)
-        draft_ms = 1000 * (time.monotonic() - started_at)
-        self._draft_ms_total += draft_ms
-        self._mean_draft_ms += SMOOTHING * (draft_ms - self._mean_draft_ms)
+        answer_ms = 1000 * (time.monotonic() - started_at)
+        self._mean_answer_ms += SMOOTHING * (answer_ms - self._mean_answer_ms)
         answer = DraftTrees(
             planner_id=self._config.instance_id,
             iteration=report.iteration,
             trees=drafted,
-            draft_ms=draft_ms,
+            answer_ms=answer_ms,
             unknown=self._planner.unknown(report),
+            num_resting=self._planner.num_resting(report.executor_id),
         )
         await self._bus.publish(subjects.executor_trees(report.executor_id), answer)
 
@@ -113,7 +113,7 @@ def least_busy(own_id: str, executor_id: str, beats: list[Beat]) -> str:
 
 def make_planner(config: PlannerConfig) -> Planner:
     """The planner that this configuration describes."""
-    mode = MODES[config.mode]
+    mode = make_mode(config.mode)
     acceptance = Acceptance(forgetting=config.forgetting, is_frozen=mode is not None and not mode.is_calibrated)
     drafter = NgramDrafter(acceptance, max_match=config.max_match, num_matches=config.num_matches, min_prob=config.min_prob)
     shape = Shape(
@@ -123,5 +123,6 @@ def make_planner(config: PlannerConfig) -> Planner:
         draft_tokens=config.draft_tokens,
         depth_offset=config.depth_offset,
         width_offset=config.width_offset,
+        min_prob=config.min_prob,
     )
     return Planner(drafter, mode, shape)

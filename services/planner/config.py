@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from common.config import ServiceConfig, require
-from services.planner.planner import MODES
+from common.config import ConfigError, ServiceConfig, require
+from common.speculation import parse_speculation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,7 @@ class PlannerConfig(ServiceConfig):
     mode: str = "heddle"
     """heddle; adaserve (as published: largest debt first, the whole budget spent, raw probabilities);
     throughput (no debts, the best of all requests while tokens per ms rise); slo (what debts need, no more);
+    equal (trees of one size for all, the whole budget spent); chain:K (K tokens for all, no trees);
     none (no speculation)."""
     draft: str = "ngram"
     """The drafter; ngram continues earlier occurrences of the last tokens."""
@@ -40,7 +41,10 @@ class PlannerConfig(ServiceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.mode in MODES, "mode", f"be one of {', '.join(MODES)}")
+        try:
+            parse_speculation(self.mode)
+        except ValueError as error:
+            raise ConfigError(f"mode {error}") from None
         require(self.draft == "ngram", "draft", "be ngram")
         require(1 <= self.min_depth <= self.max_depth, "min_depth", "be at least 1 and at most max_depth")
         require(self.max_width >= 1, "max_width", "be at least 1")

@@ -1,40 +1,25 @@
-"""From a report to draft trees: sequences, drafter and selection joined. Knows no bus and no clock; `now` is an argument."""
+"""From a report to draft trees: sequences, drafter and selection joined. Knows no bus; `now` is an argument."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
+from common.latency import Rows, predict_ms
 from common.messages import DraftTree, IterationReport
 from services.planner import control, trees
+from services.planner.costs import Costs, Floats, iteration_costs
 from services.planner.drafter import Drafter, DraftOrder, Pool
-from services.planner.selection import Demand, QuotaOrder, Selection, iteration_costs, select
+from services.planner.modes import Mode
+from services.planner.selection import TOLERANCE, Candidates, Demand, Selection, select, select_chains, select_equally
 from services.planner.sequences import Sequence, SequenceTable
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Mode:
-    """How trees are chosen: who is served first when the budget is short, whether it ends where more nodes do not pay."""
-
-    order: QuotaOrder
-    has_stop_rule: bool
-    has_quotas: bool = True
-    """Whether debts are paid first."""
-    has_rest: bool = True
-    """Whether nodes that no debt needs are taken."""
-    is_calibrated: bool
-    """Whether the drafter learns from what was accepted."""
-
-
-MODES: dict[str, Mode | None] = {
-    "heddle": Mode(order="cheapest", has_stop_rule=True, is_calibrated=True),
-    "adaserve": Mode(order="slowest", has_stop_rule=False, is_calibrated=False),
-    "throughput": Mode(order="cheapest", has_stop_rule=True, is_calibrated=True, has_quotas=False),
-    "slo": Mode(order="cheapest", has_stop_rule=False, is_calibrated=True, has_rest=False),
-    "none": None,
-}
+LEVEL_SMOOTHING = 0.1
+"""Weight of the last drafts in the mean time of drafting one level."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,15 +32,21 @@ class Shape:
     draft_tokens: int
     depth_offset: float
     width_offset: int
+    min_prob: float
 
 
 class Planner:
     """Answers the reports of any number of executors. Without a mode it answers with no trees."""
 
-    def __init__(self, drafter: Drafter, mode: Mode | None, shape: Shape) -> None:
+    def __init__(
+        self, drafter: Drafter, mode: Mode | None, shape: Shape, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """`clock` (seconds) only measures how long drafting and selecting take."""
         self._drafter = drafter
         self._mode = mode
         self._shape = shape
+        self._clock = clock
+        self._level_ms = 0.0
         self.table = SequenceTable(drafter)
         self.counters: Counter[str] = Counter()
 
@@ -67,47 +58,140 @@ class Planner:
         sequences = self.table.apply(report, now)
         if not sequences or report.token_budget <= 0:
             return ()
-        depth, width = self._limits(report.token_budget, len(sequences))
-        depths = [min(depth, sequence.max_depth) for sequence in sequences.values()]
+        debts = _debts(sequences, report.t_spec_ms - report.wait_ms)
+        pacing = self.table.pacing(report.executor_id)
+        pacing.judge(sum(each.accepted_len for each in report.progress), len(sequences))
+        if self._mode.has_stop_rule and pacing.rests(len(sequences), int(np.count_nonzero(debts > 1.0))):
+            self.counters["rests"] += 1
+            return ()
+        depths, width = self._limits(report, self._mode, sequences, debts)
         orders = [DraftOrder((report.executor_id, name), own) for name, own in zip(sequences, depths, strict=True)]
+        started_at = self._clock()
         pools = self._drafter.draft(orders, width)
-        selection = self._select(report, self._mode, list(sequences.values()), depths, pools)
-        self._count(selection)
-        return _trees(sequences, pools, selection)
+        drafted_at = self._clock()
+        selection, last = self._select(_drafts(report, sequences, depths, pools), self._mode, debts)
+        drafted = _trees(sequences, pools, selection)
+        self._count(selection, 1e3 * (drafted_at - started_at), 1e3 * (self._clock() - drafted_at), max(depths))
+        pacing.observe(last)
+        return drafted
+
+    def num_resting(self, executor_id: str) -> int:
+        """How many more reports of this executor, which has just been answered, get no drafts unless things change."""
+        return self.table.pacing(executor_id).num_left if self._mode is not None and self._mode.has_stop_rule else 0
 
     def unknown(self, report: IterationReport) -> tuple[str, ...]:
         """Sequences of a report just answered that have to be opened (again) to be drafted for."""
         return () if self._mode is None else self.table.unknown(report)
 
-    def _limits(self, num_nodes: int, num_requests: int) -> tuple[int, int]:
-        shape = self._shape
+    def _limits(
+        self, report: IterationReport, mode: Mode, sequences: dict[str, Sequence], debts: Floats
+    ) -> tuple[list[int], int]:
+        """Depth per request and width for all, by load; where the planner learns, also by how well each request is guessed.
+
+        A request in debt is drafted for at any price.
+        """
+        shape, num_requests = self._shape, len(sequences)
+        if mode.chain_length is not None:
+            return [min(mode.chain_length, sequence.max_depth) for sequence in sequences.values()], 1
         depth = control.draft_depth(
-            num_nodes, num_requests, offset=shape.depth_offset, least=shape.min_depth, most=shape.max_depth
+            report.token_budget, num_requests, offset=shape.depth_offset, least=shape.min_depth, most=shape.max_depth
         )
         width = control.draft_width(shape.draft_tokens, num_requests, offset=shape.width_offset, most=shape.max_width)
-        return depth, width
+        if not mode.is_calibrated:
+            return [min(depth, sequence.max_depth) for sequence in sequences.values()], width
+        base, plain_ms = max(1, report.base_tokens), report.t_spec_ms - report.wait_ms
+        level_rows_ms = predict_ms(report.latency, Rows(base + num_requests)) - predict_ms(report.latency, Rows(base))
+        worth = max(shape.min_prob, control.least_worth(num_requests, plain_ms, level_rows_ms / num_requests, self._level_ms))
+        return [
+            min(control.useful_depth(each.accepts.rate, shape.min_prob if debt > 1.0 else worth, depth), each.max_depth)
+            for each, debt in zip(sequences.values(), debts.tolist(), strict=True)
+        ], width
 
-    def _select(
-        self, report: IterationReport, mode: Mode, sequences: list[Sequence], depths: list[int], pools: list[Pool]
-    ) -> Selection:
-        budget = min(report.token_budget, sum(len(pool) for pool in pools))
-        debts = [control.token_debt(each.decode_ms, report.t_spec_ms, each.tpot_ms, each.num_decoded) for each in sequences]
-        return select(
-            trees.join(pools),
-            Demand(debt=np.array(debts), most=np.array(depths) + 1.0),
-            budget,
-            max_required=control.quota_limit(report.token_budget, len(sequences)) if mode.has_quotas else 0,
-            order=mode.order,
-            has_rest=mode.has_rest,
-            cost_ms=iteration_costs(report.latency.points, report.base_tokens, budget) if mode.has_stop_rule else None,
+    def _select(self, drafts: _Drafts, mode: Mode, plain_debts: Floats) -> tuple[Selection, control.Round]:
+        """The selection, and what it is expected to bring."""
+        report = drafts.report
+        selection, ms = _choose(drafts, mode, report.t_spec_ms)
+        if mode.has_quotas and ms > report.t_spec_ms and any(each.tpot_ms is not None for each in drafts.sequences.values()):
+            # t_spec depends on the trees that it decides about: one step towards the fixed point, unless nodes cost more
+            # time than they pay for and more of them only make it worse
+            second, second_ms = _choose(drafts, mode, ms)
+            if second.num_unmet < selection.num_unmet:
+                selection, ms = second, second_ms
+        in_debt, is_unmet = plain_debts > 1.0, selection.is_unmet
+        last = control.Round(
+            num_requests=len(in_debt),
+            tokens=len(in_debt) + float(drafts.candidates.prob[selection.chosen].sum()),
+            ms=ms,
+            plain_ms=report.t_spec_ms - report.wait_ms,
+            num_in_debt=int(in_debt.sum()),
+            num_paid=int((in_debt & ~is_unmet).sum() - (~in_debt & is_unmet).sum()),
         )
+        return selection, last
 
-    def _count(self, selection: Selection) -> None:
+    def _count(self, selection: Selection, draft_ms: float, select_ms: float, num_levels: int) -> None:
         num_required = int(selection.num_required.sum())
         self.counters["drafted_nodes"] += len(selection.chosen)
         self.counters["slo_nodes"] += num_required
         self.counters["throughput_nodes"] += len(selection.chosen) - num_required
         self.counters["unmet_quotas"] += selection.num_unmet
+        self.counters["draft_ms"] += draft_ms  # type: ignore[assignment]
+        self.counters["select_ms"] += select_ms  # type: ignore[assignment]
+        self._level_ms += LEVEL_SMOOTHING * (draft_ms / max(1, num_levels) - self._level_ms)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drafts:
+    """What there is to choose from, in the order of `sequences`."""
+
+    report: IterationReport
+    sequences: dict[str, Sequence]
+    depths: list[int]
+    pools: list[Pool]
+    candidates: Candidates
+    costs: Costs
+
+
+def _drafts(report: IterationReport, sequences: dict[str, Sequence], depths: list[int], pools: list[Pool]) -> _Drafts:
+    candidates = trees.join(pools)
+    contexts = [each.length for each in sequences.values()]
+    budget = min(report.token_budget, len(candidates.prob))
+    costs = iteration_costs(report.latency, report.t_spec_ms, report.base_tokens, contexts, budget)
+    return _Drafts(report, sequences, depths, pools, candidates, costs)
+
+
+def _choose(drafts: _Drafts, mode: Mode, t_spec_ms: float) -> tuple[Selection, float]:
+    """The selection for debts as of an iteration of `t_spec_ms`, the ms of the iteration that holds it, and whose debts stay
+    open in that one.
+    """
+    selection = _choose_nodes(drafts, mode, t_spec_ms)
+    prob, owners = drafts.candidates.prob[selection.chosen], drafts.candidates.owner[selection.chosen]
+    ms = drafts.costs.of(owners)
+    expected = 1.0 + np.bincount(owners, prob, minlength=len(drafts.sequences))
+    return dataclasses.replace(selection, is_unmet=_debts(drafts.sequences, ms) > expected + TOLERANCE), ms
+
+
+def _choose_nodes(drafts: _Drafts, mode: Mode, t_spec_ms: float) -> Selection:
+    num_requests, budget = len(drafts.sequences), drafts.report.token_budget
+    if mode.chain_length is not None:
+        length = min(mode.chain_length, budget // num_requests)
+        return select_chains([pool.parents for pool in drafts.pools], drafts.candidates, length)
+    if mode.is_equal:
+        return select_equally(drafts.candidates, num_requests, budget)
+    return select(
+        drafts.candidates,
+        Demand(debt=_debts(drafts.sequences, t_spec_ms), most=np.array(drafts.depths) + 1.0),
+        len(drafts.costs.by_count) - 1,
+        max_required=control.quota_limit(budget, num_requests) if mode.has_quotas else 0,
+        order=mode.order,
+        has_rest=mode.has_rest,
+        costs=drafts.costs if mode.has_stop_rule else None,
+    )
+
+
+def _debts(sequences: dict[str, Sequence], t_spec_ms: float) -> Floats:
+    return np.array(
+        [control.token_debt(each.decode_ms, t_spec_ms, each.tpot_ms, each.num_decoded) for each in sequences.values()]
+    )
 
 
 def _trees(sequences: dict[str, Sequence], pools: list[Pool], selection: Selection) -> tuple[DraftTree, ...]:

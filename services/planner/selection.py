@@ -7,16 +7,15 @@ along every path, any such prefix of a request's candidates is closed under ance
 from __future__ import annotations
 
 import dataclasses
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.latency import interpolate
+from services.planner.costs import Costs, Floats
 
 Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 QuotaOrder = Literal["cheapest", "slowest"]
 
 TOLERANCE = 1e-9
@@ -25,10 +24,11 @@ TOLERANCE = 1e-9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """The pools of n requests in one row each: the request's number (rising), depth, and path probability of every node."""
+    """The pools of n requests in one row each, ancestors before descendants: the request's number, rising, and the path
+    probability of every node.
+    """
 
     owner: Ints
-    depth: Ints
     prob: Floats
 
 
@@ -42,11 +42,16 @@ class Demand:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Chosen candidates (rising indices), how many of each request's were chosen for its SLO, and how many debts stay open."""
+    """Chosen candidates (rising indices), how many of each request's were chosen for its SLO, and whose debt stays open."""
 
     chosen: Ints
     num_required: Ints
-    num_unmet: int
+    is_unmet: NDArray[np.bool_]
+
+    @property
+    def num_unmet(self) -> int:
+        """How many debts stay open."""
+        return int(np.count_nonzero(self.is_unmet))
 
 
 def select(
@@ -57,43 +62,89 @@ def select(
     max_required: int,
     order: QuotaOrder,
     has_rest: bool = True,
-    cost_ms: Floats | None = None,
+    costs: Costs | None = None,
 ) -> Selection:
     """At most `budget` candidates: first what debts need, then the best of the rest over all requests.
 
-    With `cost_ms` (of an iteration with 0..budget candidates) the rest ends where expected tokens per ms are highest; without,
-    when the budget is spent; without `has_rest` there is none. A quota that the budget does not cover is granted in part.
+    With `costs` the rest ends where expected tokens per ms are highest; without, when the budget is spent; without `has_rest`
+    there is none. A quota that the budget does not cover is granted in part.
     """
     budget = max(0, budget)
     num_requests = len(demand.debt)
-    ranked = np.lexsort((candidates.depth, -candidates.prob, candidates.owner))
-    counts = np.bincount(candidates.owner, minlength=num_requests)
-    starts = np.cumsum(counts) - counts
+    best_first = _by_prob(candidates.prob)
+    ranked, counts, starts = _by_owner(candidates.owner, best_first, num_requests)
     quota, shortfall = _quotas(candidates.prob[ranked], counts, starts, demand, max_required)
     granted = _grant(quota, shortfall, demand.debt, budget, order)
-    is_required = np.arange(len(ranked)) - np.repeat(starts, counts) < np.repeat(granted, counts)
-    required, rest = ranked[is_required], ranked[~is_required]
-    rest = rest[np.lexsort((candidates.depth[rest], -candidates.prob[rest]))][: budget - len(required) if has_rest else 0]
-    if cost_ms is not None:
-        sure = num_requests + candidates.prob[required].sum()
-        rest = rest[: _best_count(sure, candidates.prob[rest], cost_ms[len(required) :])]
+    is_required = np.zeros(len(ranked), dtype=np.bool_)
+    is_required[ranked] = _ranks(counts, starts) < np.repeat(granted, counts)
+    required = np.flatnonzero(is_required)
+    rest = best_first[~is_required[best_first]][: budget - len(required) if has_rest else 0]
+    if costs is not None:
+        prob, owner = candidates.prob, candidates.owner
+        sure = num_requests + prob[required].sum()
+        ms = costs.by_count[len(required) :][: len(rest) + 1] + costs.per_node[owner[required]].sum()
+        ms[1:] += np.cumsum(costs.per_node[owner[rest]])
+        rest = rest[: _best_count(sure, prob[rest], ms)]
     return Selection(
         chosen=np.sort(np.concatenate((required, rest))),
         num_required=granted,
-        num_unmet=int(np.count_nonzero((shortfall > 0) | (granted < quota))),
+        is_unmet=(shortfall > 0) | (granted < quota),
     )
 
 
-def iteration_costs(points: tuple[tuple[int, float], ...], base_tokens: int, budget: int) -> Floats:
-    """Predicted ms of iterations with 0..budget tokens more than `base_tokens`, up to a factor common to all."""
-    base_tokens = max(0, base_tokens)
-    size = 1 << (base_tokens + budget + 1).bit_length()
-    return _cost_table(points, size)[base_tokens : base_tokens + budget + 1]
+def select_equally(candidates: Candidates, num_requests: int, budget: int) -> Selection:
+    """The same number of nodes for every request, its most probable ones (EAGLE-2's trees); a smaller pool as a whole."""
+    share = max(0, budget) // max(1, num_requests)
+    ranked, counts, starts = _by_owner(candidates.owner, _by_prob(candidates.prob), num_requests)
+    chosen = np.sort(ranked[_ranks(counts, starts) < share])
+    return _without_quotas(chosen, num_requests)
 
 
-@lru_cache(maxsize=16)
-def _cost_table(points: tuple[tuple[int, float], ...], size: int) -> Floats:
-    return np.array([interpolate(points, tokens) for tokens in range(size)])
+def select_chains(parents: Sequence[Sequence[int]], candidates: Candidates, length: int) -> Selection:
+    """The most probable path of every request, up to `length` nodes long; `parents` index into each pool, -1 is the root."""
+    probs = candidates.prob.tolist()
+    chosen: list[int] = []
+    start = 0
+    for pool in parents:
+        best: dict[int, int] = {}
+        for node, parent in enumerate(pool):
+            if parent not in best or probs[start + node] > probs[start + best[parent]]:
+                best[parent] = node
+        node = -1
+        for _ in range(length):
+            if (following := best.get(node)) is None:
+                break
+            node = following
+            chosen.append(start + node)
+        start += len(pool)
+    return _without_quotas(np.array(chosen, dtype=np.int64), len(parents))
+
+
+def _without_quotas(chosen: Ints, num_requests: int) -> Selection:
+    none = np.zeros(num_requests, dtype=np.int64)
+    return Selection(chosen=chosen, num_required=none, is_unmet=none.astype(np.bool_))
+
+
+def _by_prob(prob: Floats) -> Ints:
+    """Candidates by falling probability, equal ones in their order: one sort of integers, several times as fast as lexsort.
+
+    The bits of positive floats order as the floats do; their last ones make room for the index.
+    """
+    index_bits = max(1, len(prob).bit_length())
+    mask = np.int64((1 << index_bits) - 1)
+    keys = (np.int64(1) << 62) - np.ascontiguousarray(prob).view(np.int64)
+    return np.asarray(np.sort((keys & ~mask) | np.arange(len(prob))) & mask)
+
+
+def _by_owner(owner: Ints, best_first: Ints, num_requests: int) -> tuple[Ints, Ints, Ints]:
+    """The same order request by request, how many candidates each one has, and where they start."""
+    counts = np.bincount(owner, minlength=num_requests)
+    narrow = owner[best_first].astype(np.uint16 if num_requests < 1 << 16 else np.int64)  # stable sorts of 16 bits are linear
+    return best_first[np.argsort(narrow, kind="stable")], counts, np.cumsum(counts) - counts
+
+
+def _ranks(counts: Ints, starts: Ints) -> Ints:
+    return np.arange(int(counts.sum())) - np.repeat(starts, counts)
 
 
 def _quotas(prob: Floats, counts: Ints, starts: Ints, demand: Demand, max_required: int) -> tuple[Ints, Floats]:
@@ -125,7 +176,7 @@ def _grant(quota: Ints, shortfall: Floats, debt: Floats, budget: int, order: Quo
     return granted
 
 
-def _best_count(sure: float, prob: Floats, cost_ms: Floats) -> int:
+def _best_count(sure: float, prob: Floats, ms: Floats) -> int:
     """How many of these candidates maximise expected tokens per ms; the fewest of equals."""
     tokens = sure + np.concatenate(([0.0], np.cumsum(prob)))
-    return int(np.argmax(tokens / cost_ms[: len(tokens)]))
+    return int(np.argmax(tokens / ms))

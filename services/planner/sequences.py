@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 
 from common.messages import IterationReport, OpenedSequence, SequenceProgress
+from services.planner.control import AcceptRate, Pacing
 from services.planner.drafter import Drafter
 
 MAX_UNKNOWN = 32
@@ -27,6 +28,7 @@ class Sequence:
     decode_ms: float = 0.0
     num_silent: int = 0
     """Reports since the last one with news of it."""
+    accepts: AcceptRate = dataclasses.field(default_factory=AcceptRate)
 
     @property
     def max_depth(self) -> int:
@@ -37,6 +39,7 @@ class Sequence:
 @dataclasses.dataclass(slots=True)
 class _Executor:
     reported_at: float = 0.0
+    pacing: Pacing = dataclasses.field(default_factory=Pacing)
     sequences: dict[str, Sequence] = dataclasses.field(default_factory=dict)
 
 
@@ -69,6 +72,10 @@ class SequenceTable:
         for request_id in (*report.closed, *silent):
             self._close(report.executor_id, request_id)
         return {name: sequence for name, sequence in executor.sequences.items() if sequence.num_silent == 0}
+
+    def pacing(self, executor_id: str) -> Pacing:
+        """Of an executor that has reported."""
+        return self._executors[executor_id].pacing
 
     def unknown(self, report: IterationReport) -> tuple[str, ...]:
         """Sequences that go on after this report, which was taken in, but are not known: the first of them."""
@@ -114,6 +121,7 @@ class SequenceTable:
             self._close(executor_id, progress.request_id)
             return
         sequence.decode_ms, sequence.num_silent = progress.decode_ms, 0
+        sequence.accepts.observe(progress.accepted_len, progress.num_drafted)
         if num_new:
             sequence.length += num_new
             sequence.root = progress.tokens[-1]

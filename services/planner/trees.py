@@ -16,7 +16,6 @@ def join(pools: Sequence[Pool]) -> Candidates:
     """The pools as flat arrays, in their order."""
     return Candidates(
         owner=np.repeat(np.arange(len(pools)), [len(pool) for pool in pools]),
-        depth=np.array(list(chain.from_iterable(pool.depths for pool in pools)), dtype=np.int64),
         prob=np.array(list(chain.from_iterable(pool.probs for pool in pools)), dtype=np.float64),
     )
 
