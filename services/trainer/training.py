@@ -119,7 +119,9 @@ class Training:
         await self._announce(naming.checkpoint_model_name(spec.model, spec.suffix, self._lease.job_id, step), artifact)
         epoch, rest = divmod(step, self._course.plan.steps_per_epoch)
         if rest == 0:
-            await self._say(f"Epoch {epoch}/{self._course.plan.n_epochs} completed", data={"epoch": epoch, **metrics})
+            loss = f", full validation loss={metrics['full_valid_loss']:.4f}" if "full_valid_loss" in metrics else ""
+            text = f"Epoch {epoch}/{self._course.plan.n_epochs} completed{loss}"
+            await self._say(text, data={"epoch": epoch, **metrics})
         await self._say(f"Checkpoint created at step {step}", data={"artifact": artifact, "step": step})
 
     async def saved(self, artifact: str, step: int) -> None:
