@@ -144,6 +144,9 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
 
     logs = parser.add_argument_group("logs")
     logs.add_argument("--log-format", choices=["json", "console"], help="of the services' logs (default: json)")
+    logs.add_argument(
+        "--tensorboard-dir", type=_path, metavar="DIR", help="metrics of finetuning jobs (default: tensorboard/ in --state-dir)"
+    )
     logs.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="(default: info)")
 
 
