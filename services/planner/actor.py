@@ -14,10 +14,9 @@ from common.bus import Bus
 from common.fleet import MISSED_BEATS, Fleet
 from common.messages import Beat, DraftTrees, IterationReport, PlannerClaim, PlannerGranted
 from common.service import Vitals
-from services.planner.acceptance import Acceptance
 from services.planner.config import PlannerConfig
+from services.planner.drafters import make_drafter
 from services.planner.modes import make_mode
-from services.planner.ngram import NgramDrafter
 from services.planner.planner import Planner, Shape
 
 log = structlog.get_logger()
@@ -57,7 +56,11 @@ class PlannerActor:
         counts = self._planner.counters + self._planner.table.counters
         return Vitals(
             counters={name: float(count) for name, count in counts.items()},
-            gauges={"sequences": float(len(self._planner.table)), "mean_answer_ms": self._mean_answer_ms},
+            gauges={
+                "sequences": float(len(self._planner.table)),
+                "mean_answer_ms": self._mean_answer_ms,
+                "reliability_error": self._planner.reliability_error,
+            },
         )
 
     async def _on_beat(self, beat: Beat) -> None:
@@ -114,8 +117,7 @@ def least_busy(own_id: str, executor_id: str, beats: list[Beat]) -> str:
 def make_planner(config: PlannerConfig) -> Planner:
     """The planner that this configuration describes."""
     mode = make_mode(config.mode)
-    acceptance = Acceptance(forgetting=config.forgetting, is_frozen=mode is not None and not mode.is_calibrated)
-    drafter = NgramDrafter(acceptance, max_match=config.max_match, num_matches=config.num_matches, min_prob=config.min_prob)
+    drafter = make_drafter(config, is_calibrated=mode is None or mode.is_calibrated)
     shape = Shape(
         min_depth=config.min_depth,
         max_depth=config.max_depth,

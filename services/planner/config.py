@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from common.config import ConfigError, ServiceConfig, require
+from common.drafts import parse_drafts
 from common.speculation import parse_speculation
 
 
@@ -18,7 +19,8 @@ class PlannerConfig(ServiceConfig):
     equal (trees of one size for all, the whole budget spent); chain:K (K tokens for all, no trees);
     none (no speculation)."""
     draft: str = "ngram"
-    """The drafter; ngram continues earlier occurrences of the last tokens."""
+    """Drafters, separated by commas: ngram continues earlier occurrences of the last tokens, model:FOLDER is a small model of
+    the same vocabulary, features:FOLDER a head on the target's hidden states. Their candidates are mixed in one tree."""
     min_depth: int = 2
     max_depth: int = 12
     max_width: int = 3
@@ -45,7 +47,7 @@ class PlannerConfig(ServiceConfig):
             parse_speculation(self.mode)
         except ValueError as error:
             raise ConfigError(f"mode {error}") from None
-        require(self.draft == "ngram", "draft", "be ngram")
+        parse_drafts(self.draft)
         require(1 <= self.min_depth <= self.max_depth, "min_depth", "be at least 1 and at most max_depth")
         require(self.max_width >= 1, "max_width", "be at least 1")
         require(self.draft_tokens >= 1, "draft_tokens", "be at least 1")

@@ -14,8 +14,8 @@ Key = tuple[str, str]
 class Pool:
     """Candidate nodes of one sequence in BFS order, the root excluded.
 
-    `parents` index into the pool, -1 is the root; `depths` count from 1; `probs` are the probabilities that the whole path to a
-    node is accepted: in (0, 1) and falling along every path.
+    `parents` index into the pool and never fall, -1 is the root; `depths` count from 1; `probs` are the probabilities that the
+    whole path to a node is accepted: in (0, 1) and falling along every path. No two children of a node are the same token.
     """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -26,6 +26,14 @@ class Pool:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def add(self, token: int, parent: int, depth: int, prob: float) -> int:
+        """Append a node; returns its index."""
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(depth)
+        self.probs.append(prob)
+        return len(self.tokens) - 1
+
 
 class DraftOrder(NamedTuple):
     """Draft for this sequence, at most `depth` tokens ahead."""
@@ -35,13 +43,20 @@ class DraftOrder(NamedTuple):
 
 
 class Drafter(Protocol):
-    """Follows any number of sequences. Unknown keys are a caller's error (KeyError)."""
+    """Follows any number of sequences. Unknown keys are a caller's error (KeyError), except to close.
 
-    def open(self, key: Key, tokens: Sequence[int]) -> None:
-        """Follow a sequence that holds these tokens; replaces what was known under this key."""
+    Its probabilities are its own belief: `MixedDrafter` corrects them by what the target accepts.
+    """
 
-    def extend(self, key: Key, tokens: Sequence[int]) -> None:
-        """The target model committed these tokens: they go on the sequence, and they judge the last draft for it."""
+    def open(self, key: Key, tokens: Sequence[int], *, tenant: str = "", features: bytes = b"") -> None:
+        """Follow a sequence that holds these tokens; replaces what was known under this key.
+
+        Nothing of a sequence may show in drafts for another `tenant`. `features` are the target's hidden states that the
+        drafter asked for, of the last tokens; empty for a drafter that asked for none, or where the executor has none.
+        """
+
+    def extend(self, key: Key, tokens: Sequence[int], *, features: bytes = b"") -> None:
+        """The target model committed these tokens: they go on the sequence. `features` are of these, as in `open`."""
 
     def close(self, key: Key) -> None:
         """Forget the sequence."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
+from bisect import bisect_right
 from collections.abc import Sequence
 
-from services.planner.acceptance import Acceptance, bucket
 from services.planner.drafter import DraftOrder, Key, Pool
 
 LEVELS = (1, 2, 4)
 """Lengths of the n-grams that are indexed; longer matches are found among those of the last one."""
 RECENCY = 0.9
 """A match weighs this much of the next more recent one of its length."""
+MATCH_EDGES = (2, 3, 4, 6, 9, 14)
+"""Match lengths 1, 2, 3, 4-5, 6-8, 9-13 and 14 or more are told apart."""
+MATCH_MEANS = (0.35, 0.5, 0.55, 0.65, 0.85, 0.9, 0.95)
+DEEPER_GAIN = 0.35
 
 Cursor = tuple[int, int, float, int]
 """A match: where its continuation starts, that continuation's period, its weight, the match's length."""
@@ -58,51 +61,32 @@ class NgramIndex:
         return length
 
 
-@dataclasses.dataclass(slots=True)
-class _Draft:
-    """A pool with what is needed to judge it: the bucket of each node's children, by parent (-1: the root)."""
-
-    pool: Pool
-    buckets: dict[int, int]
-
-
-@dataclasses.dataclass(slots=True)
-class _Followed:
-    index: NgramIndex
-    draft: _Draft | None = None
+def belief(match_len: int, depth: int) -> float:
+    """How often a guess that rests on a match of this length is right: measured on greedy answers of SmolLM2-135M-Instruct to
+    code, chat and summary prompts. The error shrinks once a path was right so far.
+    """
+    mean = MATCH_MEANS[bisect_right(MATCH_EDGES, match_len)]
+    return mean if depth == 1 else 1.0 - (1.0 - mean) * (1.0 - DEEPER_GAIN)
 
 
 class NgramDrafter:
-    """Follows sequences by their n-grams; what it learns of acceptance is shared by all of them."""
+    """Follows sequences by their n-grams."""
 
-    def __init__(
-        self,
-        acceptance: Acceptance,
-        *,
-        max_match: int = 16,
-        num_matches: int = 8,
-        match_weight: float = 2.0,
-        min_prob: float = 0.02,
-    ) -> None:
+    def __init__(self, *, max_match: int = 16, num_matches: int = 8, match_weight: float = 2.0, min_prob: float = 0.02) -> None:
         """A match weighs `match_weight` times more than one a token shorter; nodes under `min_prob` are no candidates."""
-        self._acceptance = acceptance
         self._max_match = max_match
         self._num_matches = num_matches
         self._weights = [match_weight**length for length in range(max_match + 1)]
         self._min_prob = min_prob
-        self._followed: dict[Key, _Followed] = {}
+        self._followed: dict[Key, NgramIndex] = {}
 
-    def open(self, key: Key, tokens: Sequence[int]) -> None:
+    def open(self, key: Key, tokens: Sequence[int], *, tenant: str = "", features: bytes = b"") -> None:
         """See Drafter."""
-        self._followed[key] = _Followed(NgramIndex(tokens))
+        self._followed[key] = NgramIndex(tokens)
 
-    def extend(self, key: Key, tokens: Sequence[int]) -> None:
+    def extend(self, key: Key, tokens: Sequence[int], *, features: bytes = b"") -> None:
         """See Drafter."""
-        followed = self._followed[key]
-        if followed.draft is not None:
-            self._judge(followed.draft, tokens)
-            followed.draft = None
-        followed.index.extend(tokens)
+        self._followed[key].extend(tokens)
 
     def close(self, key: Key) -> None:
         """See Drafter."""
@@ -112,49 +96,29 @@ class NgramDrafter:
         """See Drafter."""
         return [self._draft(self._followed[order.key], order.depth, width) for order in orders]
 
-    def _judge(self, draft: _Draft, truth: Sequence[int]) -> None:
-        """Walk the draft along the committed tokens: each node that had children was continued rightly, or not."""
-        pool, node = draft.pool, -1
-        for token in truth:
-            if node not in draft.buckets:
-                return
-            rest = range(node + 1, len(pool))
-            child = next((i for i in rest if pool.parents[i] == node and pool.tokens[i] == token), None)
-            self._acceptance.observe(draft.buckets[node], child is not None)
-            if child is None:
-                return
-            node = child
-
-    def _draft(self, followed: _Followed, depth: int, width: int) -> Pool:
-        index = followed.index
+    def _draft(self, index: NgramIndex, depth: int, width: int) -> Pool:
         length, cursors = len(index.tokens), list[Cursor]()
         weight = 1.0
         for end, match_len in index.matches(self._num_matches, self._max_match):
             cursors.append((end + 1, length - end - 1, weight * self._weights[match_len], match_len))
             weight *= RECENCY
-        followed.draft = self._grow(index.tokens, cursors, depth, width)
-        return followed.draft.pool
+        return self._grow(index.tokens, cursors, depth, width)
 
-    def _grow(self, tokens: list[int], cursors: list[Cursor], max_depth: int, width: int) -> _Draft:
+    def _grow(self, tokens: list[int], cursors: list[Cursor], max_depth: int, width: int) -> Pool:
         """Beam search over the continuations of the matches; one that reaches the end of the text starts again."""
-        pool, buckets = Pool(), dict[int, int]()
+        pool = Pool()
         beams = [(-1, 1.0, cursors)] if cursors else []
         for depth in range(1, max_depth + 1):
             children: list[tuple[int, float, list[Cursor]]] = []
             for parent, prob, followers in beams:
-                of = bucket(max(cursor[3] for cursor in followers), depth)
-                buckets[parent] = of
-                scale = prob * self._acceptance.rates[of] / sum(cursor[2] for cursor in followers)
+                rate = belief(max(cursor[3] for cursor in followers), depth)
+                scale = prob * rate / sum(cursor[2] for cursor in followers)
                 groups: dict[int, list[Cursor]] = {}
                 for cursor in followers:
                     groups.setdefault(tokens[cursor[0] + (depth - 1) % cursor[1]], []).append(cursor)
                 for token, group in groups.items():
                     path_prob = scale * sum(cursor[2] for cursor in group)
                     if path_prob >= self._min_prob:
-                        children.append((len(pool.tokens), path_prob, group))
-                        pool.tokens.append(token)
-                        pool.parents.append(parent)
-                        pool.depths.append(depth)
-                        pool.probs.append(path_prob)
+                        children.append((pool.add(token, parent, depth, path_prob), path_prob, group))
             beams = children if len(children) <= width else sorted(sorted(children, key=lambda beam: -beam[1])[:width])
-        return _Draft(pool, buckets)
+        return pool

@@ -13,7 +13,8 @@ from common.latency import Rows, predict_ms
 from common.messages import DraftTree, IterationReport
 from services.planner import control, trees
 from services.planner.costs import Costs, Floats, iteration_costs
-from services.planner.drafter import Drafter, DraftOrder, Pool
+from services.planner.drafter import DraftOrder, Pool
+from services.planner.mixed import MixedDrafter
 from services.planner.modes import Mode
 from services.planner.selection import TOLERANCE, Candidates, Demand, Selection, select, select_chains, select_equally
 from services.planner.sequences import Sequence, SequenceTable
@@ -39,7 +40,7 @@ class Planner:
     """Answers the reports of any number of executors. Without a mode it answers with no trees."""
 
     def __init__(
-        self, drafter: Drafter, mode: Mode | None, shape: Shape, clock: Callable[[], float] = time.perf_counter
+        self, drafter: MixedDrafter, mode: Mode | None, shape: Shape, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         """`clock` (seconds) only measures how long drafting and selecting take."""
         self._drafter = drafter
@@ -70,7 +71,10 @@ class Planner:
         pools = self._drafter.draft(orders, width)
         drafted_at = self._clock()
         selection, last = self._select(_drafts(report, sequences, depths, pools), self._mode, debts)
-        drafted = _trees(sequences, pools, selection)
+        picked = trees.split(selection.chosen.tolist(), pools)
+        for order, nodes in zip(orders, picked, strict=True):
+            self._drafter.choose(order.key, nodes)
+        drafted = _trees(sequences, pools, picked, selection.num_required.tolist())
         self._count(selection, 1e3 * (drafted_at - started_at), 1e3 * (self._clock() - drafted_at), max(depths))
         pacing.observe(last)
         return drafted
@@ -78,6 +82,11 @@ class Planner:
     def num_resting(self, executor_id: str) -> int:
         """How many more reports of this executor, which has just been answered, get no drafts unless things change."""
         return self.table.pacing(executor_id).num_left if self._mode is not None and self._mode.has_stop_rule else 0
+
+    @property
+    def reliability_error(self) -> float:
+        """Expected calibration error of the path probabilities of nodes that were sent and judged."""
+        return self._drafter.reliability.error
 
     def unknown(self, report: IterationReport) -> tuple[str, ...]:
         """Sequences of a report just answered that have to be opened (again) to be drafted for."""
@@ -194,9 +203,9 @@ def _debts(sequences: dict[str, Sequence], t_spec_ms: float) -> Floats:
     )
 
 
-def _trees(sequences: dict[str, Sequence], pools: list[Pool], selection: Selection) -> tuple[DraftTree, ...]:
-    picked = trees.split(selection.chosen.tolist(), pools)
-    required: list[int] = selection.num_required.tolist()
+def _trees(
+    sequences: dict[str, Sequence], pools: list[Pool], picked: list[list[int]], required: list[int]
+) -> tuple[DraftTree, ...]:
     return tuple(
         trees.cut(pool, nodes, request_id=name, root=sequence.root, length=sequence.length, num_required=num_required)
         for (name, sequence), pool, nodes, num_required in zip(sequences.items(), pools, picked, required, strict=True)
