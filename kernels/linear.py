@@ -16,6 +16,8 @@ from kernels.native import operations as native
 
 TYPICAL_ROWS = 16
 """oneDNN chooses the layout for about so many rows; it is right for any number."""
+WIDENED_OUTPUTS = 4096
+"""Outputs of a weight that are widened at a time."""
 Product = Callable[[Tensor], Tensor]
 
 
@@ -28,22 +30,28 @@ class Linear:
         self.packed = None if onednn is not None else _compiled(weight_OI, bias_O)
         """What multiplies, if that is the compiled library."""
         self._forward: Product = onednn or self.packed or self._plain
-        self._backward: Product | None = None
+        self._is_widened = weight_OI.device.type == "cpu" and weight_OI.dtype.itemsize == 2 and not _has_fast_half(weight_OI)
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         return self._forward(x_TI)
 
     def backward(self, dy_TO: Tensor) -> Tensor:
-        """dx_TI = dy_TO @ weight_OI; the first call may lay the weight out once more."""
-        if self._backward is None:
-            self._backward = _compiled(self.weight_OI, None, transposed=True) or self._plain_backward
-        return self._backward(dy_TO)
+        """dx_TI = dy_TO @ weight_OI, by torch from the plain weight: a window has rows enough, and memory is for activations.
+
+        Measured on a core with AVX2 at 64 and 256 rows, fp32: torch 53 to 83 GFLOP/s, our packed layout 47 to 70.
+        """
+        return _widened_product(dy_TO, self.weight_OI) if self._is_widened else dy_TO @ self.weight_OI
 
     def _plain(self, x_TI: Tensor) -> Tensor:
         return F.linear(x_TI, self.weight_OI, self._bias_O)
 
-    def _plain_backward(self, dy_TO: Tensor) -> Tensor:
-        return dy_TO @ self.weight_OI
+
+def _widened_product(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
+    """In float32, a part of the weight at a time: torch multiplies half precision far slower without the processor's help."""
+    dx_TI = torch.zeros(len(dy_TO), weight_OI.shape[1], dtype=torch.float32)
+    for dy, weight in zip(torch.split(dy_TO, WIDENED_OUTPUTS, dim=1), torch.split(weight_OI, WIDENED_OUTPUTS), strict=True):
+        dx_TI.addmm_(dy.float(), weight.float())
+    return dx_TI.to(dy_TO.dtype)
 
 
 def _has_fast_half(weight: Tensor) -> bool:
@@ -58,7 +66,7 @@ def _onednn(weight_OI: Tensor, bias_O: Tensor | None) -> Product | None:
     return lambda x_TI: torch.ops.mkldnn._linear_pointwise(x_TI, packed, bias_O, "none", [], "")
 
 
-def _compiled(weight: Tensor, bias_O: Tensor | None, *, transposed: bool = False) -> native.PackedLinear | None:
+def _compiled(weight: Tensor, bias_O: Tensor | None) -> native.PackedLinear | None:
     if _has_fast_half(weight) or not native.takes(weight):
         return None
-    return native.PackedLinear(weight, bias_O, transposed=transposed)
+    return native.PackedLinear(weight, bias_O)

@@ -6,9 +6,10 @@ rows are also multiplied with the matrices of others; with the ranks of common a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,20 +21,24 @@ from kernels.segments import LoraSegment
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rows:
+class LoraRows:
     """What only depends on rows and ranks: M ranks of all segments side by side. True in the mask: not this row's adapter."""
 
     rows: slice
     others_nM: Tensor
     scales_M: Tensor
+    spans: tuple[tuple[int, int], ...]
+    """First and last row of each segment, counted from `rows.start`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Call:
+class LoraCall:
     """Segments of one type, by column; `targets` are the columns and how many segments update each."""
 
     segments: tuple[LoraSegment, ...]
-    shared: _Rows
+    order: tuple[int, ...]
+    """Of each, its place among the plan's segments."""
+    shared: LoraRows
     targets: tuple[tuple[slice, int], ...]
 
 
@@ -48,16 +53,16 @@ class LoraPlan:
         self.is_single = len({(segment.start, segment.end) for segment in self.segments}) <= 1
         """All segments are targets of one adapter: at most three."""
         self._masks = {} if masks is None else masks
-        self._calls: list[_Call] | None = None
+        self._calls: list[LoraCall] | None = None
         self._work: LoraWork | None = None
 
-    def calls(self) -> list[_Call]:
+    def calls(self) -> list[LoraCall]:
         """One call per type of adapters: those that are served have the model's, those in training fp32."""
         if self._calls is None:
-            by_type: dict[torch.dtype, list[LoraSegment]] = {}
-            for segment in self.segments:
-                by_type.setdefault(segment.a_RI.dtype, []).append(segment)
-            self._calls = [self._call(segments) for segments in by_type.values()]
+            by_type: dict[torch.dtype, list[int]] = {}
+            for i, segment in enumerate(self.segments):
+                by_type.setdefault(segment.a_RI.dtype, []).append(i)
+            self._calls = [self._call(places) for places in by_type.values()]
         return self._calls
 
     def work(self) -> LoraWork:
@@ -66,17 +71,20 @@ class LoraPlan:
             self._work = LoraWork(self.segments)
         return self._work
 
-    def _call(self, segments: list[LoraSegment]) -> _Call:
-        ordered = tuple(sorted(segments, key=lambda segment: segment.column))
+    def _call(self, places: list[int]) -> LoraCall:
+        order = tuple(sorted(places, key=lambda i: self.segments[i].column))
+        ordered = tuple(self.segments[i] for i in order)
         targets = [list(group) for _, group in groupby(ordered, key=lambda segment: segment.column)]
         key = (ordered[0].a_RI.dtype, tuple((s.start, s.end, s.a_RI.shape[0], s.scale) for s in ordered))
         shared = self._masks.get(key)
-        if not isinstance(shared, _Rows):
+        if not isinstance(shared, LoraRows):
             shared = self._masks[key] = _rows(ordered)
-        return _Call(segments=ordered, shared=shared, targets=tuple((group[0].columns, len(group)) for group in targets))
+        return LoraCall(
+            segments=ordered, order=order, shared=shared, targets=tuple((group[0].columns, len(group)) for group in targets)
+        )
 
 
-def _rows(segments: Sequence[LoraSegment]) -> _Rows:
+def _rows(segments: Sequence[LoraSegment]) -> LoraRows:
     start, end = min(segment.start for segment in segments), max(segment.end for segment in segments)
     ranks = [segment.a_RI.shape[0] for segment in segments]
     others = np.ones((end - start, sum(ranks)), dtype=np.bool_)
@@ -86,8 +94,9 @@ def _rows(segments: Sequence[LoraSegment]) -> _Rows:
         edge += rank
     matrix = segments[0].a_RI
     scales = np.repeat([segment.scale for segment in segments], ranks)
-    return _Rows(
+    return LoraRows(
         rows=slice(start, end),
+        spans=tuple((segment.start - start, segment.end - start) for segment in segments),
         others_nM=torch.from_numpy(others).to(matrix.device),
         scales_M=torch.from_numpy(scales).to(matrix),
     )
@@ -102,10 +111,31 @@ def segmented_lora(y_TO: Tensor, x_TI: Tensor, plan: LoraPlan) -> None:
         shared = call.shared
         a_MI = torch.cat([segment.a_RI for segment in call.segments])
         low_nM = x_TI[shared.rows].to(a_MI.dtype) @ a_MI.mT
-        low_nM.masked_fill_(shared.others_nM, 0.0).mul_(shared.scales_M)
-        first, edge = 0, 0
-        for columns, num_segments in call.targets:
-            b_OM = torch.cat([segment.b_OR for segment in call.segments[first : first + num_segments]], dim=1)
-            first, end = first + num_segments, edge + b_OM.shape[1]
-            y_TO[shared.rows, columns].add_(low_nM[:, edge:end] @ b_OM.mT)
-            edge = end
+        keep_own(low_nM, call, plan)
+        for output in outputs(call):
+            y_TO[shared.rows, output.columns].add_(low_nM[:, output.ranks] @ output.b_OM.mT)
+
+
+class Output(NamedTuple):
+    """A target of a call: its columns, all B of it side by side, and where their ranks are among the call's."""
+
+    columns: slice
+    num_segments: int
+    b_OM: Tensor
+    ranks: slice
+
+
+def outputs(call: LoraCall) -> Iterator[Output]:
+    """The targets of a call."""
+    first, edge = 0, 0
+    for columns, num_segments in call.targets:
+        b_OM = torch.cat([segment.b_OR for segment in call.segments[first : first + num_segments]], dim=1)
+        yield Output(columns, num_segments, b_OM, slice(edge, edge + b_OM.shape[1]))
+        first, edge = first + num_segments, edge + b_OM.shape[1]
+
+
+def keep_own(low_nM: Tensor, call: LoraCall, plan: LoraPlan) -> None:
+    """Zero what is not of a row's own adapter, and scale the rest, in place."""
+    if not plan.is_single:
+        low_nM.masked_fill_(call.shared.others_nM, 0.0)
+    low_nM.mul_(call.shared.scales_M)

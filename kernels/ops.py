@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels import attention, lora, reference, sampling
+from kernels import attention, attention_backward, lora, lora_backward, reference, sampling
+from kernels.dropout import drop, drop_keys
 from kernels.linear import Linear
 from kernels.lora import LoraPlan
 from kernels.native import layers as native_layers
@@ -23,12 +24,8 @@ from kernels.native.lora import AdapterTable, LayersLora
 from kernels.reference import (
     adamw,
     clip_grad_norm,
-    drop,
-    drop_keys,
     rms_norm_backward,
     rope_backward,
-    segmented_lora_backward,
-    segmented_lora_weight_backward,
     sgd,
     silu_mul_backward,
     token_losses,
@@ -59,18 +56,17 @@ __all__ = [
     "layer_stack",
     "linear_cross_entropy",
     "ragged_attention",
+    "ragged_attention_backward",
     "rms_norm",
     "rms_norm_backward",
     "rope_and_cache",
     "rope_backward",
     "segmented_lora",
-    "segmented_lora_backward",
-    "segmented_lora_weight_backward",
+    "segmented_lora_gradients",
     "sgd",
     "silu_mul",
     "silu_mul_backward",
     "token_losses",
-    "window_attention_backward",
 ]
 
 
@@ -142,15 +138,26 @@ def linear_cross_entropy(hidden_TH: Tensor, head: Linear, labels_T: Tensor, weig
     return reference.cross_entropy(hidden_TH, head, head.backward, labels_T, weights_T)
 
 
-def window_attention_backward(
-    do_WND: Tensor, q_WND: Tensor, k_LKD: Tensor, v_LKD: Tensor, start: int, scale: float
+def segmented_lora_gradients(
+    dx_TI: Tensor | None, dy_TO: Tensor, x_TI: Tensor | None, grads: Sequence[tuple[Tensor, Tensor]] | None, plan: LoraPlan
+) -> None:
+    """`reference.segmented_lora_backward` and `segmented_lora_weight_backward` of a plan's segments; either may be left out."""
+    lora_backward.segmented_lora_gradients(dx_TI, dy_TO, x_TI, grads, plan)
+
+
+def ragged_attention_backward(
+    do_TND: Tensor, q_TND: Tensor, k_cache_SKD: Tensor, v_cache_SKD: Tensor, plan: AttentionPlan, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.window_attention_backward`, in float32 where torch multiplies half precision without the processor's help."""
-    if q_WND.dtype != torch.bfloat16 or q_WND.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return reference.window_attention_backward(do_WND, q_WND, k_LKD, v_LKD, start, scale)
-    do, q, k, v = (tensor.float() for tensor in (do_WND, q_WND, k_LKD, v_LKD))
-    o, dq, dk, dv = reference.window_attention_backward(do, q, k, v, start, scale)
-    return o.to(q_WND.dtype), dq.to(q_WND.dtype), dk.to(q_WND.dtype), dv.to(q_WND.dtype)
+    """`reference.ragged_attention_backward`, in float32 where torch multiplies half precision without the processor's help.
+
+    The gradients of keys and values are in the type of the computation: they are summed on.
+    """
+    if q_TND.dtype != torch.bfloat16 or q_TND.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return attention_backward.ragged_attention_backward(do_TND, q_TND, k_cache_SKD, v_cache_SKD, plan, scale)
+    o, dq, dk, dv = attention_backward.ragged_attention_backward(
+        do_TND.float(), q_TND.float(), k_cache_SKD, v_cache_SKD, plan, scale
+    )
+    return o.to(q_TND.dtype), dq.to(q_TND.dtype), dk, dv
 
 
 def layer_stack(parts: Sequence[LayerParts], shape: StackShape) -> LayerStack | None:

@@ -130,7 +130,7 @@ def unfold_heads(x_KWD: Tensor, num_heads: int) -> Tensor:
 def _probabilities(q_KWD: Tensor, k_KLD: Tensor, mask_nL: Tensor, scale: float) -> Tensor:
     """Softmax in the wide type; the mask of n rows serves all G heads that were folded into rows."""
     scores = (q_KWD @ k_KLD.mT).to(_wide(q_KWD.dtype)).mul_(scale)
-    scores.view(scores.shape[0], -1, *mask_nL.shape).masked_fill_(~mask_nL, float("-inf"))
+    scores.view(*scores.shape[:-2], -1, *mask_nL.shape[-2:]).masked_fill_(~mask_nL, float("-inf"))
     return scores.softmax(-1)
 
 
@@ -148,13 +148,38 @@ def window_attention_backward(
     q, do = fold_heads(q_WND, num_kv_heads), fold_heads(do_WND, num_kv_heads)
     k, v = k_LKD.transpose(0, 1), v_LKD.transpose(0, 1)
     mask_WL = torch.ones(num_rows, num_keys, dtype=torch.bool, device=q.device).tril(start)
-    p_wide = _probabilities(q, k, mask_WL, scale)
+    o, dq, dk, dv = folded_attention_backward(do, q, k, v, mask_WL, scale)
+    return unfold_heads(o, num_heads), unfold_heads(dq, num_heads), dk.transpose(0, 1), dv.transpose(0, 1)
+
+
+def folded_attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, mask_nL: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(output, dq, dk, dv) of attention with folded heads: [..., K, G * n, D] rows, [..., K, L, D] keys."""
+    p_wide = _probabilities(q, k, mask_nL, scale)
     p = p_wide.to(q.dtype)
     o, dv = p @ v, p.mT @ do
     shared = (do.to(p_wide.dtype) * o).sum(-1, keepdim=True)
     ds = p_wide.mul_(scale).mul_((do @ v.mT).to(p_wide.dtype).sub_(shared)).to(q.dtype)
-    dq, dk = ds @ k, ds.mT @ q
-    return unfold_heads(o, num_heads), unfold_heads(dq, num_heads), dk.transpose(0, 1), dv.transpose(0, 1)
+    return o, ds @ k, ds.mT @ q, dv
+
+
+def ragged_attention_backward(
+    do_TND: Tensor, q_TND: Tensor, k_cache_SKD: Tensor, v_cache_SKD: Tensor, segments: Sequence[AttentionSegment], scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """window_attention_backward of each segment: (output, dq) of the batch's rows, (dk, dv) of all keys in segments' order."""
+    out_TND, dq_TND = torch.zeros_like(q_TND), torch.zeros_like(q_TND)
+    dk, dv = [], []
+    for segment in segments:
+        start = segment.slots_L.numel() - (segment.end - segment.start)
+        keys, values = k_cache_SKD.index_select(0, segment.slots_L), v_cache_SKD.index_select(0, segment.slots_L)
+        rows = segment.rows
+        out_TND[rows], dq_TND[rows], dk_LKD, dv_LKD = window_attention_backward(
+            do_TND[rows], q_TND[rows], keys, values, start, scale
+        )
+        dk.append(dk_LKD)
+        dv.append(dv_LKD)
+    return out_TND, dq_TND, torch.cat(dk), torch.cat(dv)
 
 
 def silu_mul(gate_up_T2F: Tensor) -> Tensor:
@@ -192,34 +217,6 @@ def segmented_lora_weight_backward(
         dy, x = dy_TO[segment.rows, segment.columns].to(da_RI.dtype), x_TI[segment.rows].to(da_RI.dtype)
         da_RI.addmm_((dy @ segment.b_OR).mT, x, alpha=segment.scale)
         db_OR.addmm_(dy.mT, x @ segment.a_RI.mT, alpha=segment.scale)
-
-
-def drop(x_TI: Tensor, keys_T: Tensor, rates_T: Tensor, salt: int) -> Tensor:
-    """x with each element zeroed at its row's rate, without scaling the rest; which ones depends on (key, salt, column) alone.
-
-    Keys are int32. The 24 high bits of a 32-bit hash are held against rate * 2^24; C. Wellons' lowbias32 finalizer, twice.
-    """
-    keys_T = _hash32(keys_T + _as_int32(salt * 0x9E3779B9))
-    columns_I = torch.arange(x_TI.shape[1], dtype=torch.int32, device=x_TI.device) * _as_int32(0x85EBCA6B)
-    hashes_TI = _hash32(keys_T.unsqueeze(1) + columns_I)
-    limits_T = (rates_T * 2**24).round().to(torch.int32)
-    return x_TI.masked_fill((hashes_TI >> 8 & 0xFFFFFF) < limits_T.unsqueeze(1), 0.0)
-
-
-def drop_keys(key: int, positions_W: Tensor) -> Tensor:
-    """int32 keys of rows at these positions of a sequence with this key."""
-    return _hash32(positions_W.to(torch.int32) * _as_int32(0x9E3779B9) + _as_int32(key))
-
-
-def _hash32(x: Tensor) -> Tensor:
-    """Signed 32-bit integers wrap around as unsigned ones do; shifts are made logical by masks."""
-    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ (x >> 15 & 0x1FFFF)) * _as_int32(0x846CA68B)
-    return x ^ (x >> 16 & 0xFFFF)
-
-
-def _as_int32(value: int) -> int:
-    return (value + 2**31) % 2**32 - 2**31
 
 
 def linear_cross_entropy(

@@ -26,6 +26,11 @@ class AttentionSegment:
     mask_nn: Tensor | None = None
     """bool [n, n] over the segment's own rows, True where row i may attend to row j, itself or an ancestor; None is causal."""
 
+    @property
+    def rows(self) -> slice:
+        """The segment's rows."""
+        return slice(self.start, self.end)
+
     def __post_init__(self) -> None:
         num_rows = self.end - self.start
         if num_rows < 1 or self.slots_L.numel() < num_rows:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.messages import LoraSpec, OptimizerStep, TrainingSlice
+from services.executor.backward import advance
 from services.executor.batch import Segment, build_batch
 from services.executor.finetune import FinetuneJob, StepResult
 from services.executor.loader import load_decoder
@@ -201,10 +202,20 @@ def train_queued(
 ) -> list[StepResult]:
     """Train all queued slices, forward in these windows, backward in pieces of `backward` tokens; returns the steps."""
     results = []
-    while (sequence := job.start_next()) is not None:
-        forward_sequence(decoder, cache, sequence, job.adapter, forward, range(cache.k[0].shape[0]))
-        while job.current is sequence:
-            result = job.backward(backward)
-            if result.step is not None:
-                results.append(result.step)
+    while group := job.start_next():
+        forward_group(decoder, cache, group, job.adapter, forward)
+        while (result := job.finish()) is None:
+            advance(decoder, cache, job.cursors(), backward * decoder.config.num_layers)
+        if result.step is not None:
+            results.append(result.step)
     return results
+
+
+def forward_group(
+    decoder: Decoder, cache: KvCache, group: Sequence[TrainingSequence], adapter: LoraAdapter, windows: Sequence[int]
+) -> None:
+    """Forward sequences one after another, each into cache slots behind those of the one before."""
+    first = 0
+    for sequence in group:
+        forward_sequence(decoder, cache, sequence, adapter, windows, range(first, cache.k[0].shape[0]))
+        first += sequence.num_rows

@@ -174,7 +174,7 @@ def out_of_memory(*_: object) -> None:
     raise MemoryError("no room")
 
 
-@pytest.mark.parametrize("where", ["start_next", "backward"])
+@pytest.mark.parametrize("where", ["start_next", "cursors"])
 def test_a_failing_job_ends_alone(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, decoder = tiny_pair()
     engine = tiny_engine(decoder)

@@ -13,14 +13,26 @@ import torch
 
 from common.messages import DraftTree, LoraSpec, Sampling
 from kernels.native.build import library
+from services.executor.backward import advance
+from services.executor.backward_cursor import BackwardCursor
 from services.executor.batch import Batch
 from services.executor.engine import Engine
 from services.executor.features import FeatureWish, PassFeatures
 from services.executor.finetune import new_job
+from services.executor.lora import LoraWeights
 from services.executor.model import KvCache
 from services.executor.scheduler import Limits
 from services.executor.training_sequence import heads
-from tests.helpers import OperatorCount, randn, random_adapter, training_sequence, training_slice
+from tests.helpers import (
+    OperatorCount,
+    forward_sequence,
+    new_cache,
+    randn,
+    random_adapter,
+    random_tokens,
+    training_sequence,
+    training_slice,
+)
 from tests.tiny import random_prompt, set_trees, tiny_engine, tiny_pair, tiny_request
 
 FEW, MANY = 3, 8
@@ -195,3 +207,32 @@ def test_the_losses_of_many_windows_take_the_operators_of_one() -> None:
         totals.append(operators.by_name)
         assert {sequence.num_forwarded for sequence in sequences} == {5}
     assert totals[0] == totals[1] != Counter()
+
+
+def backward_operators(num_jobs: int, num_sequences: int) -> Counter[str]:
+    """Of a unit per layer that goes back through all sequences of all jobs, which have targets and ranks of their own."""
+    decoder = tiny_pair()[1]
+    cache = new_cache(decoder, num_slots=1024)
+    cursors: list[BackwardCursor] = []
+    for i in range(num_jobs):
+        targets = LoraSpec().target_modules[: 4 if i % 3 == 2 else 7]
+        adapter = random_adapter(decoder, LoraSpec(rank=(2, 4, 8)[i % 3], alpha=4.0, target_modules=targets), seed=i)
+        grads = LoraWeights(adapter.spec, decoder.config)
+        for _ in range(num_sequences):
+            sequence = training_sequence(training_slice(random_tokens(decoder, PROMPT_LEN)), decoder, adapter)
+            first = len(cursors) * PROMPT_LEN
+            forward_sequence(decoder, cache, sequence, adapter, [PROMPT_LEN], range(first, first + PROMPT_LEN))
+            cursors.append(BackwardCursor(decoder, adapter, grads, sequence))
+    num_rows = sum(cursor.num_rows for cursor in cursors)
+    with torch.inference_mode(), OperatorCount() as operators:
+        assert advance(decoder, cache, cursors, num_rows * decoder.config.num_layers) == num_rows * decoder.config.num_layers
+    assert all(cursor.is_done for cursor in cursors)
+    return Counter(operators.by_name)
+
+
+def test_the_operators_of_the_backward_pass_do_not_grow() -> None:
+    few = backward_operators(FEW, 1)
+    assert few.total() > 40
+    assert backward_operators(MANY, 1) - few == Counter()
+    assert backward_operators(FEW, 4) - few == Counter()
+    assert backward_operators(1, MANY) - backward_operators(1, FEW) == Counter()

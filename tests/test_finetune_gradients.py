@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from common.messages import LoraSpec, TrainingSlice
 from services.executor import backward
-from services.executor.backward import BackwardPass
+from services.executor.backward import advance
+from services.executor.backward_cursor import BackwardCursor
 from services.executor.loader import load_decoder
 from services.executor.lora import TARGETS, LoraAdapter, LoraWeights
 from services.executor.model import Decoder
@@ -38,7 +40,7 @@ from tests.helpers import (
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 
-FP64, FP32 = 1e-9, 1e-4
+FP64, FP32 = 1e-9, 1e-5
 NUM_TOKENS = 29
 
 
@@ -88,11 +90,11 @@ def windowed_gradients(
         sequence = training_sequence(item, decoder, adapter)
         windows = [draw.randint(1, 13) for _ in item.tokens]
         forward_sequence(decoder, cache, sequence, adapter, windows, slots)
-        task = BackwardPass(decoder, cache, adapter, grads, sequence)
-        while not task.is_done:
-            before, budget = task.remaining_token_layers, draw.randint(1, 40)
-            done = task.advance(budget)
-            assert done == min(budget, before) == before - task.remaining_token_layers
+        cursor = BackwardCursor(decoder, adapter, grads, sequence)
+        while not cursor.is_done:
+            before, budget = cursor.remaining_token_layers, draw.randint(1, 40)
+            done = advance(decoder, cache, [cursor], budget)
+            assert done == min(budget, before) == before - cursor.remaining_token_layers
         loss += sequence.loss
     return loss, grads
 
@@ -117,6 +119,7 @@ def test_any_windows_give_pefts_gradients_in_fp64(family: str, seed: int, tmp_pa
     assert_gradients_match(grads, expected, FP64)
 
 
+@pytest.mark.usefixtures("wide_norms")
 @pytest.mark.parametrize(
     "options",
     [
@@ -133,9 +136,10 @@ def test_any_windows_give_pefts_gradients_in_fp32(options: dict[str, Any], tmp_p
     adapter = random_adapter(decoder, LoraSpec(rank=3, alpha=5.0))
     items = [training_slice(random_tokens(decoder, NUM_TOKENS))]
     loss, grads = windowed_gradients(decoder, adapter, items)
-    expected_loss, expected = peft_gradients(model, adapter, items)
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert_gradients_match(grads, expected, FP32)
+    expected_loss, expected = peft_gradients(copy.deepcopy(model).double(), adapter, items)
+    _, rival = peft_gradients(model, adapter, items)
+    assert loss == pytest.approx(expected_loss, rel=FP32)
+    assert mean_error(grads.tensors, expected) <= max(FP32, 4 * mean_error(rival, expected))
 
 
 @pytest.mark.usefixtures("wide_norms")
@@ -198,7 +202,7 @@ def test_a_bf16_model_trains_an_fp32_adapter_as_exactly_as_peft_does(tmp_path: P
 
 
 def mean_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    errors = [float((actual[name].float() - wanted).norm() / wanted.norm()) for name, wanted in expected.items()]
+    errors = [float((actual[name].to(wanted.dtype) - wanted).norm() / wanted.norm()) for name, wanted in expected.items()]
     return sum(errors) / len(errors)
 
 
@@ -213,9 +217,9 @@ def test_a_windowed_step_of_the_real_model_has_pefts_gradient(real_model_dir: Pa
     grads = LoraWeights(adapter.spec, decoder.config)
     cache, sequence = new_cache(decoder), training_sequence(items[0], decoder, adapter)
     forward_sequence(decoder, cache, sequence, adapter, [50, 39], range(120))
-    task = BackwardPass(decoder, cache, adapter, grads, sequence)
-    while not task.is_done:
-        task.advance(1000)
+    cursor = BackwardCursor(decoder, adapter, grads, sequence)
+    while not cursor.is_done:
+        advance(decoder, cache, [cursor], 1000)
     assert sequence.loss == pytest.approx(expected_loss, rel=1e-5)
     mine, theirs = (torch.cat([tensors[name].flatten() for name in expected]) for tensors in (grads.tensors, expected))
     assert_close_in_norm(mine, theirs, FP32)
@@ -228,15 +232,15 @@ def test_nothing_runs_below_the_lowest_adapted_layer_and_the_tape_is_freed(tmp_p
     sequence = training_sequence(training_slice(random_tokens(decoder, 11)), decoder, adapter)
     forward_sequence(decoder, cache, sequence, adapter, [11], range(11))
     grads = LoraWeights(adapter.spec, decoder.config, layers=adapter.layers)
-    task = BackwardPass(decoder, cache, adapter, grads, sequence)
+    cursor = BackwardCursor(decoder, adapter, grads, sequence)
     plan, row_bytes = adapter.activation_plan(decoder.config.shape), 10 * decoder.dtype.itemsize
     lowest, top = (row_bytes * sum(tensor.width for tensor in layer.tape) for layer in plan.layers[1:])
     assert sequence.tape.num_bytes == lowest + top == row_bytes * plan.tape_width
-    assert task.remaining_token_layers == 2 * 10
-    assert task.advance(10) == 10
+    assert cursor.remaining_token_layers == 2 * 10
+    assert advance(decoder, cache, [cursor], 10) == 10
     assert sequence.tape.num_bytes == lowest > 0
-    assert task.advance(1000) == 10
-    assert task.is_done
+    assert advance(decoder, cache, [cursor], 1000) == 10
+    assert cursor.is_done
     assert sequence.tape.num_bytes == 0
 
 

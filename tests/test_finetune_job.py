@@ -113,7 +113,7 @@ def test_five_steps_equal_peft_training(setup: Setup, forward: tuple[int, ...], 
     for name, tensor in job.adapter.weights.tensors.items():
         assert_close_in_norm(tensor - start[name], trained[name] - start[name], 1e-2)
     assert job.step == 5
-    assert job.start_next() is None
+    assert job.start_next() == ()
 
 
 def test_a_new_job_changes_nothing_at_first_and_its_start_depends_on_the_seed(setup: Setup) -> None:
@@ -217,7 +217,7 @@ def test_impossible_slices_are_refused_and_can_be_sent_again(
     job = setup.job()
     with pytest.raises(InvalidSliceError, match=message):
         job.accept(training_slice(tokens, weights))
-    assert job.start_next() is None
+    assert job.start_next() == ()
     assert job.accept(training_slice([1, 2, 3]))
 
 
@@ -243,11 +243,11 @@ def test_a_gradient_that_is_not_finite_ends_the_job_and_spares_the_adapter(setup
 def test_backward_needs_a_forwarded_sequence(setup: Setup) -> None:
     job = setup.job()
     with pytest.raises(ValueError, match="no forwarded sequence"):
-        job.backward(1)
+        job.cursors()
     accept_all(job, setup.steps(0, 1)[:1])
     job.start_next()
     with pytest.raises(ValueError, match="no forwarded sequence"):
-        job.backward(1)
+        job.cursors()
 
 
 def test_two_jobs_share_a_cache_and_do_not_touch_each_other(setup: Setup) -> None:

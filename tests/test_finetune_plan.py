@@ -12,7 +12,8 @@ from common.bypasses import bypasses_of
 from common.memory_table import memory_table
 from common.messages import LoraSpec
 from common.model_shape import read_model_shape
-from services.executor.backward import BackwardPass
+from services.executor.backward import advance
+from services.executor.backward_cursor import BackwardCursor
 from services.executor.lora import TARGETS, LoraWeights
 from services.executor.model_config import read_model_config
 from services.executor.training_sequence import TrainingSequence
@@ -47,17 +48,17 @@ def test_bytes_planned_are_bytes_allocated(
     cache = new_cache(decoder)
     forward_sequence(decoder, cache, sequence, adapter, [4, 3], range(NUM_ROWS))
     grads = LoraWeights(adapter.spec, decoder.config, layers=adapter.layers)
-    task = BackwardPass(decoder, cache, adapter, grads, sequence)
-    assert task.accumulator_bytes == plan.accumulator_bytes(NUM_ROWS, dtype.itemsize) > 0
-    while not task.is_done:
-        task.advance(7)
+    cursor = BackwardCursor(decoder, adapter, grads, sequence)
+    assert cursor.accumulator_bytes == plan.accumulator_bytes(NUM_ROWS, dtype.itemsize) > 0
+    while not cursor.is_done:
+        advance(decoder, cache, [cursor], 7)
     assert sequence.tape.num_bytes == 0
     table = memory_table(plan, bypasses, NUM_ROWS, dtype.itemsize)
     planned = {row.name: row.num_bytes[-1] for row in (*table.forward, *table.backward)}
     in_cache = sum(tensor_SKD[:NUM_ROWS].nbytes for tensor_SKD in (*cache.k, *cache.v))
     assert planned["k"] + planned["v"] == in_cache
     assert table.forward_total[-1] - in_cache == plan.tape_width * NUM_ROWS * dtype.itemsize
-    assert planned["dk, dv sums"] == task.accumulator_bytes
+    assert planned["dk, dv sums"] == cursor.accumulator_bytes
     assert planned["dx"] == sequence.dx_TH.nbytes
     assert grads.flat.isfinite().all()
 
@@ -89,7 +90,7 @@ def test_what_is_run_again_gives_the_same_gradients(targets: tuple[str, ...], la
         forward_sequence(decoder, cache, sequence, adapter, [4, 3], range(NUM_ROWS))
         grads = LoraWeights(adapter.spec, decoder.config, layers=adapter.layers)
         num_bytes = sequence.tape.num_bytes
-        BackwardPass(decoder, cache, adapter, grads, sequence).advance(1000)
+        advance(decoder, cache, [BackwardCursor(decoder, adapter, grads, sequence)], 1000)
         found.append((num_bytes, grads.flat))
     (kept_bytes, kept), (less_bytes, again) = found
     assert less_bytes < 0.7 * kept_bytes

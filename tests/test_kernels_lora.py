@@ -117,6 +117,30 @@ def test_the_number_of_operators_does_not_depend_on_the_number_of_adapters() -> 
     assert counts[0] == counts[1] == counts[2] > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", range(8))
+def test_gradients_of_many_adapters_are_the_references(dtype: torch.dtype, seed: int) -> None:
+    segments = random_segments(seed + 1, (torch.float32,), seed)
+    plan = ops.LoraPlan(segments)
+    x, dy = randn(NUM_ROWS, INPUTS, dtype=dtype, seed=seed), randn(NUM_ROWS, sum(WIDTHS), dtype=dtype, seed=seed + 1)
+    dx = randn(NUM_ROWS, INPUTS, dtype=dtype, seed=seed + 2)
+    actual, expected = dx.to(dtype), dx.clone()
+    grads, wide = ([(torch.ones_like(s.a_RI), torch.ones_like(s.b_OR)) for s in of] for of in (segments, widened(segments)))
+    ops.segmented_lora_gradients(actual, dy.to(dtype), x.to(dtype), grads, plan)
+    reference.segmented_lora_backward(expected, dy, widened(segments))
+    reference.segmented_lora_weight_backward(wide, dy, x, widened(segments))
+    assert_matches(actual, expected)
+    for own, oracle in zip(grads, wide, strict=True):
+        for matrix, wanted in zip(own, oracle, strict=True):
+            assert_matches(matrix, wanted)
+            assert (matrix != 1).any()
+    halves = dx.to(dtype), [(torch.ones_like(s.a_RI), torch.ones_like(s.b_OR)) for s in segments]
+    ops.segmented_lora_gradients(halves[0], dy.to(dtype), None, None, plan)
+    ops.segmented_lora_gradients(None, dy.to(dtype), x.to(dtype), halves[1], plan)
+    assert torch.equal(halves[0], actual)
+    assert all(torch.equal(a, b) for one, two in zip(halves[1], grads, strict=True) for a, b in zip(one, two, strict=True))
+
+
 def test_no_rows_are_no_work() -> None:
     y = randn(3, 16).float()
     before = y.clone()

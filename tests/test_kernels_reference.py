@@ -99,7 +99,7 @@ def test_windows_of_attention_backward_sum_to_autograd(
     for start, rows in zip(itertools.accumulate((0, *windows)), windows, strict=False):
         window, end = slice(start, start + rows), start + rows
         narrow_do, narrow_q, narrow_k, narrow_v = (x.to(dtype) for x in (do[window], q[window], k[:end], v[:end]))
-        o_W, dq_W, dk_L, dv_L = ops.window_attention_backward(narrow_do, narrow_q, narrow_k, narrow_v, start, 0.4)
+        o_W, dq_W, dk_L, dv_L = reference.window_attention_backward(narrow_do, narrow_q, narrow_k, narrow_v, start, 0.4)
         assert_matches(o_W, out[window])
         assert_matches(dq_W, expected[0][window])
         dk[:end] += dk_L
@@ -111,7 +111,7 @@ def test_windows_of_attention_backward_sum_to_autograd(
 def test_window_attention_backward_refuses_keys_of_another_window() -> None:
     q, k = randn(3, 2, 4), randn(5, 2, 4)
     with pytest.raises(ValueError, match="5 keys for a window of 3 rows that starts at 1"):
-        ops.window_attention_backward(q, q, k, k, 1, 1.0)
+        reference.window_attention_backward(q, q, k, k, 1, 1.0)
 
 
 ADAPTER_MIXES = {
@@ -169,10 +169,10 @@ def test_segmented_lora_backward_equals_autograd(mix: list[tuple[int, int, int]]
     # x enters with factor zero as well, so that it has a gradient without any segment
     expected = gradients(lambda x, *ab: lora_oracle(0 * x @ x.T @ dy, x, segments, ab), dy, x, *matrices)
     dx = torch.ones_like(x)
-    ops.segmented_lora_backward(dx, dy, segments)
+    reference.segmented_lora_backward(dx, dy, segments)
     assert_matches(dx - 1, expected[0])
     grads = [(torch.ones_like(segment.a_RI), torch.ones_like(segment.b_OR)) for segment in segments]
-    ops.segmented_lora_weight_backward(grads, dy, x, segments)
+    reference.segmented_lora_weight_backward(grads, dy, x, segments)
     for actual, wanted in zip(itertools.chain.from_iterable(grads), expected[1:], strict=True):
         assert_matches(actual - 1, wanted)
 

@@ -118,7 +118,7 @@ def test_objects_are_needed_while_users_see_them_or_the_job_resumes_from_them() 
     assert jobs.needed_objects(saved) == {name, interim, f"{interim}.optimizer"}
     last = jobs.checkpointed(saved, "ftjob-1/step-6", 6, {}, 8.0)
     assert jobs.needed_objects(last) == {name, "ftjob-1/step-6", "ftjob-1/step-6.optimizer"}
-    assert jobs.needed_objects(jobs.succeeded(last, "ft:x", 1, 9.0)) == {name, "ftjob-1/step-6"}
+    assert jobs.needed_objects(jobs.succeeded(last, "ft:x", 1, (), 9.0)) == {name, "ftjob-1/step-6"}
     for over in (jobs.cancel(last, 9.0), jobs.failed(last, JobError(code="c", message="m"), 9.0)):
         assert (over.checkpoint, over.checkpoints, jobs.needed_objects(over)) == (None, (), frozenset())
 
@@ -130,8 +130,9 @@ def test_interim_checkpoints_never_overwrite_the_one_to_resume_from() -> None:
 
 
 def test_endings_release_the_job() -> None:
-    done = jobs.succeeded(record("running", "me", 99.0), "ft:x", 1234, 50.0)
+    done = jobs.succeeded(record("running", "me", 99.0), "ft:x", 1234, ("file-a",), 50.0)
     assert (done.job.status, done.job.fine_tuned_model, done.job.trained_tokens, done.owner) == ("succeeded", "ft:x", 1234, "")
+    assert done.job.result_files == ("file-a",)
     error = JobError(code="c", message="m")
     assert jobs.failed(record("running", "me", 99.0), error, 50.0).job.error == error
     assert jobs.placed(record("queued"), "x").lease == 4

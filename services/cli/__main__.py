@@ -14,6 +14,7 @@ from common.parallel_plan import Machine
 from services.cli.adapters import AdapterError, delete, export, import_folder, list_adapters, show_adapters
 from services.cli.convert import convert
 from services.cli.explain import ExplainError, explain_memory, explain_parallel
+from services.cli.finetune import FinetuneError, FinetuneOptions, finetune
 from services.cli.health import HealthError, check
 from services.cli.layout import UpOptions
 from services.cli.models import ModelError
@@ -26,8 +27,13 @@ from services.cli.up import up
 
 EXPECTED = (
     UpError, StartupError, NatsServerError, NatsUnreachableError, ModelError, StatusError, AdapterError, HealthError, BusError,
-    ExplainError,
+    ExplainError, FinetuneError,
 )  # fmt: skip
+LORA_OPTIONS = (
+    "method", "rank", "alpha", "dropout", "target_modules", "learning_rate", "scheduler", "warmup_steps", "optimizer",
+    "weight_decay", "max_grad_norm",
+)  # fmt: skip
+"""Options of `heddle finetune` that go into the job's `lora` block."""
 KEY_VARIABLES = ("HEDDLE_GATEWAY_API_KEY", "HEDDLE_API_KEY")
 
 
@@ -101,6 +107,14 @@ def _explain(options: argparse.Namespace) -> None:
     explain_parallel(model, peft, num_tokens, dtype, machine)
 
 
+def _finetune(options: argparse.Namespace) -> None:
+    given = {key: value for key, value in vars(options).items() if key != "command"}
+    lora = {name: given.pop(name) for name in LORA_OPTIONS}
+    if lora["target_modules"] == ["all-linear"]:
+        lora["target_modules"] = "all-linear"
+    finetune(FinetuneOptions(**given, lora=lora))
+
+
 def _health(options: argparse.Namespace) -> None:
     host = "any" if options.anywhere else None
     print(f"{options.role} {asyncio.run(check(options.role, options.nats, host))} is ready")
@@ -116,6 +130,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "convert": _convert,
     "adapters": _adapters,
     "explain": _explain,
+    "finetune": _finetune,
     "health": _health,
     "version": _version,
 }

@@ -37,6 +37,8 @@ class UpOptions:
     """Where our own NATS server listens; None: wherever there is room."""
     key_variable: str | None = None
     """The environment variable that holds the gateway's API key; None: no key."""
+    tensorboard_dir: Path | None = None
+    """Where finetuning jobs' metrics go as they come; None: beside the logs."""
     log_format: str | None = None
     log_level: str | None = None
     replicas: Mapping[Role, int] = field(default_factory=dict)
@@ -91,6 +93,7 @@ def environment(options: UpOptions, model: Model, nats_url: str) -> dict[str, st
         "HEDDLE_GATEWAY_HOST": options.host,
         "HEDDLE_GATEWAY_PORT": options.port,
         "HEDDLE_GATEWAY_REUSE_PORT": "true" if options.replicas.get(GATEWAY_ROLE, 1) > 1 else None,
+        "HEDDLE_TRAINER_TENSORBOARD_DIR": options.tensorboard_dir or options.state_dir / "tensorboard",
         "HEDDLE_PLANNER_MODE": options.speculation,
         "HEDDLE_DRAFT": options.draft,
         "HEDDLE_EXECUTOR_SPECULATION": "false" if options.speculation == "none" else "true",

@@ -28,6 +28,7 @@ examples:
   heddle up --speculation none                         plain decoding, to compare with
   heddle up --nats nats://10.0.0.5:4222 --executors 2  join a NATS server that is already there
   heddle status                                        what runs, and how busy it is
+  heddle finetune chats.jsonl --suffix mine --wait     train an adapter, with a progress bar
   heddle adapters export my-adapter ./my-adapter       a finetuned adapter as a PEFT folder
   heddle explain memory --peft adapter_config.json     what finetuning keeps in memory, and why
 """
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(_add(commands, "convert", "turn a model into the folder of safetensors that executors read"))
     _add_adapters(_add(commands, "adapters", "list, import, export or delete LoRA adapters"))
     _add_explain(_add(commands, "explain", "show what is planned for a model and a PEFT configuration"))
+    _add_finetune(_add(commands, "finetune", "train a LoRA adapter on a chat JSONL, on a running system"))
     _add_health(_add(commands, "health", "exit with 0 if a service of this machine is ready, for containers"))
     _add(commands, "version", "print the version")
     return parser
@@ -149,6 +151,9 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
 
     logs = parser.add_argument_group("logs")
     logs.add_argument("--log-format", choices=["json", "console"], help="of the services' logs (default: json)")
+    logs.add_argument(
+        "--tensorboard-dir", type=_path, metavar="DIR", help="metrics of finetuning jobs (default: tensorboard/ in --state-dir)"
+    )
     logs.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="(default: info)")
 
 
@@ -212,6 +217,36 @@ def _add_explain(parser: _Parser) -> None:
         subject.add_argument(
             "--dtype", choices=["float16", "bfloat16", "float32"], help="of activations (default: the model's)"
         )
+
+
+def _add_finetune(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Upload a chat JSONL, start a finetuning job, and print its id. What is not given has the trainer's default, which the"
+        " job shows. --wait follows the job to its end: loss, tokens per second and time left."
+    )
+    parser.add_argument("data", type=_path, metavar="DATA", help='rows: {"messages": [{"role": ..., "content": ...}, ...]}')
+    parser.add_argument("--validation", type=_path, metavar="FILE", help="rows that are scored after each epoch")
+    parser.add_argument("--model", help="the base model (default: the one that is served)")
+    parser.add_argument("--suffix", help="part of the adapter's model name")
+    parser.add_argument("--seed", type=_within(0, 2**31 - 1), metavar="N", help="of the order, the first weights and dropout")
+    parser.add_argument("--wait", action="store_true", help="follow the job until it has ended")
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=_within(1), metavar="N", help="passes over the data")
+    training.add_argument("--batch-size", type=_within(1), metavar="N", help="rows per optimizer step")
+    training.add_argument("--learning-rate", type=float, metavar="X", help="at its peak")
+    training.add_argument("--scheduler", choices=["constant", "linear", "cosine"], help="of the learning rate")
+    training.add_argument("--warmup-steps", type=_within(0), metavar="N", help="steps until the peak")
+    training.add_argument("--optimizer", choices=["adamw", "sgd"])
+    training.add_argument("--weight-decay", type=float, metavar="X")
+    training.add_argument("--max-grad-norm", type=float, metavar="X", help="gradients are clipped to it; 0: never")
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--method", choices=["lora", "rslora"])
+    adapter.add_argument("--rank", type=_within(1), metavar="N")
+    adapter.add_argument("--alpha", type=float, metavar="X")
+    adapter.add_argument("--dropout", type=float, metavar="P", help="of the adapter's inputs")
+    adapter.add_argument("--target-modules", nargs="+", metavar="NAME", help="q_proj, k_proj, ...; all-linear")
+    parser.add_argument("--url", default=DEFAULT_URL, help="a gateway")
+    _add_api_key(parser)
 
 
 def _add_health(parser: argparse.ArgumentParser) -> None:

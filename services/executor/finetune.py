@@ -1,7 +1,7 @@
 """A finetuning job on this executor: its adapter, optimizer and queue of slices. Knows neither bus nor schedule.
 
-A slice is forwarded in windows of any size, whenever the engine has room, then goes backward in windows of any size; the
-sum over a step's slices equals whole-sequence training.
+Slices are forwarded in windows of any size, whenever the engine has room, then go backward in windows of any size; the sum
+over a step's slices equals whole-sequence training. Short slices of a step are in work together, as a group: they share passes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from torch import Tensor
 
 from common.messages import LoraSpec, OptimizerStep, TrainingSlice
 from kernels import ops
-from services.executor.backward import BackwardPass
+from services.executor.backward_cursor import BackwardCursor
 from services.executor.lora import InvalidAdapterError, LoraAdapter, LoraWeights, read_tensors
 from services.executor.model import Decoder, KvCache
 from services.executor.training_sequence import InvalidSliceError, TrainingSequence, check_slice
+
+MAX_GROUP_ROWS = 512
+"""Rows of sequences in work together: enough for large matmuls, and their activations take what one long sequence would."""
 
 
 class OutOfOrderSliceError(InvalidSliceError):
@@ -47,11 +50,10 @@ class StepResult:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BackwardResult:
-    """Work done, in tokens times layers. `finished` has no more use for its slots; `step` is set at a step's end."""
+class GroupResult:
+    """A group that is through, which has no more use for its slots; `step` is set at a step's end."""
 
-    num_token_layers: int
-    finished: TrainingSequence | None = None
+    num_sequences: int
     step: StepResult | None = None
 
 
@@ -72,7 +74,7 @@ class _Totals:
 
 
 class FinetuneJob:
-    """One adapter in training. `step` is the number of its next optimizer step; at most one slice is in work."""
+    """One adapter in training. `step` is its next optimizer step's number, `group` the sequences in work, all of that step."""
 
     def __init__(
         self,
@@ -88,13 +90,13 @@ class FinetuneJob:
         self.adapter = adapter.in_training()
         self.step = step
         self._seed = seed
-        self.current: TrainingSequence | None = None
+        self.group: tuple[TrainingSequence, ...] = ()
         self._decoder, self._cache = decoder, cache
         self._grads, self._exp_avg, self._exp_avg_sq = (self._like_adapter() for _ in range(3))
         self._plan = adapter.activation_plan(decoder.config.shape, max_recompute_share)
         self._queue: deque[TrainingSlice] = deque()
         self._expected = (step, 0)
-        self._backward: BackwardPass | None = None
+        self._cursors: tuple[BackwardCursor, ...] = ()
         self._totals = _Totals()
 
     def accept(self, item: TrainingSlice) -> bool:
@@ -109,33 +111,48 @@ class FinetuneJob:
         self._expected = (item.step, item.index + 1) if item.optimizer is None else (item.step + 1, 0)
         return True
 
-    def start_next(self) -> TrainingSequence | None:
-        """The sequence in work, the next of the queue if there was none."""
-        if self.current is None and self._queue:
-            rate = self.adapter.spec.dropout
-            self.current = TrainingSequence(self._queue[0], self._decoder, self._plan, dropout=rate, seed=self._seed)
-            self._queue.popleft()
-        return self.current
+    def start_next(self, max_rows: int = MAX_GROUP_ROWS) -> tuple[TrainingSequence, ...]:
+        """The group in work; if there was none, the next slices of the queue: one, or several with so many rows together."""
+        if not self.group:
+            group: list[TrainingSequence] = []
+            dropout = self.adapter.spec.dropout
+            while self._queue and self._joins(group, self._queue[0], max_rows):
+                group.append(TrainingSequence(self._queue[0], self._decoder, self._plan, dropout=dropout, seed=self._seed))
+                self._queue.popleft()
+            self.group = tuple(group)
+        return self.group
 
-    def backward(self, max_tokens: int) -> BackwardResult:
-        """Go back through as much of the sequence in work as `max_tokens` tokens through all layers cost; may end a step.
+    @property
+    def is_forwarded(self) -> bool:
+        """Whether a group is in work and can go backward."""
+        return bool(self.group) and all(sequence.is_forwarded for sequence in self.group)
 
-        Raises TrainingDivergedError if loss or gradient are not finite: then the job is over.
+    def cursors(self) -> tuple[BackwardCursor, ...]:
+        """Where each sequence of the forwarded group is on its way back.
+
+        Raises TrainingDivergedError if a loss is not finite: then the job is over.
         """
-        sequence = self.current
-        if sequence is None or not sequence.is_forwarded:
+        if not self.is_forwarded:
             raise ValueError(f"job {self.job_id} has no forwarded sequence")
-        if self._backward is None:
-            self._check_finite("loss", sequence.loss)
-            self._backward = BackwardPass(self._decoder, self._cache, self.adapter, self._grads, sequence)
-        done = self._backward.advance(max_tokens * self._decoder.config.num_layers)
-        if not self._backward.is_done:
-            return BackwardResult(num_token_layers=done)
-        self._backward = self.current = None
-        self._totals.add(sequence)
-        optimizer = sequence.item.optimizer
+        if not self._cursors:
+            for sequence in self.group:
+                self._check_finite("loss", sequence.loss)
+            self._cursors = tuple(BackwardCursor(self._decoder, self.adapter, self._grads, sequence) for sequence in self.group)
+        return self._cursors
+
+    def finish(self) -> GroupResult | None:
+        """Take up the group's gradients once all of its sequences are through; may end a step. None if they are not yet.
+
+        Raises TrainingDivergedError if the gradient is not finite: then the job is over.
+        """
+        if not all(cursor.is_done for cursor in self.cursors()):
+            return None
+        group, self.group, self._cursors = self.group, (), ()
+        for sequence in group:
+            self._totals.add(sequence)
+        optimizer = group[-1].item.optimizer
         step = None if optimizer is None else self._optimize(optimizer)
-        return BackwardResult(num_token_layers=done, finished=sequence, step=step)
+        return GroupResult(num_sequences=len(group), step=step)
 
     def checkpoint(self) -> bytes:
         """Adapter, moments, step and seed before the step in work, as safetensors bytes.
@@ -174,6 +191,11 @@ class FinetuneJob:
             dtype=weights.flat.dtype,
             device=weights.flat.device,
         )
+
+    def _joins(self, group: list[TrainingSequence], item: TrainingSlice, max_rows: int) -> bool:
+        """Whether a slice is of the group's step and still fits in."""
+        num_rows = sum(sequence.num_rows for sequence in group) + len(item.tokens)
+        return not group or (item.step == group[0].item.step and num_rows <= max_rows)
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):

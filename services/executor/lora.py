@@ -201,17 +201,6 @@ class LoraAdapter:
         """Add the update of a linear with input `x_TI` to its output `y_TO`, in place."""
         ops.segmented_lora(y_TO, x_TI, self.segments(layer, module, 0, y_TO.shape[0]))
 
-    def backward(self, layer: int, module: str, dx_TI: Tensor, dy_TO: Tensor) -> None:
-        """Add the update's share of the linear's input gradient to `dx_TI`, in place."""
-        ops.segmented_lora_backward(dx_TI, dy_TO, self.segments(layer, module, 0, dy_TO.shape[0]))
-
-    def weight_backward(self, grads: LoraWeights, layer: int, module: str, dy_TO: Tensor, x_TI: Tensor) -> None:
-        """Add the gradients of the adapter's matrices to `grads`, in place."""
-        matrices = [(grad.a_RI, grad.b_OR) for grad in grads.linears.get((layer, module), ())]
-        if matrices:
-            x_TI = x_TI.to(self.weights.flat.dtype)
-            ops.segmented_lora_weight_backward(matrices, dy_TO, x_TI, self.segments(layer, module, 0, dy_TO.shape[0]))
-
     def to_safetensors(self) -> bytes:
         """The bytes of PEFT's adapter_model.safetensors."""
         return safetensors.torch.save({name: tensor.contiguous() for name, tensor in self.weights.tensors.items()})

@@ -26,6 +26,10 @@ class ActivationTape:
         """Whether a layer's tensor is kept; what is not is not needed, or made again from what is."""
         return name in self._layers[layer]
 
+    def kept(self, layer: int) -> frozenset[str]:
+        """The names of all tensors that are kept of a layer."""
+        return frozenset(self._layers[layer])
+
     def rows(self, layer: int, name: str, start: int, end: int) -> Tensor:
         """The places of rows [start, end): to write them, and to read them as they were written."""
         return self._layers[layer][name][start:end]

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from common.messages import EvaluationSlice, TrainingSlice
+from services.executor.backward import advance
 from services.executor.batch import Segment
 from services.executor.evaluation import Evaluations, EvaluationWindow, Score
-from services.executor.finetune import FinetuneJob, OutOfOrderSliceError, StepResult, TrainingDivergedError
+from services.executor.finetune import (
+    MAX_GROUP_ROWS,
+    FinetuneJob,
+    OutOfOrderSliceError,
+    StepResult,
+    TrainingDivergedError,
+)
 from services.executor.model import Decoder, KvCache
 from services.executor.pages import PageAllocator, PageTable
 from services.executor.scheduler import JobView
@@ -67,7 +75,7 @@ class _Entry:
 
 
 class Training:
-    """Jobs by id. A job holds pages for the one sequence that it works on."""
+    """Jobs by id. A job holds pages for the sequences that it works on."""
 
     def __init__(self, decoder: Decoder, cache: KvCache, pages: PageAllocator) -> None:
         self.decoder = decoder
@@ -145,39 +153,36 @@ class Training:
         views = []
         for job_id, entry in list(self._entries.items()):
             try:
-                sequence = self._current(entry)
+                group = self._current(entry)
             except (RuntimeError, MemoryError) as error:
                 self._fail(job_id, error)
                 continue
-            if sequence is not None:
-                left = sequence.num_rows - sequence.num_forwarded
-                done = sequence.num_forwarded
+            if group:
+                left = [sequence for sequence in group if not sequence.is_forwarded]
                 views.append(
-                    JobView(job_id=job_id, forward_tokens=left, is_backward=sequence.is_forwarded, context_tokens=done)
+                    JobView(
+                        job_id=job_id,
+                        forward_tokens=sum(sequence.num_rows - sequence.num_forwarded for sequence in left),
+                        is_backward=not left,
+                        context_tokens=left[0].num_forwarded if left else 0,
+                    )
                 )
         return views + self._evaluations.views()
 
     def windows(self, forward: dict[str, int]) -> list[Window | EvaluationWindow]:
-        """The windows of a plan's training tokens, then those of evaluations."""
+        """The windows of a plan's training tokens, a job's sequences one after another, then those of evaluations."""
         windows: list[Window | EvaluationWindow] = []
         for job_id, num_tokens in forward.items():
             if (entry := self._entries.get(job_id)) is None:
                 continue
-            sequence = self._current(entry)
-            assert sequence is not None
-            start = sequence.num_forwarded
-            end = min(start + num_tokens, sequence.num_rows)
-            segment = Segment(
-                tokens=sequence.tokens[start:end],
-                positions=range(start, end),
-                context_slots=entry.table.slots(0, start),
-                slots=entry.table.slots(start, end),
-                adapter=entry.job.adapter,
-                tape=sequence.tape,
-                tape_start=start,
-                dropout=sequence.dropout,
-            )
-            windows.append(Window(job_id=job_id, sequence=sequence, start=start, segment=segment))
+            first_slot = 0
+            for sequence in self._current(entry):
+                num_rows = min(num_tokens, sequence.num_rows - sequence.num_forwarded)
+                if num_rows > 0:
+                    segment = _segment(entry, sequence, first_slot, num_rows)
+                    windows.append(Window(job_id=job_id, sequence=sequence, start=sequence.num_forwarded, segment=segment))
+                    num_tokens -= num_rows
+                first_slot += sequence.num_rows
         return windows + self._evaluations.windows(forward)
 
     def heads(self, windows: Sequence[Window | EvaluationWindow], hidden_TH: Tensor) -> None:
@@ -194,27 +199,19 @@ class Training:
             for job_id in {window.job_id for window in windows}:
                 self._fail(job_id, error)
 
-    def backward(self, plan: dict[str, int]) -> BackwardWork:
-        """Go back through a plan's share of each job; steps that end are reported, jobs that fail are closed and reported."""
-        events: list[TrainingEvent] = []
+    def backward(self, plan: Mapping[str, float]) -> BackwardWork:
+        """Go back through a plan's work, all jobs together; reports steps that end and jobs that fail, which are closed."""
+        entries = self._going_back(plan)
+        cursors = [cursor for entry in entries.values() for cursor in entry.job.cursors()]
+        budget = math.ceil(sum(plan[job_id] for job_id in entries) * self.decoder.config.num_layers)
         token_layers = 0
-        for job_id, num_tokens in plan.items():
-            entry = self._entries.get(job_id)
-            if entry is None or entry.job.current is None or not entry.job.current.is_forwarded:
-                continue
-            try:
-                result = entry.job.backward(num_tokens)
-            except (TrainingDivergedError, RuntimeError, MemoryError) as error:
+        try:
+            token_layers = advance(self.decoder, self.cache, cursors, budget)
+        except (RuntimeError, MemoryError) as error:
+            for job_id in entries:
                 self._fail(job_id, error)
-                continue
-            token_layers += result.num_token_layers
-            if result.finished is not None:
-                self._pages.release(entry.table)
-                entry.num_queued -= 1
-            if result.step is not None:
-                now = time.perf_counter()
-                elapsed_ms, entry.step_started_at = (now - entry.step_started_at) * 1e3, now
-                events.append(TrainingEvent(job_id=job_id, lease=entry.lease, step=result.step, elapsed_ms=elapsed_ms))
+            entries = {}
+        events = [event for job_id, entry in entries.items() if (event := self._finish(job_id, entry)) is not None]
         events += [
             TrainingEvent(job_id=job_id, lease=self._entries[job_id].lease, score=score)
             for job_id, score in self._evaluations.scores()
@@ -223,22 +220,56 @@ class Training:
         self._failures = []
         return BackwardWork(num_tokens=token_layers / self.decoder.config.num_layers, events=tuple(events))
 
+    def _going_back(self, plan: Mapping[str, float]) -> dict[str, _Entry]:
+        """The plan's jobs that can go back; one whose loss is not finite is closed."""
+        entries = {}
+        for job_id in plan:
+            entry = self._entries.get(job_id)
+            if entry is None or not entry.job.is_forwarded:
+                continue
+            try:
+                entry.job.cursors()
+            except (TrainingDivergedError, RuntimeError, MemoryError) as error:
+                self._fail(job_id, error)
+                continue
+            entries[job_id] = entry
+        return entries
+
+    def _finish(self, job_id: str, entry: _Entry) -> TrainingEvent | None:
+        """Free what a job's group held if it is through; its step, if that ended too."""
+        try:
+            result = entry.job.finish()
+        except (TrainingDivergedError, RuntimeError, MemoryError) as error:
+            self._fail(job_id, error)
+            return None
+        if result is None:
+            return None
+        self._pages.release(entry.table)
+        entry.num_queued -= result.num_sequences
+        if result.step is None:
+            return None
+        now = time.perf_counter()
+        elapsed_ms, entry.step_started_at = (now - entry.step_started_at) * 1e3, now
+        return TrainingEvent(job_id=job_id, lease=entry.lease, step=result.step, elapsed_ms=elapsed_ms)
+
     def _fail(self, job_id: str, error: Exception) -> None:
         """Give a job up: its gradients may be half written."""
         entry = self._entries[job_id]
         self.close(job_id)
         self._failures.append(TrainingEvent(job_id=job_id, lease=entry.lease, failure=str(error) or type(error).__name__))
 
-    def _current(self, entry: _Entry) -> TrainingSequence | None:
-        """The sequence in work, if pages for all of it could be had within training's share."""
-        sequence = entry.job.start_next()
-        if sequence is None or len(sequence.slots_T) == sequence.num_rows:
-            return sequence
-        if not self._try_reserve(entry.table, sequence.num_rows):
-            return None
-        slots = entry.table.slots(0, sequence.num_rows)
-        sequence.slots_T = torch.tensor(slots, dtype=torch.int64, device=self.decoder.device)
-        return sequence
+    def _current(self, entry: _Entry) -> tuple[TrainingSequence, ...]:
+        """The sequences in work, if pages for all of them could be had within training's share."""
+        group = entry.job.start_next(min(MAX_GROUP_ROWS, self.max_tokens))
+        if all(len(sequence.slots_T) == sequence.num_rows for sequence in group):
+            return group
+        num_rows = sum(sequence.num_rows for sequence in group)
+        if not self._try_reserve(entry.table, num_rows):
+            return ()
+        slots_T = torch.tensor(entry.table.slots(0, num_rows), dtype=torch.int64, device=self.decoder.device)
+        for sequence, own_T in zip(group, torch.split(slots_T, [sequence.num_rows for sequence in group]), strict=True):
+            sequence.slots_T = own_T
+        return group
 
     def _try_reserve(self, table: PageTable, num_tokens: int) -> bool:
         missing = self._pages.missing(table, num_tokens)
@@ -247,3 +278,19 @@ class Training:
             return False
         self._pages.reserve(table, num_tokens)
         return True
+
+
+def _segment(entry: _Entry, sequence: TrainingSequence, first_slot: int, num_rows: int) -> Segment:
+    """The next rows of a sequence whose slots begin at `first_slot` of the job's."""
+    start = sequence.num_forwarded
+    end = start + num_rows
+    return Segment(
+        tokens=sequence.tokens[start:end],
+        positions=range(start, end),
+        context_slots=entry.table.slots(first_slot, first_slot + start),
+        slots=entry.table.slots(first_slot + start, first_slot + end),
+        adapter=entry.job.adapter,
+        tape=sequence.tape,
+        tape_start=start,
+        dropout=sequence.dropout,
+    )

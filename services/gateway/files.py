@@ -1,7 +1,4 @@
-"""/v1/files: uploads in the JetStream object store. Knows files and their metadata, not what is in them.
-
-An object's name is the file's id; its description holds the FileObject as JSON, so that files survive restarts.
-"""
+"""/v1/files: uploads in the JetStream object store. Knows files and their metadata, not what is in them."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from uuid import uuid4
 
 import msgspec
 from fastapi import APIRouter, Query, Request
-from nats.js.api import ObjectInfo, ObjectMeta
+from nats.js.api import ObjectInfo
 from nats.js.errors import NotFoundError
 from nats.js.object_store import ObjectStore
 from starlette.concurrency import run_in_threadpool
@@ -25,6 +22,7 @@ from starlette.responses import Response, StreamingResponse
 
 from common import subjects
 from common.bus import Bus
+from common.files import file_meta
 from services.gateway.errors import ApiError, bad_request, unavailable
 from services.gateway.finetuning import Trainer
 from services.gateway.http_errors import json_response
@@ -66,14 +64,7 @@ class FileStore:
         if (upload.size or 0) > self._max_file_bytes:
             raise ApiError(413, f"A file may have at most {self._max_file_bytes} bytes.", param="file", code="file_too_large")
         file_id = f"file-{uuid4().hex}"
-        record = {
-            "id": file_id,
-            "object": "file",
-            "created_at": int(time.time()),
-            "filename": upload.filename or "upload",
-            "purpose": purpose,
-        }
-        meta = ObjectMeta(name=file_id, description=msgspec.json.encode(record).decode())
+        meta = file_meta(file_id, upload.filename or "upload", purpose, time.time())
         source: Any = upload.file
         return _file_object(await (await self._store()).put(file_id, source, meta))
 

@@ -12,6 +12,7 @@ from common.chat import ChatTokenizer
 from common.fleet import Fleet
 from common.messages import Beat
 from common.service import Vitals
+from services.trainer import events
 from services.trainer.artifacts import Artifacts
 from services.trainer.config import TrainerConfig
 from services.trainer.dispatcher import Dispatcher
@@ -57,9 +58,10 @@ class TrainerActor:
         """Counts of jobs and steps."""
         running = self._dispatcher.num_running if self._dispatcher else 0
         queued = self._dispatcher.num_queued if self._dispatcher else 0
+        steps = self._dispatcher.last_steps if self._dispatcher else []
         return Vitals(
             counters={name: float(count) for name, count in self._counters.items()},
-            gauges={"jobs_running": float(running), "jobs_queued": float(queued)},
+            gauges={"jobs_running": float(running), "jobs_queued": float(queued), **events.gauges(steps)},
         )
 
     async def _on_beat(self, beat: Beat) -> None:

@@ -14,6 +14,8 @@ class TrainerConfig(ServiceConfig):
 
     model_dir: Path = Path()
     """Folder of the base model's tokenizer and chat template; the weights are not read."""
+    tensorboard_dir: Path | None = None
+    """Each job's metrics go to a TensorBoard run of its name in this folder as they come; None: nowhere."""
     max_concurrent_jobs: int = 4
     """Jobs that one trainer runs at a time; more wait in the queue or run on other trainers."""
     max_sequence_length: int = 2048

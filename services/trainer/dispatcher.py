@@ -10,6 +10,7 @@ import nats.errors
 import structlog
 
 from common.bus import BusError
+from common.messages import StepDone
 from services.trainer import jobs
 from services.trainer.cancellation import raise_if_cancelled
 from services.trainer.jobs import JobRecord, SupersededError
@@ -40,6 +41,11 @@ class Dispatcher:
     def num_queued(self) -> int:
         """Jobs in the table that nobody works on yet."""
         return sum(not record.owner for record in self._open.values())
+
+    @property
+    def last_steps(self) -> list[StepDone]:
+        """The newest step of each job that trains here."""
+        return [step for runner, _ in self._running.values() if (step := runner.last_step) is not None]
 
     def start(self) -> None:
         """Work until drained."""

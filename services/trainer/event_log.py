@@ -65,6 +65,11 @@ class EventLog:
         found = [await self.get(job_id, number) for number in reversed(range(start, end))]
         return [event for event in found if event is not None], start > 0
 
+    async def metrics(self, job_id: str) -> list[JobEvent]:
+        """All metrics events, by step."""
+        found = [event for number in range(await self.count(job_id)) if (event := await self.get(job_id, number))]
+        return sorted((event for event in found if event.type == "metrics"), key=lambda event: int(event.data["step"]))
+
 
 def _key(job_id: str, number: int) -> str:
     return f"{job_id}.{number}"

@@ -189,9 +189,10 @@ def needed_objects(record: JobRecord) -> frozenset[str]:
     return frozenset(adapters | newest | resumable)
 
 
-def succeeded(record: JobRecord, model: str, trained_tokens: int, now: float) -> JobRecord:
-    """The job is done and its adapter has this model name."""
-    return with_job(released(record, "succeeded"), fine_tuned_model=model, trained_tokens=trained_tokens, finished_at=int(now))
+def succeeded(record: JobRecord, model: str, trained_tokens: int, files: tuple[str, ...], now: float) -> JobRecord:
+    """The job is done, its adapter has this model name, and these files tell of it."""
+    done = released(record, "succeeded")
+    return with_job(done, fine_tuned_model=model, trained_tokens=trained_tokens, result_files=files, finished_at=int(now))
 
 
 def failed(record: JobRecord, error: JobError, now: float) -> JobRecord:

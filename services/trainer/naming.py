@@ -67,6 +67,11 @@ def event_number(job_id: str, identifier: str) -> int | None:
     return int(number) if number.isascii() and number.isdigit() and number != identifier else None
 
 
+def result_file_id(job_id: str, kind: str) -> str:
+    """The id of a file that the job made; the same each time it is made."""
+    return f"file-{job_id.removeprefix(JOB_PREFIX)}-{kind}"
+
+
 def _base36(value: int) -> str:
     digits = ""
     while value:

@@ -8,7 +8,7 @@ from typing import Literal
 import nats.js.errors
 import structlog
 
-from common.messages import JobError
+from common.messages import JobError, StepDone
 from services.trainer import events, jobs
 from services.trainer.dataset import Dataset, DatasetError
 from services.trainer.drive import Course
@@ -43,6 +43,11 @@ class JobRunner:
         self._journal = Journal(around.events, record.job.id)
         self._training: Training | None = None
         self._handing_over = False
+
+    @property
+    def last_step(self) -> StepDone | None:
+        """The newest step of the training, if there is one."""
+        return self._training.last if self._training else None
 
     async def run(self) -> None:
         """Validate a new job, train any other. Raises nats errors when the server does not answer."""
@@ -145,10 +150,11 @@ class JobRunner:
         model = await training.publish_adapter()
         await self._journal.write(events.message(time.time(), f"New fine-tuned model created: {model}"))
         try:
-            await self.lease.change(lambda record: jobs.succeeded(record, model, trained_tokens, time.time()))
+            files = await training.store_results()
+            await self.lease.change(lambda record: jobs.succeeded(record, model, trained_tokens, files, time.time()))
         except SupersededError as error:
             if error.record.job.status == "cancelled":
-                await training.withdraw_adapter(model)
+                await training.withdraw(model, files)
             raise
         self._around.counters["jobs_succeeded"] += 1
 

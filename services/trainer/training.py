@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -11,8 +12,10 @@ import structlog
 
 from common import subjects
 from common.codec import encode
+from common.files import file_meta
 from common.messages import AdapterRecord, CloseJob, OpenJob, StepDone
-from services.trainer import events, jobs, naming
+from services.trainer import events, jobs, naming, results
+from services.trainer.board import Board
 from services.trainer.drive import Course, Drive
 from services.trainer.evaluation import Evaluation
 from services.trainer.jobs import JobRecord, SupersededError
@@ -26,14 +29,18 @@ log = structlog.get_logger()
 
 
 class Training:
-    """`step` is the number of steps done; with `handing_over` the job leaves its executor as for a pause."""
+    """`step` is the number of steps done, `last` the newest that was told.
+
+    With `handing_over` the job leaves its executor as for a pause.
+    """
 
     def __init__(self, around: Surroundings, lease: Lease, journal: Journal, course: Course) -> None:
         self.step = lease.record.checkpoint_step
         self.handing_over = False
         self._around, self._config, self._lease, self._journal, self._course = around, around.config, lease, journal, course
-        self._last: StepDone | None = None
+        self.last: StepDone | None = None
         self._evaluation: tuple[int, Evaluation] | None = None
+        self._board = Board(around.config.tensorboard_dir, lease.job_id, around.config.instance_id)
         self._best_step = self.step
         self._attempts = 0
         self._opened: tuple[float, int] | None = None
@@ -69,10 +76,28 @@ class Training:
         await self._announce(name, self._final_artifact())
         return name
 
-    async def withdraw_adapter(self, name: str) -> None:
-        """The job was cancelled at the last moment: its adapter is not to be served."""
+    async def store_results(self) -> tuple[str, ...]:
+        """The metrics of all steps as files; returns their ids."""
+        around, job_id, now = self._around, self._lease.job_id, time.time()
+        metrics = await around.events.metrics(job_id)
+        store = await around.bus.object_store(subjects.FILES_STORE)
+        made = (
+            ("csv", "step_metrics.csv", results.step_table(metrics)),
+            ("tfevents", f"events.out.tfevents.{int(now)}.{job_id}", results.event_file(metrics)),
+        )
+        ids = []
+        for kind, filename, data in made:
+            ids.append(naming.result_file_id(job_id, kind))
+            await store.put(ids[-1], data, file_meta(ids[-1], filename, "fine-tune-results", now))
+        return tuple(ids)
+
+    async def withdraw(self, name: str, files: tuple[str, ...]) -> None:
+        """The job was cancelled at the last moment: its adapter is not to be served, and its files go."""
         bucket = await self._around.bus.key_value(subjects.ADAPTERS_BUCKET)
         await bucket.delete(subjects.adapter_key(name))
+        store = await self._around.bus.object_store(subjects.FILES_STORE)
+        for file_id in files:
+            await store.delete(file_id)
 
     def estimated_finish(self, now: float) -> int | None:
         """When the last step will be done at the pace since the executor was opened."""
@@ -90,7 +115,7 @@ class Training:
 
     async def step_done(self, done: StepDone) -> None:
         """Tell a step's metrics."""
-        self.step, self._last = max(self.step, done.step + 1), done
+        self.step, self.last = max(self.step, done.step + 1), done
         if self.step > self._best_step:
             self._best_step, self._attempts = self.step, 0
         self._around.counters["steps"] += 1
@@ -100,18 +125,19 @@ class Training:
     async def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """Tell the evaluation with the metrics of the step before it."""
         self._evaluation = (step, evaluation)
-        if self._last is not None and self._last.step + 1 == step:
-            await self._write_metrics(self._last, evaluation)
+        if self.last is not None and self.last.step + 1 == step:
+            await self._write_metrics(self.last, evaluation)
         else:
             await self._say(f"Validation loss before step {step + 1}: {evaluation.loss:.4f}", data=evaluation.metrics())
 
     async def _write_metrics(self, done: StepDone, evaluation: Evaluation | None = None) -> None:
         event = events.metrics(time.time(), done, self._course.update(done.step), self._course.plan.total_steps, evaluation)
         await self._journal.metrics(done.step, event)
+        await asyncio.to_thread(self._board.step, event.data)
 
     async def checkpoint_written(self, artifact: str, step: int) -> None:
         """Remember a checkpoint, and say so; most of them end an epoch."""
-        metrics = events.step_metrics(self._last) if self._last and self._last.step + 1 == step else {}
+        metrics = events.step_metrics(self.last) if self.last and self.last.step + 1 == step else {}
         if self._evaluation is not None and self._evaluation[0] == step:
             metrics |= self._evaluation[1].metrics()
         await self._record(lambda record: jobs.checkpointed(record, artifact, step, metrics, time.time()))
@@ -119,7 +145,9 @@ class Training:
         await self._announce(naming.checkpoint_model_name(spec.model, spec.suffix, self._lease.job_id, step), artifact)
         epoch, rest = divmod(step, self._course.plan.steps_per_epoch)
         if rest == 0:
-            await self._say(f"Epoch {epoch}/{self._course.plan.n_epochs} completed", data={"epoch": epoch, **metrics})
+            loss = f", full validation loss={metrics['full_valid_loss']:.4f}" if "full_valid_loss" in metrics else ""
+            text = f"Epoch {epoch}/{self._course.plan.n_epochs} completed{loss}"
+            await self._say(text, data={"epoch": epoch, **metrics})
         await self._say(f"Checkpoint created at step {step}", data={"artifact": artifact, "step": step})
 
     async def saved(self, artifact: str, step: int) -> None:
@@ -172,6 +200,7 @@ class Training:
     async def _begin(self, session: ExecutorSession, step: int) -> None:
         await self._lease.change(lambda record: jobs.with_job(record, status="running", step=step))
         await self._journal.rewind(step)
+        await asyncio.to_thread(self._board.begin, step)
         await self.progress_lost(step)
         self.step, self._opened = step, (time.time(), step)
         verb = "started" if step == 0 else f"continues after step {step}"

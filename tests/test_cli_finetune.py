@@ -1,0 +1,109 @@
+"""`heddle finetune` against a real gateway, trainer and executor with a tiny model, and what it shows of made-up jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from common.bus import Bus
+from services.cli.finetune import FinetuneError, Gateway, bar_fields, watch
+from tests.gateway_stage import Connect, running_gateway
+from tests.trainer_fakes import MODEL, example, write_model_dir
+from tests.trainer_world import World
+
+DATA = b"".join(example("answer " * (i + 1)) for i in range(5))
+
+
+@pytest.fixture
+async def world(connect: Connect, bus: Bus, tmp_path: Path) -> AsyncIterator[World]:
+    made = World(connect, bus, write_model_dir(tmp_path / "model"))
+    yield made
+    await made.end()
+
+
+async def run(*arguments: str) -> tuple[int, str, str]:
+    """Exit status and output of the command."""
+    command = (sys.executable, "-m", "services.cli", "finetune", *arguments)
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+    out, err = await process.communicate()
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+async def test_a_dataset_becomes_a_served_adapter(world: World, connect: Connect, tmp_path: Path) -> None:
+    await world.trainer()
+    executor = await world.executor()
+    (tmp_path / "data.jsonl").write_bytes(DATA)
+    (tmp_path / "held.jsonl").write_bytes(DATA)
+    (tmp_path / "bad.jsonl").write_bytes(DATA + b"nonsense\n")
+    async with running_gateway(await connect(), tmp_path / "model", served_model_name=MODEL) as gateway:
+        where = ("--url", gateway.url, "--wait")
+        options = (
+            "--suffix mine --epochs 2 --batch-size 2 --rank 4 --method rslora --dropout 0.1 --target-modules q_proj v_proj"
+        )
+        status, out, err = await run(
+            str(tmp_path / "data.jsonl"), "--validation", str(tmp_path / "held.jsonl"), *options.split(), *where
+        )
+        assert (status, err) == (0, "")
+        lines = out.splitlines()
+        assert lines[0].startswith("job ftjob-")
+        assert "Step 5/6: training loss=0.2000" in lines
+        assert "Epoch 1/2 completed, full validation loss=7.0000" in lines
+        assert lines[-1].startswith("ft:base::mine:")
+        lora = executor.opened[0].lora
+        assert (lora.rank, lora.use_rslora, lora.dropout, lora.target_modules) == (4, True, 0.1, ("q_proj", "v_proj"))
+
+        status, _, err = await run(str(tmp_path / "bad.jsonl"), *where)
+        assert (status, err.startswith("heddle: the job failed: line 6: ")) == (1, True)
+        status, _, err = await run(str(tmp_path / "data.jsonl"), "--rank", "1000", *where)
+        assert (status, err.startswith("heddle: lora.rank: ")) == (1, True)
+    status, _, err = await run(str(tmp_path / "none.jsonl"), "--url", "http://127.0.0.1:1")
+    assert (status, "there is no file" in err) == (1, True)
+
+
+def test_the_bar_shows_the_newest_step_and_the_time_left() -> None:
+    job: dict[str, Any] = {"status": "running", "step": 3, "total_steps": 90, "estimated_finish": 1_000_075}
+    metrics = [{"type": "metrics", "data": {"step": s, "train_loss": 1 / s, "tokens_per_second": 1234.5}} for s in (3, 4)]
+    assert bar_fields(job, [{"type": "message"}, *metrics], 1_000_000.0) == {
+        "description": "running", "completed": 4, "total": 90, "left": "1:15 left", "loss": "loss 0.2500",
+        "pace": "1,234 tokens/s",
+    }  # fmt: skip
+    queued: dict[str, Any] = {"status": "queued", "step": 0, "total_steps": 0, "estimated_finish": None}
+    assert bar_fields(queued, [], 0.0) == {"description": "queued", "completed": 0, "total": None, "left": ""}
+
+
+def test_every_event_is_seen_once_though_the_gateway_is_away_for_a_while() -> None:
+    events: list[dict[str, Any]] = []
+    polls = 0
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal polls
+        if not request.url.path.endswith("/events"):
+            polls += 1
+            if polls == 2:
+                return httpx.Response(503, json={"error": {"message": "starting"}})
+            first = len(events)
+            events.extend({"id": f"e{i}", "message": f"m{i}"} for i in range(first, first + 3))
+            return httpx.Response(200, json={"status": "succeeded" if polls == 4 else "running"})
+        newest = events[::-1]
+        after = request.url.params["after"]
+        start = [event["id"] for event in newest].index(after) + 1 if after else 0
+        return httpx.Response(200, json={"data": newest[start : start + 2], "has_more": start + 2 < len(newest)})
+
+    with httpx.Client(transport=httpx.MockTransport(answer), base_url="http://gateway") as client:
+        seen = [event["id"] for _, new in watch(Gateway(client), "job", sleep=lambda _: None) for event in new]
+    assert seen == [f"e{i}" for i in range(9)]
+
+
+def test_what_is_no_gateway_is_named() -> None:
+    html = httpx.MockTransport(lambda _: httpx.Response(200, text="<html>"))
+    with (
+        httpx.Client(transport=html, base_url="http://other") as client,
+        pytest.raises(FinetuneError, match="no Heddle gateway"),
+    ):
+        Gateway(client).job("x")
