@@ -16,6 +16,7 @@ from kernels.linear import Linear
 from kernels.lora import LoraPlan
 from kernels.native import layers as native_layers
 from kernels.native import lora as native_lora
+from kernels.native import memory
 from kernels.native import operations as native
 from kernels.native import sampling as native_sampling
 from kernels.native.build import library
@@ -67,6 +68,7 @@ __all__ = [
     "silu_mul",
     "silu_mul_backward",
     "token_losses",
+    "zero_weights",
 ]
 
 
@@ -163,6 +165,12 @@ def ragged_attention_backward(
 def layer_stack(parts: Sequence[LayerParts], shape: StackShape) -> LayerStack | None:
     """All layers as one operation, where the compiled library computes all of them; the same bits as one by one."""
     return LayerStack(parts, shape) if native_layers.takes(parts, shape) else None
+
+
+def zero_weights(num_elements: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Zeros for weights that passes will read over and over."""
+    is_cpu = device is None or device.type == "cpu"
+    return memory.zeros(num_elements, dtype) if is_cpu else torch.zeros(num_elements, dtype=dtype, device=device)
 
 
 def has_fast_bfloat16() -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels import ops, reference
 from kernels.native import build as native_build
+from kernels.native import memory
 from kernels.native import operations as native
 from tests.helpers import assert_matches, randn
 
@@ -202,3 +203,19 @@ def test_a_library_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
     broken.write_bytes(b"not a library")
     with pytest.raises(native_build.BuildError, match="broken"):
         native_build.load(broken)
+
+
+def test_memory_for_weights_is_nobody_elses_and_is_given_back() -> None:
+    sizes = (1, 3, 70_000, 1 << 20, 9 << 20)
+    tensors = [memory.empty(size, 2, dtype=torch.bfloat16).fill_(i) for i, size in enumerate(sizes)]
+    apart = [memory.zeros(size, torch.float32) for size in (1, 5 << 20)]
+    assert [tensor.shape for tensor in tensors] == [(size, 2) for size in sizes]
+    assert all((tensor == i).all() for i, tensor in enumerate(tensors))
+    assert all((tensor == 0).all() for tensor in apart)
+    assert apart[1].data_ptr() % memory.HUGE_BYTES == 0
+    assert apart[1].untyped_storage().nbytes() < apart[1].nbytes + 2 * memory.HUGE_BYTES, "nothing but itself is kept"
+
+
+def test_without_huge_pages_memory_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_madvise", lambda: None)
+    assert (memory.zeros(3 << 20, torch.float32) == 0).all()

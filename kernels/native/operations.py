@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.native import memory
 from kernels.native.build import library
 from kernels.segments import AttentionPlan, AttentionSegment
 
@@ -51,7 +52,7 @@ class PackedLinear:
         self.num_in, self.num_out = weight.shape if transposed else weight.shape[::-1]
         self._half, self._dtype = ELEMENT[weight.dtype], weight.dtype
         num_rows = self.num_in + self.num_in % 2 * self._half  # bfloat16 is packed in pairs of inputs
-        self._packed = torch.empty(-(-self.num_out // PANEL), num_rows, PANEL, dtype=weight.dtype)
+        self._packed = memory.empty(-(-self.num_out // PANEL), num_rows, PANEL, dtype=weight.dtype)
         self._bias = None if bias_O is None else bias_O.to(weight.dtype).contiguous()
         loaded_library().heddle_pack(
             weight.data_ptr(), self._packed.data_ptr(), self.num_out, self.num_in, int(transposed), self._half

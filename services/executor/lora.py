@@ -61,7 +61,7 @@ class LoraWeights:
         self.linears: dict[tuple[int, str], list[LoraLinear]] = {}
         self.tensors: dict[str, Tensor] = {}
         per_layer = sum(spec.rank * (i + o) for target, (o, i) in _shapes(config).items() if target in spec.target_modules)
-        self.flat = torch.zeros(per_layer * len(self.layers), dtype=dtype, device=device)
+        self.flat = ops.zero_weights(per_layer * len(self.layers), dtype, device)
         offset = 0
         for layer in self.layers:
             for module in MODULES:
