@@ -89,7 +89,8 @@ def test_prefill_beyond_its_floor_and_training_beyond_its_share_fit_into_the_lim
         assert result.forward_ms == pytest.approx(predict_ms(profile, result.rows))
         assert result.predicted_ms >= result.forward_ms >= inference_ms
         training_ms = result.predicted_ms - inference_ms
-        if case.sequences and training_ms > case.limits.min_finetune_share * result.limit_ms + 1e-9:
+        is_one_row = sum(result.forward.values()) == 1  # which a job that is owed its share gets whatever it costs
+        if case.sequences and training_ms > case.limits.min_finetune_share * result.limit_ms + 1e-9 and not is_one_row:
             assert result.predicted_ms <= result.limit_ms + 1e-9
             seen_training += 1
     assert seen_prefill > 50

@@ -108,6 +108,7 @@ class Engine:
         self._clock = clock
         self._plan: IterationPlan | None = None
         self._num_starved = 0
+        self._backward_tokens = 0.0
 
     # --- work in ---------------------------------------------------------------------------------------------------
 
@@ -228,7 +229,8 @@ class Engine:
         started_at = self._clock()
         work = self.training.backward(plan.backward)
         self.profile = backward_corrected(self.profile, work.num_tokens, (self._clock() - started_at) * 1e3)
-        self.counters["backward_tokens"] += round(work.num_tokens)
+        self._backward_tokens += work.num_tokens
+        self.counters["backward_tokens"] = round(self._backward_tokens)
         return work
 
     def release_all(self, error: str) -> list[TokenChunk]:

@@ -10,6 +10,7 @@ While a request is behind, draft nodes are not held to T*: the planner has weigh
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
@@ -84,13 +85,14 @@ class JobView:
 class IterationPlan:
     """`decode` maps request to its number of draft nodes, `prefill` to its number of prompt tokens.
 
-    `forward` maps a job to training tokens of this pass, `backward` to whole-model token equivalents to go back through.
+    `forward` maps a job to training tokens of this pass, `backward` to whole-model token equivalents to go back
+    through: parts of one too, as work comes in layers. What jobs have of these is one budget for all of them.
     """
 
     decode: dict[str, int]
     prefill: dict[str, int]
     forward: dict[str, int]
-    backward: dict[str, int]
+    backward: dict[str, float]
     rows: Rows
     """Of the fused forward pass."""
     limit_ms: float
@@ -135,7 +137,8 @@ def plan_iteration(
     rows = _with_nodes(rows, decoding, {name: num - required[name] for name, num in nodes.items()})
     share_ms = 0.0 if is_behind else limits.min_finetune_share * limit_ms
     spare_ms = max(limit_ms - predict_ms(profile, rows), share_ms)
-    forward, backward, rows = _finetuning(jobs, spare_ms, rows, profile, limits)
+    back_ms = _after_first_tokens_ms(decoding, waiting, prefill, profile, limits)
+    forward, backward, rows = _finetuning(jobs, spare_ms, back_ms, not is_behind, rows, profile, limits)
     forward_ms = predict_ms(profile, rows)
     return IterationPlan(
         decode=nodes,
@@ -286,12 +289,30 @@ def _extra_nodes(decoding: Seq[SequenceView], required: dict[str, int], room: in
     return counts
 
 
+def _after_first_tokens_ms(
+    decoding: Seq[SequenceView], waiting: Seq[SequenceView], prefill: dict[str, int], profile: LatencyProfile, limits: Limits
+) -> float:
+    """Longest backward work behind a pass that brings first tokens: their requests' time per token runs by then, and holds
+    the next iteration too.
+    """
+    done = [view for view in waiting if prefill.get(view.request_id, 0) >= view.num_uncomputed]
+    contexts = [view.context_tokens for view in decoding] + [view.context_tokens + view.num_uncomputed for view in done]
+    next_ms = predict_ms(profile, root_rows(contexts))
+    return max(
+        0.0, min((limits.safety * view.tpot_ms - next_ms for view in done if view.tpot_ms is not None), default=math.inf)
+    )
+
+
 def _finetuning(
-    jobs: Seq[JobView], spare_ms: float, rows: Rows, profile: LatencyProfile, limits: Limits
-) -> tuple[dict[str, int], dict[str, int], Rows]:
-    """Forward windows and backward work that fit into `spare_ms` beside `rows`, and the rows then; jobs share it evenly."""
+    jobs: Seq[JobView], spare_ms: float, back_ms: float, is_owed: bool, rows: Rows, profile: LatencyProfile, limits: Limits
+) -> tuple[dict[str, int], dict[str, float], Rows]:
+    """Forward windows and backward work that fit into `spare_ms` beside `rows`, and the rows then; jobs share it evenly.
+
+    Backward work gets at most `back_ms`. When finetuning `is_owed` its share, a window has a row even if that costs more: else
+    a share below it would starve the job.
+    """
     forward: dict[str, int] = {}
-    backward: dict[str, int] = {}
+    backward: dict[str, float] = {}
     spent_ms = predict_ms(profile, rows)
     is_alone = rows.tokens == 0
     if is_alone and not all(job.is_backward for job in jobs):
@@ -302,13 +323,15 @@ def _finetuning(
         share_ms = spare_ms / (len(jobs) - i)
         if job.is_backward:
             per_token = profile.backward_ms_per_token
-            backward[job.job_id] = int(share_ms / per_token) if per_token > 0 else limits.max_batch_tokens
-            spare_ms -= backward[job.job_id] * per_token
+            back_share_ms = min(share_ms, back_ms)
+            backward[job.job_id] = back_share_ms / per_token if per_token > 0 else limits.max_batch_tokens
+            spare_ms -= back_share_ms
+            back_ms -= back_share_ms
             continue
         room = min(limits.max_batch_tokens - rows.tokens, job.forward_tokens)
         tokens = max_rows(profile, spent_ms + share_ms, room, rows, job.context_tokens)
-        if is_alone and rows.tokens == 0:  # nobody waits for this pass, and without a row it would never end
-            tokens = max(tokens, 1)
+        if is_owed and not any(forward.values()):
+            tokens = max(tokens, min(room, 1))
         rows = rows.with_segment(tokens, job.context_tokens)
         cost_ms = max(predict_ms(profile, rows) - spent_ms, 0.0)
         forward[job.job_id] = tokens
