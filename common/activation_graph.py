@@ -14,6 +14,8 @@ from common.model_shape import ModelShape
 Kind = Literal[
     "linear", "add", "norm", "rope", "scores", "softmax", "mix", "silu", "relu", "tanh", "gelu", "multiply", "scale", "loss"
 ]
+KEEPS_NO_OUTPUT = ("lora", "ia3_input")
+"""Bypasses whose gradients do not read their linear's output."""
 ELEMENTWISE_FLOPS = {"add": 1, "norm": 4, "rope": 3, "softmax": 5, "multiply": 1, "scale": 1, "loss": 5}
 """Per element of the output; activation functions take 5."""
 
@@ -100,8 +102,10 @@ def layer_graph(shape: ModelShape, bypasses: LayerBypasses, num_tokens: int) -> 
     o = build.linear("o_proj", "out", "o")
     graph.add("add", ("x", o), Tensor(name="m", width=hidden))
     graph.add("norm", ("m",), Tensor(name="z", width=hidden), has_weight=True)
-    gate = build.linear("gate_proj", "z", "gate", group="gate_up")
-    up = build.linear("up_proj", "z", "up", group="gate_up")
+    is_together = all(bypasses[name].method in KEEPS_NO_OUTPUT for name in ("gate_proj", "up_proj") if name in bypasses)
+    group = "gate_up" if is_together else None
+    gate = build.linear("gate_proj", "z", "gate", group=group)
+    up = build.linear("up_proj", "z", "up", group=group)
     inner = shape.intermediate_size
     graph.add("silu", (gate,), Tensor(name="silu", width=inner, is_streamed=True))
     graph.add("multiply", ("silu", up), Tensor(name="h", width=inner))

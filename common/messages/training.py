@@ -9,11 +9,14 @@ import msgspec
 
 
 class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A LoRA adapter's shape, in PEFT's words: y += scale * dropout(x) A^T B^T on each target linear.
+    """An adapter's shape, in PEFT's words.
 
-    `dropout` (a probability) matters in training only.
+    lora: y += scale * dropout(x) A^T B^T on each target linear; `dropout` (a probability) matters in training only.
+    ia3: y *= l, or for targets in `feedforward_modules` x *= l, with a vector l per target; there is no rank, alpha or dropout.
     """
 
+    method: Literal["lora", "ia3"] = "lora"
+    feedforward_modules: tuple[str, ...] = ()
     rank: int = 16
     alpha: float = 32.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

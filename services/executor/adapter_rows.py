@@ -8,8 +8,9 @@ import functools
 from torch import Tensor
 
 from kernels import ops
-from services.executor.lora import LoraAdapter, target_widths
+from services.executor.lora import LoraAdapter, Scale, target_widths
 from services.executor.model_config import ModelConfig
+from services.executor.scales import ScaledRows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,13 +23,14 @@ class AdapterRows:
 
 
 class AdapterPlan:
-    """The updates of all adapters of a batch: one operation per fused linear, however many there are."""
+    """The updates of all adapters of a batch: as many operations per fused linear, however many there are."""
 
     def __init__(self, rows: tuple[AdapterRows, ...]) -> None:
         self.rows = rows
         self._linears: dict[tuple[int, str], ops.LoraPlan] = {}
         self._masks: dict[object, object] = {}
         self._stacked: ops.LayersLora | None = None
+        self._scaled = ScaledRows([(entry.start, entry.end, entry.adapter.weights) for entry in rows])
 
     @property
     def is_stackable(self) -> bool:
@@ -52,6 +54,16 @@ class AdapterPlan:
             plan = self._linears[layer, module] = ops.LoraPlan(segments, self._masks)
         if plan.segments:
             ops.segmented_lora(y_TO, x_TI, plan)
+        if (factors_TO := self._scaled.factors(layer, module, y_TO, is_input=False)) is not None:
+            y_TO.mul_(factors_TO)
+
+    def scaled_input(self, layer: int, module: str, x_TI: Tensor) -> Tensor:
+        """A linear's input, times (IA)3's vectors on the rows of those adapters that scale it."""
+        return self._scaled.scaled(layer, module, x_TI, is_input=True)
+
+    def output_scales(self, layer: int, module: str) -> list[Scale]:
+        """Of any adapter, the vectors that multiply outputs of this linear."""
+        return [scale for _, scale in self._scaled.vectors(layer, module, is_input=False)]
 
 
 @functools.lru_cache(maxsize=2)

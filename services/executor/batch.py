@@ -18,6 +18,7 @@ from services.executor.adapter_rows import AdapterPlan, AdapterRows, arranged, j
 from services.executor.dropout import RowDropout
 from services.executor.lora import LoraAdapter
 from services.executor.pages import Slots
+from services.executor.scales import BEFORE_SCALE
 from services.executor.tape import ActivationTape
 
 
@@ -70,10 +71,12 @@ class Batch:
     dropout: RowDropout | None = None
 
     def apply_adapters(self, layer: int, module: str, y_TO: Tensor, x_TI: Tensor) -> None:
-        """Add each adapter's low-rank update to its rows of `y_TO`, in place."""
+        """Add each adapter's low-rank update to its rows of `y_TO`, or scale them, in place."""
         if self.dropout is not None:
             first = x_TI.shape[0] - len(self.dropout.keys_T)
             x_TI = torch.cat((x_TI[:first], self.dropout.drop(layer, module, x_TI[first:])))
+        if self.training and (scales := self.adapters.output_scales(layer, module)):
+            self.save(layer, **{BEFORE_SCALE[scale.target]: y_TO[:, scale.columns] for scale in scales})
         self.adapters.apply(layer, module, y_TO, x_TI)
 
     def save(self, layer: int, **activations: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""LoRA adapters: weights, files in PEFT's layout, the update of a linear's output. Knows no job and no optimizer."""
+"""Adapters (LoRA, (IA)3): weights, files in PEFT's layout, the update of a linear's output. Knows no job and no optimizer."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ MODULES = {
 }
 """The decoder's linears: PEFT's block of each, and the targets whose outputs lie side by side in it."""
 TARGETS = tuple(target for _, targets in MODULES.values() for target in targets)
+INPUT_SCALED = ("o_proj", "down_proj")
+"""Targets whose input (IA)3 may scale: the others read theirs together."""
 
 
 _VERSIONS = itertools.count(1)
@@ -44,8 +46,17 @@ class LoraLinear(NamedTuple):
     b_OR: Tensor
 
 
+class Scale(NamedTuple):
+    """(IA)3's vector of one target, and the columns of the fused linear's output, or of its input, that it multiplies."""
+
+    target: str
+    columns: slice
+    scale_C: Tensor
+    is_input: bool
+
+
 class LoraWeights:
-    """The matrices of all targets as views of one flat tensor, so that an optimizer sees a single parameter."""
+    """The matrices, or vectors, of all targets as views of one flat tensor, so that an optimizer sees a single parameter."""
 
     def __init__(
         self,
@@ -59,8 +70,10 @@ class LoraWeights:
         check_spec(spec)
         self.layers = tuple(range(config.num_layers)) if layers is None else tuple(sorted(layers))
         self.linears: dict[tuple[int, str], list[LoraLinear]] = {}
+        self.scales: dict[tuple[int, str], list[Scale]] = {}
         self.tensors: dict[str, Tensor] = {}
-        per_layer = sum(spec.rank * (i + o) for target, (o, i) in _shapes(config).items() if target in spec.target_modules)
+        shapes = {target: shape for target, shape in _shapes(config).items() if target in spec.target_modules}
+        per_layer = sum(_num_weights(spec, target, *shape) for target, shape in shapes.items())
         self.flat = ops.zero_weights(per_layer * len(self.layers), dtype, device)
         offset = 0
         for layer in self.layers:
@@ -76,22 +89,34 @@ class LoraWeights:
             column += num_out
             if target not in spec.target_modules:
                 continue
+            key = f"base_model.model.model.layers.{layer}.{block}.{target}"
+            if spec.method == "ia3":
+                is_input = target in spec.feedforward_modules
+                offset = self._add_scale(layer, module, key, offset, slice(0, num_in) if is_input else columns, is_input)
+                continue
             middle, end = offset + spec.rank * num_in, offset + spec.rank * (num_in + num_out)
             linear = LoraLinear(
                 columns, self.flat[offset:middle].view(spec.rank, num_in), self.flat[middle:end].view(num_out, spec.rank)
             )
             offset = end
             linears.append(linear)
-            key = f"base_model.model.model.layers.{layer}.{block}.{target}"
             self.tensors[f"{key}.lora_A.weight"], self.tensors[f"{key}.lora_B.weight"] = linear.a_RI, linear.b_OR
         if linears:
             self.linears[layer, module] = linears
         return offset
 
+    def _add_scale(self, layer: int, module: str, key: str, offset: int, columns: slice, is_input: bool) -> int:
+        num_columns: int = columns.stop - columns.start
+        scale_C = self.flat[offset : offset + num_columns]
+        scale = Scale(key.rpartition(".")[2], columns, scale_C, is_input)
+        self.scales.setdefault((layer, module), []).append(scale)
+        self.tensors[f"{key}.ia3_l"] = scale_C[None] if is_input else scale_C[:, None]
+        return offset + num_columns
+
     def fill(self, seed: int) -> None:
-        """A uniform in +-1/sqrt(inputs), B zero; the same on every device."""
+        """A uniform in +-1/sqrt(inputs), B zero, (IA)3's vectors one; the same on every device."""
         generator = torch.Generator().manual_seed(seed)
-        self.flat.zero_()
+        self.flat.fill_(1.0 if self.scales else 0.0)
         for linear in (linear for linears in self.linears.values() for linear in linears):
             a_RI = torch.empty(linear.a_RI.shape)
             torch.nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
@@ -114,7 +139,7 @@ class LoraWeights:
 
 
 class LoraAdapter:
-    """One adapter on one base model, as PEFT computes it: y += scale * x A^T B^T on each target, in fp32.
+    """One adapter on one base model, as PEFT computes it (LoraSpec), in its weights' type.
 
     With `is_training` the scale makes up for the inputs that dropout drops.
     """
@@ -168,18 +193,18 @@ class LoraAdapter:
     def activation_plan(self, shape: ModelShape, max_recompute_share: float = 0.0) -> ActivationPlan:
         """The activations that its training keeps, if this part of a forward pass may be run again."""
         targets = self.spec.target_modules
-        bypasses = {name: Bypass(method="lora", target=name, rank=self.spec.rank) for name in TARGETS if name in targets}
+        bypasses = {name: _bypass(self.spec, name) for name in TARGETS if name in targets}
         layers = [bypasses if layer in self.layers else {} for layer in range(shape.num_layers)]
         return plan_activations(shape, layers, max_recompute_share)
 
     def has(self, layer: int, module: str) -> bool:
         """Whether any target inside this fused linear is adapted."""
-        return (layer, module) in self.weights.linears
+        return (layer, module) in self.weights.linears or (layer, module) in self.weights.scales
 
     @property
     def is_native(self) -> bool:
-        """Whether the compiled operations know the type of its matrices."""
-        return self.weights.flat.dtype in (torch.bfloat16, torch.float32)
+        """Whether the compiled operations know its method and the type of its matrices."""
+        return not self.weights.scales and self.weights.flat.dtype in (torch.bfloat16, torch.float32)
 
     def table(self, config: ModelConfig) -> ops.AdapterTable:
         """Its matrices in all layers; made once, they stay where they are."""
@@ -225,6 +250,29 @@ def check_spec(spec: LoraSpec) -> None:
     unknown = sorted(set(spec.target_modules) - set(TARGETS))
     if unknown or not spec.target_modules:
         raise InvalidAdapterError(f"target_modules must be some of {', '.join(TARGETS)}, not {', '.join(unknown) or 'none'}")
+    _check_feedforward(spec)
+
+
+def _check_feedforward(spec: LoraSpec) -> None:
+    scaled = set(spec.feedforward_modules)
+    if scaled and spec.method != "ia3":
+        raise InvalidAdapterError("feedforward_modules belong to the method ia3")
+    if other := sorted(scaled - set(spec.target_modules)):
+        raise InvalidAdapterError(f"feedforward_modules must be among target_modules; {', '.join(other)} is not")
+    if other := sorted(scaled - set(INPUT_SCALED)):
+        raise InvalidAdapterError(f"feedforward_modules may be {', '.join(INPUT_SCALED)}, not {', '.join(other)}")
+
+
+def _bypass(spec: LoraSpec, target: str) -> Bypass:
+    if spec.method == "lora":
+        return Bypass(method="lora", target=target, rank=spec.rank)
+    return Bypass(method="ia3_input" if target in spec.feedforward_modules else "ia3_output", target=target)
+
+
+def _num_weights(spec: LoraSpec, target: str, num_out: int, num_in: int) -> int:
+    if spec.method == "lora":
+        return spec.rank * (num_in + num_out)
+    return num_in if target in spec.feedforward_modules else num_out
 
 
 def target_widths(config: ModelConfig) -> list[list[int]]:

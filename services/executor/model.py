@@ -158,15 +158,16 @@ class Decoder:
             q_TND, cache.k[layer], cache.v[layer], batch.attention, config.attention_scale, config.windows[layer]
         )
         out_TO = out_TND.reshape(num_rows, -1)
-        o_TH = linears.o(out_TO)
+        o_TH = linears.o(batch.adapters.scaled_input(layer, "o", out_TO))
         batch.apply_adapters(layer, "o", o_TH, out_TO)
         m_TH, z_TH = ops.add_rms_norm(x_TH, o_TH, weights.post_norm_H, config.rms_norm_eps)
         gate_up_T2F = linears.gate_up(z_TH)
         batch.apply_adapters(layer, "gate_up", gate_up_T2F, z_TH)
         h_TF = ops.silu_mul(gate_up_T2F)
-        down_TH = linears.down(h_TF)
+        down_TH = linears.down(batch.adapters.scaled_input(layer, "down", h_TF))
         batch.apply_adapters(layer, "down", down_TH, h_TF)
-        batch.save(layer, x=x_TH, y=y_TH, q=q_TND.flatten(1), out=out_TO, m=m_TH, z=z_TH, gate_up=gate_up_T2F, h=h_TF)
+        mlp = dict(zip(("gate_up", "gate", "up"), (gate_up_T2F, *gate_up_T2F.chunk(2, dim=1)), strict=True))
+        batch.save(layer, x=x_TH, y=y_TH, q=q_TND.flatten(1), out=out_TO, m=m_TH, z=z_TH, h=h_TF, **mlp)
         return m_TH, down_TH
 
 
