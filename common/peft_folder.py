@@ -1,4 +1,4 @@
-"""Hugging Face PEFT's folder of one LoRA adapter, read strictly. Knows names, shapes and settings; no torch, no base model."""
+"""Hugging Face PEFT's folder of one LoRA or (IA)3 adapter, read strictly. Knows names, shapes, settings; no torch, no model."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ REFUSED = (
 """Settings that change what the adapter computes, in ways that are not served."""
 DTYPES = ("F32", "F16", "BF16")
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
+_IA3_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.ia3_l")
 
 
 class PeftFolderError(ValueError):
@@ -52,11 +53,44 @@ def read_peft_folder(folder: Path, max_bytes: int = MAX_WEIGHTS_BYTES) -> PeftFo
     if (num_bytes := (folder / WEIGHTS).stat().st_size) > max_bytes:
         raise PeftFolderError(f"{WEIGHTS} has {num_bytes} bytes, the limit is {max_bytes}")
     weights = (folder / WEIGHTS).read_bytes()
-    rank = _number(config, "r", 1)
-    targets = _targets(_header(weights), int(rank))
-    _check_targets(config.get("target_modules"), targets)
-    lora = LoraSpec(rank=int(rank), alpha=_alpha(config), target_modules=targets, use_rslora=bool(config.get("use_rslora")))
+    lora = (_ia3 if config["peft_type"] == "IA3" else _lora)(config, _header(weights))
+    _check_targets(config.get("target_modules"), lora.target_modules)
     return PeftFolder(base_model=str(config.get("base_model_name_or_path") or ""), lora=lora, weights=weights)
+
+
+def _lora(config: Mapping[str, Any], header: Mapping[str, Any]) -> LoraSpec:
+    rank = int(_number(config, "r", 1))
+    targets = _targets(header, rank)
+    return LoraSpec(rank=rank, alpha=_alpha(config), target_modules=targets, use_rslora=bool(config.get("use_rslora")))
+
+
+def _ia3(_: Mapping[str, Any], header: Mapping[str, Any]) -> LoraSpec:
+    """What each vector multiplies shows in its shape: [1, n] for inputs, [n, 1] for outputs."""
+    found: dict[tuple[int, str], bool] = {}
+    for name, entry in header.items():
+        match = _IA3_KEY.fullmatch(name)
+        if match is None or TARGETS.get(match[3]) != match[2]:
+            raise PeftFolderError(f"{WEIGHTS}: tensor {name} is not supported; targets may be {', '.join(TARGETS)}")
+        shape = _shape(name, entry)
+        if 1 not in shape:
+            raise PeftFolderError(f"{WEIGHTS}: tensor {name} has shape {tuple(shape)}, which is no vector")
+        found[int(match[1]), match[3]] = shape[0] == 1
+    targets = tuple(target for target in TARGETS if any(name == target for _, name in found))
+    if not targets:
+        raise PeftFolderError(f"{WEIGHTS} holds no tensor")
+    for layer in range(max(layer for layer, _ in found) + 1):
+        for target in targets:
+            if found.get((layer, target)) is not found.get((0, target)) or (0, target) not in found:
+                raise PeftFolderError(f"{WEIGHTS}: {target} in layer {layer}: all layers must be adapted alike")
+    inputs = tuple(target for target in targets if found[0, target])
+    return LoraSpec(method="ia3", target_modules=targets, feedforward_modules=inputs)
+
+
+def _shape(name: str, entry: object) -> list[int]:
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    if not isinstance(entry, dict) or not isinstance(shape, list) or len(shape) != 2 or entry.get("dtype") not in DTYPES:
+        raise PeftFolderError(f"{WEIGHTS}: tensor {name} must be a matrix of {', '.join(DTYPES)}")
+    return shape
 
 
 def is_same_model(made_for: str, *names: str) -> bool:
@@ -72,8 +106,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise PeftFolderError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(config, dict):
         raise PeftFolderError(f"{path} is not a JSON object")
-    if config.get("peft_type") != "LORA":
-        raise PeftFolderError(f"{CONFIG}: peft_type must be LORA, not {config.get('peft_type')!r}")
+    if config.get("peft_type") not in ("LORA", "IA3"):
+        raise PeftFolderError(f"{CONFIG}: peft_type must be LORA or IA3, not {config.get('peft_type')!r}")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise PeftFolderError(f"{CONFIG}: task_type must be CAUSAL_LM, not {config['task_type']!r}")
     if config.get("bias") not in (None, "none"):
@@ -124,9 +158,7 @@ def _targets(header: Mapping[str, Any], rank: int) -> tuple[str, ...]:
         match = _KEY.fullmatch(name)
         if match is None or TARGETS.get(match[3]) != match[2]:
             raise PeftFolderError(f"{WEIGHTS}: tensor {name} is not supported; targets may be {', '.join(TARGETS)}")
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        if not isinstance(shape, list) or len(shape) != 2 or entry.get("dtype") not in DTYPES:
-            raise PeftFolderError(f"{WEIGHTS}: tensor {name} must be a matrix of {', '.join(DTYPES)}")
+        shape = _shape(name, entry)
         if shape[0 if match[4] == "A" else 1] != rank:
             raise PeftFolderError(f"{WEIGHTS}: tensor {name} has shape {tuple(shape)}, but r is {rank}")
         found.setdefault((int(match[1]), match[3]), set()).add(match[4])

@@ -100,6 +100,18 @@ def write_folder(folder: Path, record: AdapterRecord, weights: bytes) -> None:
 
 def peft_config(record: AdapterRecord) -> dict[str, Any]:
     """The adapter's shape in PEFT's words."""
+    if record.lora.method == "ia3":
+        return {
+            "peft_type": "IA3",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": record.base_model,
+            "target_modules": list(record.lora.target_modules),
+            "feedforward_modules": list(record.lora.feedforward_modules),
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_ia3_weights": True,
+            "modules_to_save": None,
+        }
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -121,12 +133,14 @@ def peft_config(record: AdapterRecord) -> dict[str, Any]:
 def model_card(record: AdapterRecord) -> str:
     """A short model card: what the adapter is and how to load it."""
     lora = record.lora
-    header = f"---\nbase_model: {record.base_model}\nlibrary_name: peft\ntags:\n- lora\n- heddle\n---\n"
+    kind = "LoRA" if lora.method == "lora" else "(IA)3"
+    sizes = f"Rank {lora.rank}, alpha {lora.alpha:g}, on" if lora.method == "lora" else "On"
+    header = f"---\nbase_model: {record.base_model}\nlibrary_name: peft\ntags:\n- {lora.method}\n- heddle\n---\n"
     origin = f", by finetuning job `{record.job_id}`" if record.job_id else ""
     return (
         f"{header}\n# {record.name}\n\n"
-        f"A LoRA adapter for {record.base_model}, trained token by token while the model served requests (Heddle{origin}).\n\n"
-        f"Rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}.\n\n"
+        f"{kind} for {record.base_model}, trained token by token while the model served requests (Heddle{origin}).\n\n"
+        f"{sizes} {', '.join(lora.target_modules)}.\n\n"
         "```python\nfrom peft import PeftModel\n\n"
         'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")\n```\n'
     )
