@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 
 from services.planner.drafter import DraftOrder, Key, Pool
-from services.planner.ngram import LEVELS, NgramDrafter, NgramIndex
+from services.planner.ngram import END, LEVELS, NgramDrafter, NgramIndex, Traffic
 
 KEY: Key = ("executor", "request")
 
 
-def drafter(**options: float) -> NgramDrafter:
-    return NgramDrafter(**options)  # type: ignore[arg-type]
+def drafter(**options: Any) -> NgramDrafter:
+    return NgramDrafter(**options)
 
 
 def draft(tokens: list[int], depth: int = 8, width: int = 3, **options: float) -> Pool:
@@ -147,3 +148,52 @@ def test_an_iteration_costs_as_much_after_a_long_prompt_as_after_a_short_one() -
             times.append(time.perf_counter() - start)
         medians.append(float(np.median(times)))
     assert medians[1] < 8 * medians[0] + 1e-3
+
+
+def test_ended_sequences_help_others_of_their_tenant_alone() -> None:
+    """And one that goes on has told nothing yet."""
+    ours = drafter(traffic=Traffic(1000))
+    text = list(range(100, 120))
+    for name, tokens, tenant in (("first", text, "a"), ("second", text[:5], "a"), ("other", text[:5], "b")):
+        ours.open(("e", name), tokens, tenant=tenant)
+
+    def drafts() -> dict[str, list[int]]:
+        names = ("second", "other")
+        pools = ours.draft([DraftOrder(("e", name), 4) for name in names], 3)
+        return {name: pool.tokens for name, pool in zip(names, pools, strict=True)}
+
+    assert drafts() == {"second": [], "other": []}
+    ours.close(("e", "first"))
+    assert drafts() == {"second": text[5:9], "other": []}
+
+
+def test_a_draft_from_traffic_ends_where_its_text_ended() -> None:
+    traffic = Traffic(1000)
+    traffic.add("a", [1, 2, 3])
+    traffic.add("a", [4, 5, 6])
+    ours = drafter(traffic=traffic)
+    ours.open(KEY, [9, 1, 2], tenant="a")
+    (pool,) = ours.draft([DraftOrder(KEY, 8)], 3)
+    assert pool.tokens == [3]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_traffic_is_bounded_and_forgets_the_oldest(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    traffic, last = Traffic(400), dict[str, list[int]]()
+    for i in range(60):
+        tenant, text = f"t{int(rng.integers(1, 5))}", rng.integers(0, 50, int(rng.integers(1, 200))).tolist()
+        traffic.add(tenant, text)
+        assert len(traffic) == sum(len(index.tokens) for t in range(1, 5) for index in traffic.of(f"t{t}")) <= 400
+        last[tenant] = text[-100:]
+        assert traffic.of(tenant)[0].tokens[-len(last[tenant]) - 1 :] == [*last[tenant], END], i
+    Traffic(0).add("a", [1])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_matches_in_another_text_are_those_of_a_scan(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    text, tail = rng.integers(0, 4, 60).tolist(), rng.integers(0, 4, 7).tolist()
+    joined = naive_matches([*text, END, *tail], 9)
+    expected = {end: length for end, length in joined.items() if end < len(text)}
+    assert dict(NgramIndex(text).matches_of(tail, 1000, 9)) == expected

@@ -40,6 +40,8 @@ class OpenedSequence(msgspec.Struct, frozen=True, kw_only=True):
     max_output: int
     tpot_ms: float | None = None
     num_decoded: int | None = None
+    tenant: str = ""
+    """Model and `cache_salt`: sequences of other tenants must not show in its drafts."""
     features: bytes = b""
 
 

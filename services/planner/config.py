@@ -36,6 +36,8 @@ class PlannerConfig(ServiceConfig):
     """Longest match of the n-gram drafter."""
     num_matches: int = 8
     """Earlier occurrences that the n-gram drafter continues."""
+    traffic_tokens: int = 65_536
+    """Tokens of ended sequences that the n-gram drafter keeps for others of the same tenant; 0: none."""
     forgetting: float = 0.998
     """An accepted or rejected guess counts e times less after 1 / (1 - forgetting) more of its kind."""
     forget_after_s: float = 30.0
@@ -55,5 +57,6 @@ class PlannerConfig(ServiceConfig):
         require(0 < self.min_prob < 1, "min_prob", "be between 0 and 1")
         require(self.max_match >= 4, "max_match", "be at least 4")
         require(self.num_matches >= 1, "num_matches", "be at least 1")
+        require(self.traffic_tokens >= 0, "traffic_tokens", "not be negative")
         require(0 < self.forgetting <= 1, "forgetting", "be above 0 and at most 1")
         require(self.forget_after_s > 0, "forget_after_s", "be positive")

@@ -7,7 +7,7 @@ from common.drafts import DraftSpec, parse_drafts
 from services.planner.config import PlannerConfig
 from services.planner.drafter import Drafter
 from services.planner.mixed import MixedDrafter
-from services.planner.ngram import NgramDrafter
+from services.planner.ngram import NgramDrafter, Traffic
 
 
 def make_drafter(config: PlannerConfig, *, is_calibrated: bool) -> MixedDrafter:
@@ -18,5 +18,10 @@ def make_drafter(config: PlannerConfig, *, is_calibrated: bool) -> MixedDrafter:
 
 def _make(spec: DraftSpec, config: PlannerConfig) -> Drafter:
     if spec.kind == "ngram":
-        return NgramDrafter(max_match=config.max_match, num_matches=config.num_matches, min_prob=config.min_prob)
+        return NgramDrafter(
+            max_match=config.max_match,
+            num_matches=config.num_matches,
+            min_prob=config.min_prob,
+            traffic=Traffic(config.traffic_tokens),
+        )
     raise ConfigError(f"draft {spec} is not here yet")

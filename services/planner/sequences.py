@@ -105,7 +105,7 @@ class SequenceTable:
             tpot_ms=opened.tpot_ms,
             num_decoded=max(0, opened.num_output - 1) if opened.num_decoded is None else opened.num_decoded,
         )
-        self._drafter.open((executor_id, opened.request_id), opened.tokens)
+        self._drafter.open((executor_id, opened.request_id), opened.tokens, tenant=opened.tenant, features=opened.features)
 
     def _advance(self, executor_id: str, progress: SequenceProgress) -> None:
         """Append what was committed. A sequence that the same report opened holds it already: its output count says so."""
@@ -127,7 +127,7 @@ class SequenceTable:
             sequence.root = progress.tokens[-1]
             sequence.num_output = progress.num_output
             sequence.num_decoded += num_new
-            self._drafter.extend((executor_id, progress.request_id), progress.tokens)
+            self._drafter.extend((executor_id, progress.request_id), progress.tokens, features=progress.features)
 
     def _close(self, executor_id: str, request_id: str) -> None:
         if self._executors[executor_id].sequences.pop(request_id, None) is not None:
