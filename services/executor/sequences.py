@@ -108,7 +108,6 @@ class Sequence:
             max_remaining=max(1, self.remaining_output),
             decode_ms=self.decode_ms(now),
             tpot_ms=self.request.slo.tpot_ms,
-            tenant=f"{self.request.model}\n{self.request.cache_salt}",
             first_token_due_at=self.first_token_due_at,
             tokens_per_step=(self.num_output - self.num_first) / self.verify_steps if self.verify_steps else 1.0,
             tree_probs=() if tree is None else tree.probs[1:],
@@ -170,6 +169,7 @@ class Sequence:
             num_decoded=self.num_output - self.num_first,
             max_output=self.request.max_tokens,
             tpot_ms=self.request.slo.tpot_ms,
+            tenant=f"{self.request.model}\n{self.request.cache_salt}",
             features=b"" if self.features is None else self.features.before(len(self.tokens) - 1),
         )
 
