@@ -35,9 +35,18 @@ def read_json(path: Path) -> Any:
 
 def humaneval(path: Path) -> list[str]:
     """The prompts of HumanEval's JSON lines, maybe gzipped."""
+    return [problem["prompt"] for problem in _problems(path)]
+
+
+def humaneval_solutions(path: Path) -> list[str]:
+    """The same with their solutions behind them."""
+    return [problem["prompt"] + problem["canonical_solution"] for problem in _problems(path)]
+
+
+def _problems(path: Path) -> list[dict[str, str]]:
     data = path.read_bytes()
     lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().splitlines()
-    return [json.loads(line)["prompt"] for line in lines if line]
+    return [json.loads(line) for line in lines if line]
 
 
 def workload_of(ratio: float) -> str:
