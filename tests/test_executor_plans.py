@@ -82,7 +82,7 @@ def test_prefill_beyond_its_floor_and_training_beyond_its_share_fit_into_the_lim
         assert result.rows == case.rows(result.decode, result.prefill, result.forward)
         is_due = case.num_starved >= case.limits.max_prefill_gap or not case.decoding
         if result.prefill and not (is_due and sum(result.prefill.values()) <= case.limits.min_prefill_tokens):
-            assert predict_ms(profile, case.rows(_required(case), result.prefill)) <= result.limit_ms + 1e-9
+            assert predict_ms(profile, case.rows(_required(case), result.prefill)) <= result.prefill_limit_ms + 1e-9
             seen_prefill += 1
             seen_behind += any(view.context_tokens for view in case.waiting if view.request_id in result.prefill)
         inference_ms = predict_ms(profile, case.rows(result.decode, result.prefill))

@@ -161,7 +161,15 @@ def sequence(name: str, num_tokens: int, pages: PageAllocator, *, num_computed: 
 def plan_of(**prefill: int) -> IterationPlan:
     rows = Rows(sum(prefill.values()))
     return IterationPlan(
-        decode={}, prefill=prefill, forward={}, backward={}, rows=rows, limit_ms=1.0, forward_ms=1.0, predicted_ms=1.0
+        decode={},
+        prefill=prefill,
+        forward={},
+        backward={},
+        rows=rows,
+        limit_ms=1.0,
+        prefill_limit_ms=1.0,
+        forward_ms=1.0,
+        predicted_ms=1.0,
     )
 
 

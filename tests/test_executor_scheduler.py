@@ -13,7 +13,7 @@ from common.messages import LatencyProfile
 from services.executor.scheduler import (
     JobView,
     Limits,
-    iteration_limit_ms,
+    iteration_limits_ms,
     slack_ms,
 )
 from tests.plans import BACKWARD, JOB, LINEAR, decoding, plan, random_sequence, waiting
@@ -56,17 +56,17 @@ def test_slack_is_what_the_target_leaves() -> None:
 
 
 def test_the_limit_is_the_least_slack_within_bounds() -> None:
-    limits = Limits(safety=1.0, max_iteration_ms=100.0, idle_iteration_ms=40.0)
+    limits = Limits(safety=1.0, max_iteration_ms=100.0, max_prefill_ms=300.0, idle_iteration_ms=40.0)
     fast, slow = decoding(tpot_ms=30.0, decode_ms=300.0), decoding(tpot_ms=500.0, decode_ms=300.0)
     free = decoding()
-    assert iteration_limit_ms(0.0, [fast, slow, free], [], 10.0, limits) == (30.0, False)
-    assert iteration_limit_ms(0.0, [slow, free], [], 10.0, limits) == (100.0, False)
-    assert iteration_limit_ms(0.0, [free], [], 10.0, limits) == (100.0, False)
-    assert iteration_limit_ms(0.0, [free], [], 150.0, limits) == (150.0, False)
-    assert iteration_limit_ms(0.0, [], [waiting("w", 5)], 10.0, limits) == (100.0, False)
-    assert iteration_limit_ms(0.0, [], [], 10.0, limits) == (40.0, False)
+    assert iteration_limits_ms(0.0, [fast, slow, free], [], 10.0, limits) == (30.0, 30.0, False)
+    assert iteration_limits_ms(0.0, [slow, free], [], 10.0, limits) == (100.0, 100.0, False)
+    assert iteration_limits_ms(0.0, [free], [], 10.0, limits) == (100.0, 300.0, False)
+    assert iteration_limits_ms(0.0, [free], [], 150.0, limits) == (150.0, 300.0, False)
+    assert iteration_limits_ms(0.0, [], [waiting("w", 5)], 10.0, limits) == (100.0, 300.0, False)
+    assert iteration_limits_ms(0.0, [], [], 10.0, limits) == (40.0, 300.0, False)
     behind = decoding(tpot_ms=30.0, decode_ms=325.0)
-    assert iteration_limit_ms(0.0, [behind, slow], [], 10.0, limits) == (10.0, True)
+    assert iteration_limits_ms(0.0, [behind, slow], [], 10.0, limits) == (10.0, 10.0, True)
 
 
 def test_a_request_that_can_still_catch_up_stops_training() -> None:
@@ -84,7 +84,8 @@ def test_a_target_below_one_token_per_iteration_is_not_hopeless_while_drafts_bri
 
 def test_a_hopeless_request_throttles_nobody() -> None:
     hopeless = decoding("h", tpot_ms=20.0, num_decoded=10, decode_ms=2000.0, max_remaining=5)
-    assert plan(hopeless, JOB) == plan(dataclasses.replace(hopeless, tpot_ms=None, decode_ms=0.0), JOB)
+    without = plan(dataclasses.replace(hopeless, tpot_ms=None, decode_ms=0.0), JOB)
+    assert plan(hopeless, JOB) == dataclasses.replace(without, prefill_limit_ms=Limits().max_iteration_ms)
     assert sum(plan(hopeless, JOB).forward.values()) > 500
 
 

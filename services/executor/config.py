@@ -40,6 +40,9 @@ class ExecutorConfig(ServiceConfig):
     finetune_weight: float = 0.25
     min_finetune_share: float = 0.1
     max_iteration_ms: float = 250.0
+    """Longest iteration while only requests without a TPOT target decode."""
+    max_prefill_ms: float = 1000.0
+    """Longest iteration that computes prompts while no request with a TPOT target decodes."""
     idle_iteration_ms: float = 120.0
     max_recompute_share: float = 0.0
     """Part of a forward pass that finetuning may run again to hold less memory; `heddle explain memory` tells what it saves."""

@@ -24,6 +24,8 @@ class Limits:
 
     max_iteration_ms: float = 250.0
     """Longest iteration while only requests without a TPOT target decode."""
+    max_prefill_ms: float = 1000.0
+    """Longest iteration that computes prompts while no request with a TPOT target decodes: one pass costs less than several."""
     idle_iteration_ms: float = 120.0
     """Longest iteration of finetuning alone: what a request that arrives meanwhile may have to wait."""
     max_batch_tokens: int = 1024
@@ -96,6 +98,7 @@ class IterationPlan:
     rows: Rows
     """Of the fused forward pass."""
     limit_ms: float
+    prefill_limit_ms: float
     forward_ms: float
     """Predicted for the forward pass alone."""
     predicted_ms: float
@@ -124,13 +127,13 @@ def plan_iteration(
     waiting = sorted((view for view in sequences if not view.is_decoding), key=_prefill_order)
     rows = root_rows(view.context_tokens for view in decoding)
     base_ms = predict_ms(profile, rows if decoding else Rows(1))
-    limit_ms, is_behind = iteration_limit_ms(now, decoding, waiting, base_ms, limits)
+    limit_ms, prefill_ms, is_behind = iteration_limits_ms(now, decoding, waiting, base_ms, limits)
     capacity = rows.tokens + max_rows(profile, limit_ms, limits.max_batch_tokens - rows.tokens, rows)
     reserve = 0 if is_behind or not jobs else int(limits.min_finetune_share * capacity)
     required = _required_nodes(decoding, limits.max_batch_tokens - len(decoding))
     rows = _with_nodes(rows, decoding, required)
     is_due = not decoding or num_starved >= limits.max_prefill_gap
-    prefill, is_starved = _prefill_chunks(waiting, rows, reserve, limit_ms, is_due, profile, limits)
+    prefill, is_starved = _prefill_chunks(waiting, rows, reserve, prefill_ms, is_due, profile, limits)
     rows = _with_chunks(rows, waiting, prefill)
     room = _room_for_nodes(decoding, rows, reserve, None if is_behind else limit_ms, profile, limits)
     nodes = _extra_nodes(decoding, required, room, limits.finetune_weight if jobs else 0.0)
@@ -147,6 +150,7 @@ def plan_iteration(
         backward=backward,
         rows=rows,
         limit_ms=limit_ms,
+        prefill_limit_ms=prefill_ms,
         forward_ms=forward_ms,
         predicted_ms=forward_ms + sum(backward.values()) * profile.backward_ms_per_token,
         num_starved=num_starved + 1 if is_starved else 0,
@@ -161,15 +165,17 @@ def root_rows(contexts: Iterable[int]) -> Rows:
     return rows
 
 
-def iteration_limit_ms(
+def iteration_limits_ms(
     now: float, decoding: Seq[SequenceView], waiting: Seq[SequenceView], base_ms: float, limits: Limits
-) -> tuple[float, bool]:
-    """(T*, whether some decoding request that can still recover is behind its target)."""
+) -> tuple[float, float, bool]:
+    """(T*, the same for prompts, whether some decoding request that can still recover is behind its target)."""
     slacks = [slack for view in decoding if (slack := slack_ms(view, base_ms, limits)) is not None]
     is_behind = bool(slacks) and min(slacks) < base_ms
     slacks += [left for view in waiting if (left := first_token_slack_ms(now, view, limits)) is not None and left >= base_ms]
     usual_ms = limits.max_iteration_ms if decoding or waiting else limits.idle_iteration_ms
-    return max(min([*slacks, usual_ms]), base_ms), is_behind
+    has_target = any(view.tpot_ms is not None for view in decoding)
+    prefill_ms = usual_ms if has_target else max(usual_ms, limits.max_prefill_ms)
+    return max(min([*slacks, usual_ms]), base_ms), max(min([*slacks, prefill_ms]), base_ms), is_behind
 
 
 def first_token_slack_ms(now: float, view: SequenceView, limits: Limits) -> float | None:
