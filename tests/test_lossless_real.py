@@ -12,8 +12,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
+from common.fingerprint import fingerprint
 from common.messages import IterationReport, LatencyProfile
 from services.executor.engine import Engine, Iteration
+from services.executor.features import FeatureWish
 from services.executor.loader import load_decoder
 from services.executor.model import Decoder
 from services.planner.actor import make_planner
@@ -102,3 +104,17 @@ def test_with_the_planners_drafts(engine: Engine, generated: dict[str, list[int]
     assert engine.counters["trees_late"] == engine.counters["trees_invalid"] == engine.counters["trees_orphaned"] == 0
     assert engine.counters["accepted_tokens"] > 100, "hardly any draft was right: that proves little"
     assert engine.counters["draft_tokens"] > engine.counters["accepted_tokens"]
+
+
+def test_with_the_shipped_drafter(engine: Engine, generated: dict[str, list[int]], real_model_dir: Path) -> None:
+    """n-grams and the head on hidden states, which is found by the model's folder."""
+    planner = make_planner(PlannerConfig(model_dir=str(real_model_dir)))
+    assert planner.need is not None
+    assert planner.need.fingerprint == fingerprint(real_model_dir)
+    engine.feature_wish = FeatureWish(planner.need.layers, planner.need.window)
+    driver = Driver(engine)
+    run_with_planner(driver, planner)
+    assert driver.streams.tokens == generated
+    assert engine.counters["trees_late"] == engine.counters["trees_invalid"] == engine.counters["trees_orphaned"] == 0
+    alone = sum(len(tokens) for tokens in generated.values()) - len(generated)
+    assert alone > 2.0 * (alone - engine.counters["accepted_tokens"]), "fewer than two tokens per verification"

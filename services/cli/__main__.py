@@ -13,6 +13,8 @@ from common.nats_server import NatsServerError
 from common.parallel_plan import Machine
 from services.cli.adapters import AdapterError, delete, export, import_folder, list_adapters, show_adapters
 from services.cli.convert import convert
+from services.cli.distill import DistillOptions, distill
+from services.cli.distill_data import DistillError
 from services.cli.explain import ExplainError, explain_memory, explain_parallel
 from services.cli.finetune import FinetuneError, FinetuneOptions, finetune
 from services.cli.health import HealthError, check
@@ -27,7 +29,7 @@ from services.cli.up import up
 
 EXPECTED = (
     UpError, StartupError, NatsServerError, NatsUnreachableError, ModelError, StatusError, AdapterError, HealthError, BusError,
-    ExplainError, FinetuneError,
+    DistillError, ExplainError, FinetuneError,
 )  # fmt: skip
 LORA_OPTIONS = (
     "method", "rank", "alpha", "dropout", "target_modules", "learning_rate", "scheduler", "warmup_steps", "optimizer",
@@ -66,6 +68,11 @@ def _status(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     print(convert(options.model, options.out))
+
+
+def _distill(options: argparse.Namespace) -> None:
+    given = {key: value for key, value in vars(options).items() if key != "command"}
+    print(distill(DistillOptions(**given)))
 
 
 def _adapters(options: argparse.Namespace) -> None:
@@ -128,6 +135,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "up": _up,
     "status": _status,
     "convert": _convert,
+    "distill": _distill,
     "adapters": _adapters,
     "explain": _explain,
     "finetune": _finetune,

@@ -27,7 +27,7 @@ class UpOptions:
     model: str = DEFAULT_MODEL
     served_model_name: str | None = None
     dtype: str | None = None
-    draft: str = "ngram"
+    draft: str = "auto"
     speculation: str = "heddle"
     threads: int | None = None
     kv_cache_tokens: int | None = None

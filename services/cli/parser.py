@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from common.config import ConfigError
-from common.drafts import parse_drafts
+from common.drafts import AUTO, parse_drafts
 from common.messages import Role
 from common.speculation import SPELLINGS, parse_speculation
 
@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_up(_add(commands, "up", "start a NATS server and all five services; Ctrl-C stops them"))
     _add_status(_add(commands, "status", "show the running services and their load"))
     _add_convert(_add(commands, "convert", "turn a model into the folder of safetensors that executors read"))
+    _add_distill(_add(commands, "distill", "train a drafter for a model, from its own answers"))
     _add_adapters(_add(commands, "adapters", "list, import, export or delete LoRA adapters"))
     _add_explain(_add(commands, "explain", "show what is planned for a model and a PEFT configuration"))
     _add_finetune(_add(commands, "finetune", "train a LoRA adapter on a chat JSONL, on a running system"))
@@ -133,8 +134,9 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     speculation.add_argument(
         "--draft",
         type=_drafts,
-        default="ngram",
-        help="who guesses the next tokens: ngram, model:FOLDER, features:FOLDER, or several, with commas (default: ngram)",
+        default="auto",
+        help="who guesses the next tokens: ngram, model:FOLDER, features:FOLDER, or several, with commas"
+        " (default: auto, ngram and the trained drafter that ships for the model)",
     )
     speculation.add_argument(
         "--speculation",
@@ -170,6 +172,26 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="a name, a folder, a .gguf file or a hub name")
     parser.add_argument("--out", type=_path, metavar="DIR", help="write here instead of into the cache; new or empty")
+
+
+def _add_distill(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Ask a running server for greedy answers, train a drafter on the model's hidden states, and write it to a folder with a"
+        " card. `heddle up --draft ngram,features:DIR` uses it. Answers are kept in DIR: run again after an interruption."
+    )
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="the model that is served: a name, a folder, a .gguf file")
+    parser.add_argument("--out", type=_path, required=True, metavar="DIR", help="the drafter's folder; new, or with answers")
+    parser.add_argument(
+        "--prompts", type=_path, metavar="FILE", help="JSONL with messages or text (default: the model's ideas)"
+    )
+    parser.add_argument("--tokens", type=_within(1), default=300_000, dest="num_tokens", metavar="N", help="tokens of answers")
+    parser.add_argument("--epochs", type=_within(1), default=4, metavar="N", help="how often each answer is learned")
+    parser.add_argument("--vocabulary", type=_within(16), default=10_240, metavar="N", help="tokens that it can draft")
+    parser.add_argument("--threads", type=_within(1), metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("--seed", type=_within(0), default=0, metavar="N", help="of prompts, order and noise")
+    parser.add_argument("--served-model-name", metavar="NAME", help="what the server calls the model (default: its own name)")
+    parser.add_argument("--url", default=DEFAULT_URL, help="a gateway that serves it")
+    _add_api_key(parser)
 
 
 def _add_adapters(parser: _Parser) -> None:
@@ -295,7 +317,7 @@ def _speculation(text: str) -> str:
 def _drafts(text: str) -> str:
     """A list of drafters, as the planner takes it."""
     try:
-        return ",".join(str(spec) for spec in parse_drafts(text))
+        return AUTO if text == AUTO else ",".join(str(spec) for spec in parse_drafts(text))
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -74,7 +74,10 @@ class PlannerActor:
         beats = self._fleet.alive("planner", now) + self._fleet.alive("executor", now)
         granted = least_busy(self._config.instance_id, claim.executor_id, beats)
         log.info("planner.claimed", executor=claim.executor_id, model=claim.model, granted=granted)
-        return PlannerGranted(planner_id=granted)
+        need = self._planner.need
+        if need is None or need.fingerprint != claim.fingerprint:
+            return PlannerGranted(planner_id=granted)
+        return PlannerGranted(planner_id=granted, feature_layers=need.layers, feature_window=need.window)
 
     async def _on_report(self, report: IterationReport) -> None:
         """The executor waits for this answer."""

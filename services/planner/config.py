@@ -18,9 +18,14 @@ class PlannerConfig(ServiceConfig):
     throughput (no debts, the best of all requests while tokens per ms rise); slo (what debts need, no more);
     equal (trees of one size for all, the whole budget spent); chain:K (K tokens for all, no trees);
     none (no speculation)."""
-    draft: str = "ngram"
-    """Drafters, separated by commas: ngram continues earlier occurrences of the last tokens, model:FOLDER is a small model of
-    the same vocabulary, features:FOLDER a head on the target's hidden states. Their candidates are mixed in one tree."""
+    draft: str = "auto"
+    """auto: n-grams, and the trained drafter that ships for the model, if there is one. Or drafters, separated by commas: ngram
+    continues earlier occurrences of the last tokens, model:FOLDER is a small model of the same vocabulary, features:FOLDER a
+    head on the target's hidden states. Their candidates are mixed in one tree."""
+    model_dir: str = ""
+    """The served model's folder, which tells what drafter was trained for it; empty: auto means n-grams alone."""
+    draft_threads: int = 2
+    """Threads of a neural drafter on a CPU, not more than there are cores."""
     min_depth: int = 2
     max_depth: int = 12
     max_width: int = 3
@@ -52,6 +57,7 @@ class PlannerConfig(ServiceConfig):
         parse_drafts(self.draft)
         require(1 <= self.min_depth <= self.max_depth, "min_depth", "be at least 1 and at most max_depth")
         require(self.max_width >= 1, "max_width", "be at least 1")
+        require(self.draft_threads >= 1, "draft_threads", "be at least 1")
         require(self.draft_tokens >= 1, "draft_tokens", "be at least 1")
         require(self.depth_offset >= 0, "depth_offset", "not be negative")
         require(0 < self.min_prob < 1, "min_prob", "be between 0 and 1")

@@ -35,6 +35,14 @@ class Pool:
         return len(self.tokens) - 1
 
 
+class FeatureNeed(NamedTuple):
+    """Hidden states that a drafter wants of executors whose model has this fingerprint; see PlannerGranted."""
+
+    fingerprint: str
+    layers: tuple[int, ...]
+    window: int
+
+
 class DraftOrder(NamedTuple):
     """Draft for this sequence, at most `depth` tokens ahead."""
 

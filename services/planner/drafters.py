@@ -2,26 +2,74 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+
 from common.config import ConfigError
-from common.drafts import DraftSpec, parse_drafts
+from common.drafts import AUTO, parse_drafts
+from common.fingerprint import fingerprint
+from common.model_folder import ModelFolderError
 from services.planner.config import PlannerConfig
-from services.planner.drafter import Drafter
+from services.planner.drafter import Drafter, FeatureNeed
 from services.planner.mixed import MixedDrafter
 from services.planner.ngram import NgramDrafter, Traffic
+
+if TYPE_CHECKING:
+    from services.planner.features import FeaturesDrafter
+
+SHIPPED = Path(__file__).with_name("weights")
+"""Drafters that come with Heddle: one folder for each model."""
+log = structlog.get_logger()
 
 
 def make_drafter(config: PlannerConfig, *, is_calibrated: bool) -> MixedDrafter:
     """The drafters that `config.draft` names, as one. Raises ConfigError where one cannot work."""
-    drafters = [_make(spec, config) for spec in parse_drafts(config.draft)]
-    return MixedDrafter(drafters, forgetting=config.forgetting, is_frozen=not is_calibrated)
+    drafters: list[Drafter] = []
+    needs: list[FeatureNeed] = []
+    for spec in parse_drafts(config.draft):
+        folder = shipped_for(config.model_dir) if spec.kind == AUTO else Path(spec.folder)
+        if spec.kind == "ngram":
+            drafters.append(
+                NgramDrafter(
+                    max_match=config.max_match,
+                    num_matches=config.num_matches,
+                    min_prob=config.min_prob,
+                    traffic=Traffic(config.traffic_tokens),
+                )
+            )
+        elif spec.kind in ("features", AUTO) and folder is not None:
+            features = _features(folder, config)
+            drafters.append(features)
+            needs.append(features.need)
+        elif spec.kind != AUTO:
+            raise ConfigError(f"draft {spec} is not here yet")
+    if len(set(needs)) > 1:
+        raise ConfigError(f"draft {config.draft}: one drafter on features at a time")
+    return MixedDrafter(drafters, forgetting=config.forgetting, is_frozen=not is_calibrated, need=needs[0] if needs else None)
 
 
-def _make(spec: DraftSpec, config: PlannerConfig) -> Drafter:
-    if spec.kind == "ngram":
-        return NgramDrafter(
-            max_match=config.max_match,
-            num_matches=config.num_matches,
-            min_prob=config.min_prob,
-            traffic=Traffic(config.traffic_tokens),
-        )
-    raise ConfigError(f"draft {spec} is not here yet")
+def shipped_for(model_dir: str) -> Path | None:
+    """The shipped drafter that was trained for the model in this folder, if there is one."""
+    try:
+        name = fingerprint(Path(model_dir)) if model_dir else ""
+    except ModelFolderError as error:
+        log.warning("planner.unknown_model", model_dir=model_dir, error=str(error))
+        return None
+    for path in sorted(SHIPPED.glob("*/config.json")):
+        if json.loads(path.read_text())["fingerprint"] == name:
+            return path.parent
+    return None
+
+
+def _features(folder: Path, config: PlannerConfig) -> FeaturesDrafter:
+    import torch
+
+    from services.planner.features import FeaturesDrafter
+    from services.planner.features_head import FeaturesHead
+
+    torch.set_num_threads(min(config.draft_threads, os.cpu_count() or 1))
+    return FeaturesDrafter(FeaturesHead(folder), min_prob=config.min_prob)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from services.planner.calibration import MAX_PROB, Calibration, Reliability
-from services.planner.drafter import Drafter, DraftOrder, Key, Pool
+from services.planner.drafter import Drafter, DraftOrder, FeatureNeed, Key, Pool
 
 SILENT, DISSENTS, NAMES = 0, 1, 2
 """What a drafter says of a node: nothing of its siblings either; only siblings; the node itself."""
@@ -40,8 +40,17 @@ class MixedDrafter:
     noisy-or by who named the node, who named only others, and the depth.
     """
 
-    def __init__(self, drafters: Sequence[Drafter], *, forgetting: float = 0.998, is_frozen: bool = False) -> None:
+    def __init__(
+        self,
+        drafters: Sequence[Drafter],
+        *,
+        forgetting: float = 0.998,
+        is_frozen: bool = False,
+        need: FeatureNeed | None = None,
+    ) -> None:
         """`forgetting` as in Calibration; frozen, probabilities stay as the drafters believe them."""
+        self.need = need
+        """Of one of the drafters."""
         self._drafters = tuple(drafters)
         self._own = [Calibration(forgetting=forgetting, is_frozen=is_frozen) for _ in drafters]
         self._mixes = [Calibration(forgetting=forgetting, is_frozen=is_frozen) for _ in range(3 ** len(drafters))]

@@ -13,7 +13,7 @@ from common.latency import Rows, predict_ms
 from common.messages import DraftTree, IterationReport
 from services.planner import control, trees
 from services.planner.costs import Costs, Floats, iteration_costs
-from services.planner.drafter import DraftOrder, Pool
+from services.planner.drafter import DraftOrder, FeatureNeed, Pool
 from services.planner.mixed import MixedDrafter
 from services.planner.modes import Mode
 from services.planner.selection import TOLERANCE, Candidates, Demand, Selection, select, select_chains, select_equally
@@ -82,6 +82,11 @@ class Planner:
     def num_resting(self, executor_id: str) -> int:
         """How many more reports of this executor, which has just been answered, get no drafts unless things change."""
         return self.table.pacing(executor_id).num_left if self._mode is not None and self._mode.has_stop_rule else 0
+
+    @property
+    def need(self) -> FeatureNeed | None:
+        """What executors are asked for."""
+        return None if self._mode is None else self._drafter.need
 
     @property
     def reliability_error(self) -> float:

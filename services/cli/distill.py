@@ -1,0 +1,91 @@
+"""`heddle distill`: a drafter for any model, from prompts to a folder with a card. Imports torch only when it trains."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+from rich.progress import Progress, TextColumn
+
+from common.chat import ChatTokenizer
+from services.cli.convert import convert
+from services.cli.distill_data import Collector, DistillError, Example, read_prompts
+
+if TYPE_CHECKING:
+    pass
+
+EVALUATED_SHARE = 0.03
+ANSWERS = "answers.jsonl"
+"""What was generated is kept beside the drafter: training again does not need it again."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillOptions:
+    """The options of `heddle distill`."""
+
+    model: str
+    out: Path
+    url: str
+    api_key: str | None = None
+    served_model_name: str | None = None
+    prompts: Path | None = None
+    num_tokens: int = 300_000
+    vocabulary: int = 10_240
+    epochs: float = 4.0
+    threads: int | None = None
+    seed: int = 0
+
+
+def distill(options: DistillOptions, client: httpx.AsyncClient | None = None) -> str:
+    """Make a drafter; returns its card. Raises DistillError, ModelError. `client` replaces the one for `options.url`."""
+    if options.out.exists() and any(path.name != ANSWERS for path in options.out.iterdir()):
+        raise DistillError(f"{options.out} is not empty")
+    folder = convert(options.model)
+    chat = ChatTokenizer.load(folder)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}")) as progress:
+        examples = _kept(options.out / ANSWERS) or _collected(options, folder, chat, client, progress)
+        return _train(options, folder, examples, progress)
+
+
+def _kept(path: Path) -> list[Example]:
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [Example(row["kind"], tuple(row["tokens"]), row["num_prompt"]) for row in rows]
+
+
+def _collected(
+    options: DistillOptions, folder: Path, chat: ChatTokenizer, client: httpx.AsyncClient | None, progress: Progress
+) -> list[Example]:
+    prompts = None if options.prompts is None else read_prompts(options.prompts, chat)
+    task = progress.add_task("answers", total=options.num_tokens, note="")
+    headers = {} if options.api_key is None else {"authorization": f"Bearer {options.api_key}"}
+    client = client or httpx.AsyncClient(base_url=options.url, headers=headers, timeout=600.0)
+    collector = Collector(client, options.served_model_name or folder.name, chat, options.seed)
+
+    async def collect() -> None:
+        async with client:
+            await collector.collect(prompts, options.num_tokens, lambda done: progress.update(task, completed=done))
+
+    asyncio.run(collect())
+    if not collector.examples:
+        raise DistillError("no answers: --tokens or the prompts are too few")
+    rows = (json.dumps(dataclasses.asdict(example)) for example in collector.examples)
+    (options.out / ANSWERS).write_text("".join(f"{row}\n" for row in rows))
+    return collector.examples
+
+
+def _train(options: DistillOptions, folder: Path, examples: Sequence[Example], progress: Progress) -> str:
+    from services.cli.distill_make import make  # needs torch and transformers
+
+    return make(
+        folder, examples, options.out, progress,
+        vocabulary_size=options.vocabulary, epochs=options.epochs, threads=options.threads, seed=options.seed,
+        evaluated_share=EVALUATED_SHARE, origin="its own inventions" if options.prompts is None else options.prompts.name,
+    )  # fmt: skip

@@ -1,0 +1,63 @@
+"""How good a drafter is on texts that it was not trained on: right tokens per depth and workload. Knows no files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from services.cli.distill_head import DraftHead
+from services.cli.distill_train import Lesson, batches
+
+NUM_TOP = (1, 4)
+EVALUATION_ROWS = 1500
+
+
+@dataclasses.dataclass(frozen=True)
+class Acceptance:
+    """Of one workload: `shares[n][d]` is how often the target's token at depth d + 1 is among the drafter's first n, given that
+    the path to it was right."""
+
+    num_rows: int
+    shares: dict[int, list[float]]
+
+    @property
+    def chain_tokens(self) -> float:
+        """Mean tokens per verification of chains of the evaluated depth, the target's own token included."""
+        total, right = 1.0, 1.0
+        for share in self.shares[1]:
+            right *= share
+            total += right
+        return total
+
+
+@torch.inference_mode()
+def evaluate(head: DraftHead, lessons: Sequence[Lesson], max_depth: int) -> dict[str, Acceptance]:
+    """Acceptance by kind of text, in answers only."""
+    by_kind: dict[str, list[Lesson]] = defaultdict(list)
+    for lesson in lessons:
+        by_kind[lesson.trace.example.kind].append(lesson)
+    found = {}
+    for kind, own in sorted(by_kind.items()):
+        hits = [_hits(head, own, max_depth, num_top) for num_top in NUM_TOP]
+        if len(hits[0]):
+            shares = {n: hits_RS.float().mean(0).tolist() for n, hits_RS in zip(NUM_TOP, hits, strict=True)}
+            found[kind] = Acceptance(len(hits[0]), shares)
+    return found
+
+
+def _hits(head: DraftHead, lessons: Sequence[Lesson], max_depth: int, num_top: int) -> Tensor:
+    """Bool [R, S]: whether the favourite is among the first ones; a token outside of the vocabulary never is."""
+    found = [torch.empty(0, max_depth, dtype=torch.bool)]
+    other = len(head.head_VH) - 1
+    for batch in batches(lessons, EVALUATION_ROWS, max_depth, prompt_share=0.0):
+        outs = head.unroll(batch.features_TF, batch.following_TS, batch.spans, max_depth)
+        tops = [head.logits(out).topk(num_top, dim=1).indices for out in outs]
+        truth_RS = batch.favourites_RS
+        found.append(
+            torch.stack([(top == truth_RS[:, [s]]).any(1) & (truth_RS[:, s] != other) for s, top in enumerate(tops)], 1)
+        )
+    return torch.cat(found)

@@ -1,0 +1,136 @@
+"""From examples to a drafter's folder: target's traces, vocabulary, start, training, evaluation, card. Needs torch."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from common.fingerprint import fingerprint
+from common.model_shape import read_model_shape
+from services.cli.distill_card import Facts, card
+from services.cli.distill_data import DistillError, Example
+from services.cli.distill_evaluate import evaluate
+from services.cli.distill_files import CARD, write_drafter
+from services.cli.distill_head import DraftHead, HeadShape
+from services.cli.distill_start import start_from_least_squares
+from services.cli.distill_target import Target
+from services.cli.distill_train import Recipe, Trainer, lessons_of
+
+WINDOW = 128
+MAX_DEPTH = 6
+ANSWER_WEIGHT = 3
+"""A token of an answer counts so much more for the vocabulary than one of a prompt."""
+RANK_WEIGHT = 40_000
+"""Tokens of low number are frequent in all texts (byte-pair merges come in that order): a prior for those not seen here."""
+
+
+def make(
+    folder: Path,
+    examples: Sequence[Example],
+    out: Path,
+    progress: Progress,
+    *,
+    vocabulary_size: int,
+    epochs: float,
+    threads: int | None,
+    seed: int,
+    evaluated_share: float,
+    origin: str,
+) -> str:
+    """Train a drafter for the model in `folder` and write it to `out`; returns its card. Raises DistillError."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    started_at = time.monotonic()
+    torch.manual_seed(seed)
+    target = Target(folder, layers := _feature_layers(read_model_shape(folder)[0].num_layers))
+    order = sorted(examples, key=lambda example: example.tokens)
+    random.Random(seed).shuffle(order)
+    num_evaluated = max(1, round(evaluated_share * len(order)))
+    held_out, learned = order[:num_evaluated], order[num_evaluated:]
+    if not learned:
+        raise DistillError(f"{len(order)} answers are too few: some are needed to train on, and some to evaluate with")
+    vocabulary = choose_vocabulary(learned, target.config.vocab_size, vocabulary_size)
+    places_V = torch.full((target.config.vocab_size,), len(vocabulary))
+    places_V[torch.tensor(vocabulary)] = torch.arange(len(vocabulary))
+    task = progress.add_task("hidden states", total=len(order), note="")
+    traces = []
+    for trace in target.traces(order):
+        traces.append(trace)
+        progress.advance(task)
+    is_held_out = {id(example) for example in held_out}
+    train, check = (
+        lessons_of([t for t in traces if (id(t.example) in is_held_out) == is_check], target, places_V, vocabulary)
+        for is_check in (False, True)
+    )
+    rows_VH = target.embedding_VH[torch.tensor(vocabulary)]
+    embedding_VH = torch.cat([rows_VH, rows_VH.mean(0, keepdim=True)])
+    head = DraftHead(_shape(target, layers), embedding_VH)
+    with torch.no_grad():
+        output_VH = target.head_VH[torch.tensor(vocabulary)]
+        head.head_VH.copy_(torch.cat([output_VH, output_VH.mean(0, keepdim=True)]))
+    start_from_least_squares(head, train, target)
+    task = progress.add_task("training", total=1.0, note="")
+    recipe = Recipe(epochs=epochs, seed=seed)
+    num_steps = Trainer(head, recipe).train(
+        train, lambda done, loss: progress.update(task, completed=done, note=f"loss {loss:.3f}")
+    )
+    progress.update(task, completed=1.0)
+    acceptance = evaluate(head.eval(), check, max_depth=5)
+    name = fingerprint(folder)
+    write_drafter(out, head, vocabulary, fingerprint=name, max_depth=MAX_DEPTH)
+    text = card(
+        Facts(
+            model=folder.name,
+            layers=layers,
+            num_parameters=sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad),
+            vocabulary=len(vocabulary),
+            fingerprint=name,
+            data=f"{len(learned):,} greedy answers of {folder.name} ({sum(e.num_answer for e in learned):,} tokens) to"
+            f" prompts that are {origin}; {len(held_out):,} more were held out.",
+            training=f"{num_steps:,} steps, {epochs:g} epochs, {(time.monotonic() - started_at) / 60:.0f} minutes with"
+            f" {torch.get_num_threads()} threads. {recipe!r}",
+            acceptance=acceptance,
+        )
+    )
+    (out / CARD).write_text(text)
+    return text
+
+
+def choose_vocabulary(examples: Sequence[Example], vocab_size: int, size: int) -> list[int]:
+    """The tokens that are probably most frequent in answers, rising."""
+    counts: Counter[int] = Counter()
+    for example in examples:
+        counts.update(example.tokens)
+        for token in example.tokens[example.num_prompt :]:
+            counts[token] += ANSWER_WEIGHT - 1
+    ranked = sorted(range(vocab_size), key=lambda token: (-(counts[token] + RANK_WEIGHT / (token + 2000)), token))
+    return sorted(ranked[: min(size, vocab_size)])
+
+
+def _feature_layers(num_layers: int) -> tuple[int, ...]:
+    """One low, one in the middle, the last."""
+    return tuple(sorted({max(1, round(0.3 * num_layers)), max(1, round(2 / 3 * num_layers)), num_layers}))
+
+
+def _shape(target: Target, layers: tuple[int, ...]) -> HeadShape:
+    """A layer like the target's, its MLP two thirds as wide."""
+    config = target.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return HeadShape(
+        hidden_size=config.hidden_size,
+        intermediate_size=max(16, config.intermediate_size * 2 // 3 // 16 * 16),
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        feature_layers=layers,
+        window=WINDOW,
+        rope_theta=float(parameters["rope_theta"] if "rope_theta" in parameters else getattr(config, "rope_theta", 10_000.0)),
+        rms_norm_eps=config.rms_norm_eps,
+    )

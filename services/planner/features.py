@@ -1,0 +1,212 @@
+"""The features drafter: beam search with a head on the target's hidden states. Knows sequences and trees, no tensor's inside.
+
+The head's keys and values of a sequence live in a ring of slots, as long as the head's window, and a few more for the beams.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from services.planner.drafter import DraftOrder, FeatureNeed, Key, Pool
+from services.planner.features_head import FeaturesHead
+
+MAX_CHILDREN = 6
+"""Candidates below one node."""
+MAX_BEAM_SLOTS = 64
+"""Rows of one draft, per sequence."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Followed:
+    """A sequence: its `length` tokens, of which the rows of [start, end) are in the ring; `pending` rows are still to come."""
+
+    length: int
+    base: int
+    start: int = 0
+    end: int = 0
+    features: bytes = b""
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    """What follows each pending row."""
+    last_features: bytes = b""
+    last_token: int | None = None
+    """The row before `end`, to draft from it once more."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Beam:
+    """A node that is continued: its place in its order's pool, its parent's row among the last ones, its ancestors' slots."""
+
+    order: int
+    node: int
+    log_prob: float
+    row: int
+    slots: list[int]
+
+
+class FeaturesDrafter:
+    """Follows sequences whose executor sends features; of others it has no candidates."""
+
+    def __init__(self, head: FeaturesHead, *, min_prob: float = 0.02, min_gain: float = 0.1) -> None:
+        """Nodes under `min_prob` are no candidates; a level is drafted if it can bring all sequences `min_gain` tokens."""
+        self.head = head
+        self.counters: Counter[str] = Counter()
+        self._min_log_prob, self._min_gain = math.log(min_prob), min_gain
+        self._followed: dict[Key, _Followed] = {}
+        self._free: list[int] = []
+        self._num_slots = 0
+
+    @property
+    def need(self) -> FeatureNeed:
+        """What it wants of executors."""
+        return FeatureNeed(self.head.fingerprint, self.head.feature_layers, self.head.window)
+
+    def open(self, key: Key, tokens: Sequence[int], *, tenant: str = "", features: bytes = b"") -> None:
+        """See Drafter."""
+        self.close(key)
+        followed = self._followed[key] = _Followed(len(tokens), self._ring())
+        num_rows = self._num_rows(features, most=len(tokens) - 1)
+        self._restart(followed, followed.length - 1 - num_rows)
+        self._take(followed, features, tokens[len(tokens) - num_rows :])
+
+    def extend(self, key: Key, tokens: Sequence[int], *, features: bytes = b"") -> None:
+        """See Drafter."""
+        followed = self._followed[key]
+        followed.length += len(tokens)
+        if len(features) != self.head.row_bytes * len(tokens):
+            self.counters["rows_missing"] += len(tokens)
+            self._restart(followed, followed.length - 1)
+            return
+        self._take(followed, features, tokens)
+
+    def close(self, key: Key) -> None:
+        """See Drafter."""
+        if (followed := self._followed.pop(key, None)) is not None:
+            self._free.append(followed.base)
+
+    @torch.inference_mode()
+    def draft(self, orders: Sequence[DraftOrder], width: int) -> list[Pool]:
+        """See Drafter."""
+        pools = [Pool() for _ in orders]
+        roots = self._roots(orders)
+        if not roots:
+            return pools
+        self.head.reserve(self._num_slots, max(each.length for each in self._followed.values()) + self.head.max_depth + 1)
+        out_RH, log_probs_RV = self._read(roots)
+        beams = [_Beam(order, -1, 0.0, row, []) for row, (order, _) in enumerate(roots)]
+        for depth in range(1, self.head.max_depth + 1):
+            beams = self._expand(beams, log_probs_RV, [order.depth for order in orders], depth, width, pools)
+            if not beams or depth == self.head.max_depth or sum(math.exp(beam.log_prob) for beam in beams) < self._min_gain:
+                break
+            out_RH, log_probs_RV = self._step(beams, out_RH, orders, pools, depth)
+        return pools
+
+    # --- rows ------------------------------------------------------------------------------------------------------
+
+    def _ring(self) -> int:
+        size = self.head.window + MAX_BEAM_SLOTS
+        if not self._free:
+            self._free.append(self._num_slots)
+            self._num_slots += size
+        return self._free.pop()
+
+    def _num_rows(self, features: bytes, most: int) -> int:
+        num_rows, rest = divmod(len(features), self.head.row_bytes)
+        if rest or num_rows > most:
+            self.counters["rows_malformed"] += 1
+            return 0
+        return num_rows
+
+    def _restart(self, followed: _Followed, position: int) -> None:
+        """The next row is the one of the token at this position; what was before it is forgotten."""
+        followed.start = followed.end = position
+        followed.features, followed.tokens, followed.last_token = b"", [], None
+
+    def _take(self, followed: _Followed, features: bytes, following: Sequence[int]) -> None:
+        followed.features += features
+        followed.tokens += following
+        if (surplus := len(followed.tokens) - self.head.window) > 0:
+            followed.features, followed.tokens = followed.features[surplus * self.head.row_bytes :], followed.tokens[surplus:]
+            followed.start = followed.end = followed.end + surplus
+
+    def _roots(self, orders: Sequence[DraftOrder]) -> list[tuple[int, _Followed]]:
+        """The sequences whose last rows are there: with their place among the orders."""
+        found = []
+        for i, order in enumerate(orders):
+            followed = self._followed[order.key]
+            if order.depth <= 0 or followed.end + len(followed.tokens) != followed.length - 1:
+                continue
+            if not followed.tokens and followed.last_token is not None:  # drafted before: its last row is read again
+                followed.features, followed.tokens = followed.last_features, [followed.last_token]
+                followed.end -= 1
+            if followed.tokens:
+                found.append((i, followed))
+        return found
+
+    def _read(self, roots: Sequence[tuple[int, _Followed]]) -> tuple[Tensor, Tensor]:
+        """Put the pending rows of these sequences into their rings; the outcome of the last row of each."""
+        tokens, positions, slots, seen = list[int](), list[int](), list[int](), list[list[int]]()
+        window = self.head.window
+        ends = list(accumulate(len(followed.tokens) for _, followed in roots))
+        for _, followed in roots:
+            new = range(followed.end, followed.end + len(followed.tokens))
+            tokens += followed.tokens
+            positions += new
+            slots += [followed.base + position % window for position in new]
+            followed.start, followed.end = max(followed.start, new.stop - window), new.stop
+            seen.append(self._ring_slots(followed))
+        states_RH = self.head.states(b"".join(followed.features for _, followed in roots))
+        for _, followed in roots:
+            followed.last_features, followed.last_token = followed.features[-self.head.row_bytes :], followed.tokens[-1]
+            followed.features, followed.tokens = b"", []
+        x_RH, q_RND = self.head.write(states_RH, tokens, positions, slots, is_own=False)
+        last_R = torch.tensor(ends) - 1
+        return self.head.attend(x_RH[last_R], q_RND[last_R], seen)
+
+    def _ring_slots(self, followed: _Followed) -> list[int]:
+        return [followed.base + position % self.head.window for position in range(followed.start, followed.end)]
+
+    # --- beams -----------------------------------------------------------------------------------------------------
+
+    def _expand(
+        self, beams: Sequence[_Beam], log_probs_RV: Tensor, depths: Sequence[int], depth: int, width: int, pools: Sequence[Pool]
+    ) -> list[_Beam]:
+        """Children of all beams become candidates, in the beams' order; the best `width` of each sequence are continued."""
+        values, places = (top.tolist() for top in log_probs_RV.topk(min(MAX_CHILDREN, self.head.other), dim=1))
+        children: list[list[_Beam]] = [[] for _ in pools]
+        for row, beam in enumerate(beams):
+            for value, place in zip(values[row], places[row], strict=True):
+                log_prob = beam.log_prob + min(value, -1e-3)  # nothing is certain: probabilities fall along a path
+                if place == self.head.other or log_prob < self._min_log_prob or depth > depths[beam.order]:
+                    continue
+                node = pools[beam.order].add(self.head.vocabulary[place], beam.node, depth, math.exp(log_prob))
+                children[beam.order].append(_Beam(beam.order, node, log_prob, row, beam.slots))
+        kept = [sorted(sorted(own, key=lambda beam: -beam.log_prob)[:width], key=lambda beam: beam.node) for own in children]
+        return [beam for own, most in zip(kept, depths, strict=True) if depth < most for beam in own]
+
+    def _step(
+        self, beams: Sequence[_Beam], out_RH: Tensor, orders: Sequence[DraftOrder], pools: Sequence[Pool], depth: int
+    ) -> tuple[Tensor, Tensor]:
+        """One row for each beam: its parent's output and its token."""
+        used: Counter[int] = Counter()
+        seen, tokens, positions, slots = list[list[int]](), list[int](), list[int](), list[int]()
+        per_level = MAX_BEAM_SLOTS // self.head.max_depth
+        rings = {beam.order: self._ring_slots(self._followed[orders[beam.order].key]) for beam in beams}
+        for beam in beams:
+            followed = self._followed[orders[beam.order].key]
+            slot = followed.base + self.head.window + per_level * (depth - 1) + used[beam.order]
+            used[beam.order] += 1
+            beam.slots = [*beam.slots, slot]
+            tokens.append(pools[beam.order].tokens[beam.node])
+            positions.append(followed.end - 1 + depth)
+            slots.append(slot)
+            seen.append(rings[beam.order] + beam.slots)
+        rows_R = torch.tensor([beam.row for beam in beams])
+        x_RH, q_RND = self.head.write(out_RH[rows_R], tokens, positions, slots, is_own=True)
+        return self.head.attend(x_RH, q_RND, seen)

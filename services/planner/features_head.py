@@ -1,0 +1,135 @@
+"""The trained head of the features drafter, ready to run: weights, keys and values. Knows tensors, no sequences and no trees.
+
+What it computes is `DraftHead` of `heddle distill` (after EAGLE): a row holds the target's features of one token and the
+embedding of the next one, and foresees the features of that. Shapes: R rows, H hidden, F features of all layers side by side,
+N query heads, K kv heads, D head_dim, S slots, V reduced vocabulary and, last, one class for all other tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from common.config import ConfigError
+from kernels import ops
+
+CONFIG, WEIGHTS = "config.json", "drafter.safetensors"
+FORMAT = "heddle-features-1"
+
+
+class FeaturesHead:
+    """One decoder layer, fed with the target's features or its own outputs. Not for several threads at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ConfigError, naming the folder, if it holds no such head."""
+        try:
+            config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+            stored = load_file(folder / WEIGHTS)
+            if config["format"] != FORMAT:
+                raise ConfigError(f"{folder / CONFIG}: the format {config['format']!r} is not {FORMAT}")
+            self._read(config, stored)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{folder} is no drafter on features: {error!r}") from error
+
+    def _read(self, config: dict[str, Any], stored: dict[str, Tensor]) -> None:
+        self.fingerprint = str(config["fingerprint"])
+        self.feature_layers = tuple(int(layer) for layer in config["feature_layers"])
+        self.window, self.max_depth = int(config["window"]), int(config["max_depth"])
+        self.hidden_size = int(config["hidden_size"])
+        self.num_heads, self.num_kv_heads = int(config["num_heads"]), int(config["num_kv_heads"])
+        self.head_dim, self._eps = int(config["head_dim"]), float(config["rms_norm_eps"])
+        self.dtype = torch.bfloat16 if ops.has_fast_bfloat16() else torch.float32
+        values = {
+            name: _widened(name, stored).to(self.dtype) for name in stored if not name.endswith(("_scale", "vocabulary_V"))
+        }
+        vocabulary: list[int] = stored["vocabulary_V"].tolist()
+        self.vocabulary = vocabulary
+        self.place = {token: i for i, token in enumerate(vocabulary)}
+        """Of each token in the reduced vocabulary."""
+        self._embedding_VH = values["embedding_VH"]
+        self._norms = {name: values[name] for name in values if "_norm_" in name}
+        self._features, self._fuse = ops.Linear(values["features.weight"]), ops.Linear(values["fuse.weight"])
+        self._again = ops.Linear(values["again.weight"])
+        self._qkv, self._o = ops.Linear(values["qkv.weight"]), ops.Linear(values["o.weight"])
+        self._gate_up, self._down = ops.Linear(values["gate_up.weight"]), ops.Linear(values["down.weight"])
+        self._head = ops.Linear(values.get("head_VH", self._embedding_VH))
+        half = self.head_dim // 2
+        self._rates = float(config["rope_theta"]) ** -(torch.arange(half, dtype=torch.float64) / half)
+        self._cos_PD, self._sin_PD = torch.empty(2, 0, self.head_dim, dtype=self.dtype)
+        self._keys, self._values = torch.empty(2, 0, self.num_kv_heads, self.head_dim, dtype=self.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of the target's features of one token."""
+        return 2 * self.hidden_size * len(self.feature_layers)
+
+    @property
+    def other(self) -> int:
+        """The place of all tokens outside of the reduced vocabulary."""
+        return len(self.vocabulary)
+
+    def reserve(self, num_slots: int, num_positions: int) -> None:
+        """Room for keys and values of so many slots, and for so many positions; what is there stays."""
+        if (missing := num_slots - len(self._keys)) > 0:
+            more = torch.zeros(missing, *self._keys.shape[1:], dtype=self.dtype)
+            self._keys, self._values = torch.cat([self._keys, more]), torch.cat([self._values, more])
+        if num_positions > len(self._cos_PD):
+            angles = torch.outer(torch.arange(2 * num_positions, dtype=torch.float64), self._rates.repeat(2))
+            self._cos_PD, self._sin_PD = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    def states(self, features: bytes) -> Tensor:
+        """The states [R, H] that stand for these rows of the target's features."""
+        raw = torch.frombuffer(bytearray(features), dtype=torch.bfloat16).to(self.dtype)
+        layers = raw.view(-1, self.hidden_size)
+        ones_H = torch.ones(self.hidden_size, dtype=self.dtype)
+        normed = ops.rms_norm(layers, ones_H, self._eps).view(-1, self.hidden_size * len(self.feature_layers))
+        return self._features(normed * self._norms["feature_norm_F"])
+
+    def write(
+        self, states_RH: Tensor, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], *, is_own: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Put keys and values of rows into their slots; returns the rows' inputs [R, H] and queries [R, N, D].
+
+        The states stand for the target's features or, `is_own`, are the head's own outputs.
+        """
+        places_R = torch.tensor([self.place.get(token, self.other) for token in tokens])
+        token_RH = self._norm(F.embedding(places_R, self._embedding_VH), "token_norm_H")
+        fuse, norm = (self._again, "again_norm_H") if is_own else (self._fuse, "state_norm_H")
+        x_RH = fuse(torch.cat([token_RH, self._norm(states_RH, norm)], dim=1))
+        qkv_RO = self._qkv(self._norm(x_RH, "input_norm_H"))
+        heads_RHD = qkv_RO.view(len(x_RH), -1, self.head_dim)
+        q_RND, k_RKD, v_RKD = torch.split(heads_RHD, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        at_R = torch.tensor(positions)
+        q_RND = ops.rope_and_cache(
+            q_RND, k_RKD, v_RKD, self._cos_PD[at_R], self._sin_PD[at_R], self._keys, self._values, torch.tensor(slots)
+        )
+        return x_RH, q_RND
+
+    def attend(self, x_RH: Tensor, q_RND: Tensor, seen: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Outputs [R, H], the states of the next step, and log probabilities [R, V]; each row sees these slots, its own too."""
+        slots = torch.split(torch.tensor([slot for each in seen for slot in each]), [len(each) for each in seen])
+        plan = ops.AttentionPlan([ops.AttentionSegment(start=i, end=i + 1, slots_L=slots_L) for i, slots_L in enumerate(slots)])
+        out_RND = ops.ragged_attention(q_RND, self._keys, self._values, plan, self.head_dim**-0.5)
+        o_RH = self._o(out_RND.reshape(len(x_RH), -1))
+        m_RH, z_RH = ops.add_rms_norm(x_RH, o_RH, self._norms["post_norm_H"], self._eps)
+        out_RH = m_RH + self._down(ops.silu_mul(self._gate_up(z_RH)))
+        return out_RH, self._head(self._norm(out_RH, "final_norm_H")).float().log_softmax(-1)
+
+    def _norm(self, x_RH: Tensor, name: str) -> Tensor:
+        return ops.rms_norm(x_RH, self._norms[name], self._eps)
+
+
+def _widened(name: str, stored: dict[str, Tensor]) -> Tensor:
+    """Matrices are stored as int8 with a scale per row, or as they are."""
+    scale = stored.get(f"{name}_scale")
+    return stored[name].float() if scale is None else stored[name].float() * scale.float()[:, None]

@@ -1,0 +1,146 @@
+"""`heddle distill` on a tiny model: prompts, answers, training and folder, and that what was learned is right more often."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from rich.progress import Progress
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from common.chat import ChatTokenizer
+from common.fingerprint import fingerprint
+from services.cli.__main__ import main
+from services.cli.distill import DistillOptions, distill
+from services.cli.distill_data import Collector, DistillError, Prompt, open_turn, read_prompts
+from services.cli.distill_make import make
+from services.planner.features_head import FeaturesHead
+from tests.helpers import tiny_model
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}<assistant>"
+WORDS = ["</s>", "<user>", "<assistant>", *(f"{letter}{digit}" for letter in "abcdefgh" for digit in range(8))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with a tokenizer of two-letter words."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny"
+    tiny_model(
+        "llama", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(WORDS), max_position_embeddings=256, eos_token_id=0, bos_token_id=None,
+    ).save_pretrained(path)  # fmt: skip
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a0"))
+    tokenizer.add_special_tokens(WORDS[:3])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    tokenizer.decoder = decoders.WordPiece("##")
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": TEMPLATE}))
+    return path
+
+
+class Server:
+    """Answers with a cycle through the words that depends on the prompt's last word: easily learned."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.is_broken = False
+
+    def client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(transport=httpx.MockTransport(self._answer), base_url="http://server")
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        self.bodies.append(body)
+        if self.is_broken:
+            return httpx.Response(503)
+        start = 3 + (7 * len(self.bodies)) % 60
+        words = [WORDS[3 + (start + 5 * i) % 64] for i in range(24)]
+        return httpx.Response(200, json={"choices": [{"text": " ".join(words), "finish_reason": "stop"}]})
+
+
+def collect(server: Server, chat: ChatTokenizer, prompts: list[Prompt] | None, num_tokens: int) -> Collector:
+    async def run() -> Collector:
+        async with server.client() as client:
+            collector = Collector(client, "tiny", chat)
+            await collector.collect(prompts, num_tokens, lambda done: None)
+            return collector
+
+    return asyncio.run(run())
+
+
+def test_the_model_invents_prompts_behind_an_open_turn(folder: Path) -> None:
+    server, chat = Server(), ChatTokenizer.load(folder)
+    assert open_turn(chat) == ("<user>", "</s><assistant>")
+    collector = collect(server, chat, None, 100)
+    invented, answered = server.bodies[0], [body for body in server.bodies if body["temperature"] == 0.0]
+    assert (invented["prompt"], invented["temperature"]) == ("<user>", 1.0)
+    assert all(body["prompt"].startswith("<user>") and body["prompt"].endswith("</s><assistant>") for body in answered)
+    assert sum(example.num_answer for example in collector.examples) >= 100
+    assert all(example.tokens[-1] == 0 and example.kind == "invented" for example in collector.examples)
+
+
+def test_given_prompts_are_answered_once(folder: Path, tmp_path: Path) -> None:
+    server, chat, path = Server(), ChatTokenizer.load(folder), tmp_path / "prompts.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": "a1"}, {"role": "assistant", "content": "b1"}]},
+        {"text": "a2 a3", "kind": "code"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = read_prompts(path, chat)
+    assert prompts == [Prompt("given", "<user>a1</s><assistant>"), Prompt("code", "a2 a3")]
+    assert [example.kind for example in collect(server, chat, prompts, 10_000).examples] == ["given", "code"]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"messages": 3}', '{"prompt": "x"}', '{"messages": ["x"]}'])
+def test_a_line_that_is_no_prompt_is_named(folder: Path, tmp_path: Path, line: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'{{"text": "a1"}}\n{line}\n')
+    with pytest.raises(DistillError, match="line 2"):
+        read_prompts(path, ChatTokenizer.load(folder))
+
+
+def test_a_server_that_never_answers_is_an_error(folder: Path) -> None:
+    server = Server()
+    server.is_broken = True
+    with pytest.raises(DistillError, match="503"):
+        collect(server, ChatTokenizer.load(folder), None, 100)
+
+
+def test_from_nothing_to_a_drafter(folder: Path, tmp_path: Path) -> None:
+    options = DistillOptions(
+        model=str(folder), out=tmp_path / "drafter", url="http://unused", num_tokens=1500, vocabulary=60, epochs=2, threads=1
+    )
+    text = distill(options, Server().client())
+    assert {path.name for path in options.out.iterdir()} == {"README.md", "config.json", "drafter.safetensors", "answers.jsonl"}
+    assert (options.out / "README.md").read_text() == text
+    assert "| invented |" in text
+    head = FeaturesHead(options.out)
+    assert head.fingerprint == fingerprint(folder)
+    assert (len(head.vocabulary), head.feature_layers) == (60, (1, 2, 3))
+    with pytest.raises(DistillError, match="not empty"):
+        distill(options, Server().client())
+
+
+def test_training_beats_its_start(folder: Path, tmp_path: Path) -> None:
+    examples = collect(Server(), ChatTokenizer.load(folder), None, 2500).examples
+
+    def share(name: str, epochs: float) -> float:
+        with Progress(disable=True) as progress:
+            text = make(
+                folder, examples, tmp_path / name, progress,
+                vocabulary_size=67, epochs=epochs, threads=1, seed=0, evaluated_share=0.1, origin="x",
+            )  # fmt: skip
+        (row,) = [line for line in text.splitlines() if line.startswith("| invented")]
+        return float(row.split("|")[-2])
+
+    assert share("trained", 4.0) > share("start", 0.001)
+
+
+def test_the_command_names_what_is_wrong(folder: Path, tmp_path: Path) -> None:
+    arguments = ["distill", "--model", str(folder), "--out", str(tmp_path / "out"), "--prompts", str(tmp_path / "none")]
+    with pytest.raises(SystemExit, match="none cannot be read"):
+        main(arguments)
