@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from services.cli.distill_files import CARD, write_drafter
 from services.cli.distill_head import DraftHead, HeadShape
 from services.cli.distill_start import start_from_least_squares
 from services.cli.distill_target import Target
-from services.cli.distill_train import Recipe, Trainer, lessons_of
+from services.cli.distill_train import Lesson, Recipe, Trainer, lessons_of
 
 WINDOW = 128
 MAX_DEPTH = 6
@@ -28,6 +29,16 @@ ANSWER_WEIGHT = 3
 """A token of an answer counts so much more for the vocabulary than one of a prompt."""
 RANK_WEIGHT = 40_000
 """Tokens of low number are frequent in all texts (byte-pair merges come in that order): a prior for those not seen here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What a drafter is trained on and evaluated with, and the untrained head itself."""
+
+    head: DraftHead
+    vocabulary: list[int]
+    learned: list[Lesson]
+    held_out: list[Lesson]
 
 
 def make(
@@ -48,58 +59,67 @@ def make(
         torch.set_num_threads(threads)
     started_at = time.monotonic()
     torch.manual_seed(seed)
-    target = Target(folder, layers := _feature_layers(read_model_shape(folder)[0].num_layers))
-    order = sorted(examples, key=lambda example: example.tokens)
-    random.Random(seed).shuffle(order)
-    num_evaluated = max(1, round(evaluated_share * len(order)))
-    held_out, learned = order[:num_evaluated], order[num_evaluated:]
-    if not learned:
-        raise DistillError(f"{len(order)} answers are too few: some are needed to train on, and some to evaluate with")
-    vocabulary = choose_vocabulary(learned, target.config.vocab_size, vocabulary_size)
-    places_V = torch.full((target.config.vocab_size,), len(vocabulary))
-    places_V[torch.tensor(vocabulary)] = torch.arange(len(vocabulary))
-    task = progress.add_task("hidden states", total=len(order), note="")
-    traces = []
-    for trace in target.traces(order):
-        traces.append(trace)
-        progress.advance(task)
-    is_held_out = {id(example) for example in held_out}
-    train, check = (
-        lessons_of([t for t in traces if (id(t.example) in is_held_out) == is_check], target, places_V, vocabulary)
-        for is_check in (False, True)
-    )
-    rows_VH = target.embedding_VH[torch.tensor(vocabulary)]
-    embedding_VH = torch.cat([rows_VH, rows_VH.mean(0, keepdim=True)])
-    head = DraftHead(_shape(target, layers), embedding_VH)
-    with torch.no_grad():
-        output_VH = target.head_VH[torch.tensor(vocabulary)]
-        head.head_VH.copy_(torch.cat([output_VH, output_VH.mean(0, keepdim=True)]))
-    start_from_least_squares(head, train, target)
+    material = prepare(folder, examples, progress, vocabulary_size, evaluated_share, seed)
+    head, recipe = material.head, Recipe(epochs=epochs, seed=seed)
     task = progress.add_task("training", total=1.0, note="")
-    recipe = Recipe(epochs=epochs, seed=seed)
     num_steps = Trainer(head, recipe).train(
-        train, lambda done, loss: progress.update(task, completed=done, note=f"loss {loss:.3f}")
+        material.learned, lambda done, loss: progress.update(task, completed=done, note=f"loss {loss:.3f}")
     )
     progress.update(task, completed=1.0)
-    acceptance = evaluate(head.eval(), check, max_depth=5)
     name = fingerprint(folder)
-    write_drafter(out, head, vocabulary, fingerprint=name, max_depth=MAX_DEPTH)
+    write_drafter(out, head, material.vocabulary, fingerprint=name, max_depth=MAX_DEPTH)
+    num_learned = sum(lesson.trace.example.num_answer for lesson in material.learned)
     text = card(
         Facts(
             model=folder.name,
-            layers=layers,
+            layers=head.shape.feature_layers,
             num_parameters=sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad),
-            vocabulary=len(vocabulary),
+            vocabulary=len(material.vocabulary),
             fingerprint=name,
-            data=f"{len(learned):,} greedy answers of {folder.name} ({sum(e.num_answer for e in learned):,} tokens) to"
-            f" prompts that are {origin}; {len(held_out):,} more were held out.",
+            data=f"{len(material.learned):,} greedy answers of {folder.name} ({num_learned:,} tokens) to prompts that are"
+            f" {origin}; {len(material.held_out):,} more were held out.",
             training=f"{num_steps:,} steps, {epochs:g} epochs, {(time.monotonic() - started_at) / 60:.0f} minutes with"
             f" {torch.get_num_threads()} threads. {recipe!r}",
-            acceptance=acceptance,
+            acceptance=evaluate(head.eval(), material.held_out, max_depth=5),
         )
     )
     (out / CARD).write_text(text)
     return text
+
+
+def prepare(
+    folder: Path, examples: Sequence[Example], progress: Progress, vocabulary_size: int, evaluated_share: float, seed: int
+) -> Material:
+    """Let the target read the examples, and set up a head for it. Raises DistillError for too few."""
+    layers = _feature_layers(read_model_shape(folder)[0].num_layers)
+    target = Target(folder, layers)
+    order = sorted(examples, key=lambda example: example.tokens)
+    random.Random(seed).shuffle(order)
+    num_evaluated = max(1, round(evaluated_share * len(order)))
+    if len(order) <= num_evaluated:
+        raise DistillError(f"{len(order)} answers are too few: some are needed to train on, and some to evaluate with")
+    vocabulary = choose_vocabulary(order[num_evaluated:], target.config.vocab_size, vocabulary_size)
+    places_V = torch.full((target.config.vocab_size,), len(vocabulary))
+    places_V[torch.tensor(vocabulary)] = torch.arange(len(vocabulary))
+    task = progress.add_task("hidden states", total=len(order), note="")
+    parts: list[list[Lesson]] = []
+    for part in (order[num_evaluated:], order[:num_evaluated]):
+        traces = []
+        for trace in target.traces(part):
+            traces.append(trace)
+            progress.advance(task)
+        parts.append(lessons_of(traces, target, places_V, vocabulary))
+    head = DraftHead(_shape(target, layers), _with_rest(target.embedding_VH, vocabulary))
+    with torch.no_grad():
+        head.head_VH.copy_(_with_rest(target.head_VH, vocabulary))
+    start_from_least_squares(head, parts[0], target)
+    return Material(head, vocabulary, *parts)
+
+
+def _with_rest(weight_VH: torch.Tensor, vocabulary: Sequence[int]) -> torch.Tensor:
+    """The vocabulary's rows, and their mean for all other tokens."""
+    rows_VH = weight_VH[torch.tensor(vocabulary)]
+    return torch.cat([rows_VH, rows_VH.mean(0, keepdim=True)])
 
 
 def choose_vocabulary(examples: Sequence[Example], vocab_size: int, size: int) -> list[int]:
