@@ -68,6 +68,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.Path:
 def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel: zipfile.Path) -> None:
     names = zipfile.ZipFile(str(wheel.root.filename)).namelist()
     assert "kernels/native/heddle_cpu.c" in names
+    drafter = "services/planner/weights/SmolLM2-135M-Instruct/"
+    assert {f"{drafter}{name}" for name in ("config.json", "drafter.safetensors", "README.md")} <= set(names)
+    assert sum(path.stat().st_size for path in (ROOT / drafter).iterdir()) <= 16_000_000
     tops = {name.split("/")[0] for name in names}
     assert tops == {*PACKAGES, f"heddle-{PROJECT['version']}.dist-info"}
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
