@@ -106,6 +106,7 @@ def test_with_the_planners_drafts(engine: Engine, generated: dict[str, list[int]
     assert engine.counters["draft_tokens"] > engine.counters["accepted_tokens"]
 
 
+@pytest.mark.slow
 def test_with_the_shipped_drafter(engine: Engine, generated: dict[str, list[int]], real_model_dir: Path) -> None:
     """n-grams and the head on hidden states, which is found by the model's folder."""
     planner = make_planner(PlannerConfig(model_dir=str(real_model_dir)))
