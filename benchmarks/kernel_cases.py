@@ -10,17 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.segments import AttentionSegment, LoraSegment
+from kernels.segments import AttentionPlan, AttentionSegment, LoraSegment
 from kernels.triton_ops.adamw import adamw
-from kernels.triton_ops.attention_tiles import attention_tiles
+from kernels.triton_ops.attention_tables import attention_tables
 from kernels.triton_ops.commit_kv import commit_kv
 from kernels.triton_ops.linear_cross_entropy import linear_cross_entropy
+from kernels.triton_ops.lora_tables import segment_tables
 from kernels.triton_ops.ragged_attention import ragged_attention
+from kernels.triton_ops.ragged_attention_backward import ragged_attention_backward
 from kernels.triton_ops.rms_norm import rms_norm
 from kernels.triton_ops.rope_and_cache import rope_and_cache
-from kernels.triton_ops.segmented_lora import segmented_lora, segmented_lora_backward
+from kernels.triton_ops.segmented_lora import segmented_lora, segmented_lora_gradients
 from kernels.triton_ops.silu_mul import silu_mul, silu_mul_backward
-from kernels.triton_ops.window_attention_backward import window_attention_backward
 
 REL_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """dtype -> the norm of the error over the norm of the oracle, which may round as often as the kernel does."""
@@ -138,13 +139,13 @@ class Cases:
             segments.append(AttentionSegment(start=start, end=start + rows, slots_L=slots))
             start += rows
         q, k, v = self._randn(start, N, D), self._randn(num_slots, K, D), self._randn(num_slots, K, D)
-        tiles, scale = attention_tiles(segments, N // K), D**-0.5
+        tables, scale = attention_tables(AttentionPlan(segments), N // K, None), D**-0.5
         pairs = sum(rows * context + rows * (rows + 1) // 2 for context, rows in batch)
         context, rows = batch[0]
         dense = (q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None])
         return Case(
             kernel="ragged_attention", shape=f"{name}, context {context}, rows {start}",
-            run=lambda: (ragged_attention(q, k, v, tiles, scale),),
+            run=lambda: (ragged_attention(q, k, v, tables, scale),),
             oracle=lambda: (reference.ragged_attention(q, k, v, segments, scale),),
             peer=(lambda: F.scaled_dot_product_attention(*dense, is_causal=rows > 1, scale=scale, enable_gqa=True))
             if len(batch) == 1 else None,
@@ -155,12 +156,14 @@ class Cases:
         """The window is the last quarter of the prefill's length."""
         N, K, D, end = self.sizes.heads, self.sizes.kv_heads, self.sizes.head_dim, self.sizes.prefill
         W, scale = end // 4, self.sizes.head_dim**-0.5
-        inputs = self._randn(W, N, D), self._randn(W, N, D), self._randn(end, K, D), self._randn(end, K, D)
+        do, q, k, v = self._randn(W, N, D), self._randn(W, N, D), self._randn(end, K, D), self._randn(end, K, D)
+        segments = [AttentionSegment(start=0, end=W, slots_L=torch.randperm(end, device=self.device))]
+        plan = AttentionPlan(segments)
         pairs = W * (end - W) + W * (W + 1) // 2
         return Case(
-            kernel="window_attention_backward", shape=f"{W} rows, {end} keys", num_flops=14 * N * D * pairs,
-            run=lambda: window_attention_backward(*inputs, end - W, scale),
-            oracle=lambda: reference.window_attention_backward(*inputs, end - W, scale),
+            kernel="ragged_attention_backward", shape=f"{W} rows, {end} keys", num_flops=14 * N * D * pairs,
+            run=lambda: ragged_attention_backward(do, q, k, v, plan, scale),
+            oracle=lambda: reference.ragged_attention_backward(do, q, k, v, segments, scale),
         )  # fmt: skip
 
     def _lora(self, num_adapters: int) -> Iterator[Case]:
@@ -174,19 +177,24 @@ class Cases:
             )
             for i in range(num_adapters)
         ]  # fmt: skip
+        tables = segment_tables(segments)
+
+        def input_gradient(dx: Tensor, dy: Tensor, own: object) -> None:
+            segmented_lora_gradients(dx, dy, None, None, tables, hidden)
+
         num_bytes = (3 * x.numel() + num_adapters * 2 * rank * hidden) * self.dtype.itemsize
         shape = f"{T} rows, {num_adapters} adapters, rank {rank}; peer: the base GEMM"
         yield Case(
             kernel="segmented_lora", shape=shape, num_bytes=num_bytes,
-            run=lambda: _from_zero(segmented_lora, y, x, segments),
+            run=lambda: _from_zero(segmented_lora, y, x, tables),
             oracle=lambda: _from_zero(reference.segmented_lora, y, x, segments),
-            timed=lambda: segmented_lora(y, x, segments), peer=lambda: x @ base.mT,
+            timed=lambda: segmented_lora(y, x, tables), peer=lambda: x @ base.mT,
         )  # fmt: skip
         yield Case(
             kernel="segmented_lora_backward", shape=shape, num_bytes=num_bytes,
-            run=lambda: _from_zero(segmented_lora_backward, y, x, segments),
+            run=lambda: _from_zero(input_gradient, y, x, tables),
             oracle=lambda: _from_zero(reference.segmented_lora_backward, y, x, segments),
-            timed=lambda: segmented_lora_backward(y, x, segments), peer=lambda: x @ base,
+            timed=lambda: input_gradient(y, x, tables), peer=lambda: x @ base,
         )  # fmt: skip
 
     def _commit(self) -> Case:
@@ -224,12 +232,15 @@ class Cases:
             losses, _, dhidden = op(x, head, labels, weights)
             return losses, dhidden
 
-        ours, spec = (lambda: result(linear_cross_entropy)), (lambda: result(reference.linear_cross_entropy))
+        def fused(x: Tensor, head: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return linear_cross_entropy(x, lambda y: y @ head.mT, lambda dy: dy @ head, *rest)
+
+        ours, spec = (lambda: result(fused)), (lambda: result(reference.linear_cross_entropy))
         num_flops = 4 * T * hidden * V
         return Case(kernel="linear_cross_entropy", shape=f"{T} x {hidden} x {V}", num_flops=num_flops, run=ours, oracle=spec)
 
 
-def _from_zero(op: Callable[..., None], y: Tensor, x: Tensor, segments: list[LoraSegment]) -> tuple[Tensor, ...]:
+def _from_zero(op: Callable[..., None], y: Tensor, x: Tensor, segments: object) -> tuple[Tensor, ...]:
     """The update alone; timed calls go on adding to the same rows."""
     y.zero_()
     op(y, x, segments)

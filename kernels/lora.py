@@ -6,10 +6,10 @@ rows are also multiplied with the matrices of others; with the ranks of common a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from kernels import reference
 from kernels.native.lora import LoraWork
 from kernels.segments import LoraSegment
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,13 @@ class LoraPlan:
         self._masks = {} if masks is None else masks
         self._calls: list[LoraCall] | None = None
         self._work: LoraWork | None = None
+        self._arranged: dict[Hashable, object] = {}
+
+    def arranged(self, key: Hashable, arrange: Callable[[], T]) -> T:
+        """What `arrange` returned when this key was first asked for: an implementation's own arrangement."""
+        if key not in self._arranged:
+            self._arranged[key] = arrange()
+        return self._arranged[key]  # type: ignore[return-value]
 
     def calls(self) -> list[LoraCall]:
         """One call per type of adapters: those that are served have the model's, those in training fp32."""

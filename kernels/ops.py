@@ -1,17 +1,21 @@
 """The one place that chooses the implementation of every tensor operation. Knows no formula.
 
 On a CPU: the compiled library (`kernels.native`) where it takes type and shape, else torch (`kernels.attention`, `reference`).
+On CUDA: Triton (`kernels.triton_ops`), and on a CPU with HEDDLE_KERNELS=triton, in Triton's interpreter. What has no kernel of
+its own is torch's on every device: draws from logits, clip_grad_norm, sgd, the GEMMs of `Linear`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kernels import attention, attention_backward, lora, lora_backward, reference, sampling
-from kernels.dropout import drop, drop_keys
+from kernels import attention, attention_backward, dropout, lora, lora_backward, reference, sampling, triton_gate
+from kernels.dropout import drop_keys
 from kernels.linear import Linear
 from kernels.lora import LoraPlan
 from kernels.native import layers as native_layers
@@ -22,22 +26,25 @@ from kernels.native import sampling as native_sampling
 from kernels.native.build import library
 from kernels.native.layers import LayerParts, LayerStack, StackShape
 from kernels.native.lora import AdapterTable, LayersLora
-from kernels.reference import (
-    adamw,
-    clip_grad_norm,
-    rms_norm_backward,
-    rope_backward,
-    sgd,
-    silu_mul_backward,
-    token_losses,
-)
+from kernels.reference import clip_grad_norm, sgd
 from kernels.sampling import Draw
 from kernels.segments import AttentionPlan, AttentionSegment, LoraSegment
+from kernels.triton_ops.lora_tables import AdapterMatrices, BatchTables
+
+if TYPE_CHECKING:
+    pass
+
+TRITON_TYPES = (torch.float16, torch.float32)
+"""What Triton's interpreter multiplies; it takes bfloat16 for integers."""
+interprets_triton = os.environ.get("HEDDLE_KERNELS") == "triton"
+"""Whether CPU tensors of TRITON_TYPES go through Triton's interpreter (TRITON_INTERPRET=1): for tests, it is very slow."""
 
 __all__ = [
+    "AdapterMatrices",
     "AdapterTable",
     "AttentionPlan",
     "AttentionSegment",
+    "BatchTables",
     "Draw",
     "LayerParts",
     "LayerStack",
@@ -48,6 +55,7 @@ __all__ = [
     "StackShape",
     "adamw",
     "add_rms_norm",
+    "batched_lora",
     "clip_grad_norm",
     "commit_kv",
     "draw_tokens",
@@ -68,25 +76,52 @@ __all__ = [
     "silu_mul",
     "silu_mul_backward",
     "token_losses",
+    "uses_triton",
     "zero_weights",
 ]
 
 
+def uses_triton(x: Tensor) -> bool:
+    """Whether operations on this tensor are Triton's."""
+    return x.is_cuda or (interprets_triton and x.dtype in TRITON_TYPES)
+
+
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`."""
+    if uses_triton(x_TH):
+        result: Tensor = triton_gate.operations.rms_norm(x_TH, weight_H, eps)
+        return result
     return (native.rms_norm if _is_native(x_TH, x_TH.shape[1]) else reference.rms_norm)(x_TH, weight_H, eps)
 
 
 def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`reference.add_rms_norm`."""
+    if uses_triton(x_TH):
+        result: tuple[Tensor, Tensor] = triton_gate.operations.add_rms_norm(x_TH, residual_TH, weight_H, eps)
+        return result
     return (native.add_rms_norm if _is_native(x_TH, x_TH.shape[1]) else reference.add_rms_norm)(
         x_TH, residual_TH, weight_H, eps
     )
 
 
+def rms_norm_backward(dy_TH: Tensor, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """`reference.rms_norm_backward`."""
+    function = triton_gate.operations.rms_norm_backward if uses_triton(x_TH) else reference.rms_norm_backward
+    return function(dy_TH, x_TH, weight_H, eps)
+
+
 def silu_mul(gate_up_T2F: Tensor) -> Tensor:
     """`reference.silu_mul`."""
+    if uses_triton(gate_up_T2F):
+        result: Tensor = triton_gate.operations.silu_mul(gate_up_T2F)
+        return result
     return (native.silu_mul if _is_native(gate_up_T2F, gate_up_T2F.shape[1] // 2) else reference.silu_mul)(gate_up_T2F)
+
+
+def silu_mul_backward(dz_TF: Tensor, gate_up_T2F: Tensor) -> Tensor:
+    """`reference.silu_mul_backward`."""
+    function = triton_gate.operations.silu_mul_backward if uses_triton(gate_up_T2F) else reference.silu_mul_backward
+    return function(dz_TF, gate_up_T2F)
 
 
 def rope_and_cache(
@@ -100,14 +135,27 @@ def rope_and_cache(
     slots_T: Tensor,
 ) -> Tensor:
     """`reference.rope_and_cache`."""
+    if uses_triton(q_TND):
+        rotated: Tensor = triton_gate.operations.rope_and_cache(
+            q_TND, k_TKD, v_TKD, cos_TD, sin_TD, k_cache_SKD, v_cache_SKD, slots_T
+        )
+        return rotated
     function = native.rope_and_cache if _is_native(q_TND, q_TND.shape[2] // 2) else reference.rope_and_cache
     return function(q_TND, k_TKD, v_TKD, cos_TD, sin_TD, k_cache_SKD, v_cache_SKD, slots_T)
+
+
+def rope_backward(dx_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """`reference.rope_backward`."""
+    function = triton_gate.operations.rope_backward if uses_triton(dx_TND) else reference.rope_backward
+    return function(dx_TND, cos_TD, sin_TD)
 
 
 def ragged_attention(
     q_TND: Tensor, k_cache_SKD: Tensor, v_cache_SKD: Tensor, plan: AttentionPlan, scale: float, window: int | None = None
 ) -> Tensor:
     """`reference.ragged_attention` of a plan's segments."""
+    if uses_triton(q_TND):
+        return triton_gate.operations.ragged_attention(q_TND, k_cache_SKD, v_cache_SKD, plan, scale, window)
     is_native = plan.segments and _is_native(q_TND, q_TND.shape[2])
     function = native.ragged_attention if is_native else attention.ragged_attention
     return function(q_TND, k_cache_SKD, v_cache_SKD, plan, scale, window)
@@ -115,6 +163,9 @@ def ragged_attention(
 
 def commit_kv(k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], src_slots: Tensor, dst_slots: Tensor) -> None:
     """`reference.commit_kv`."""
+    if k_caches and uses_triton(k_caches[0]):
+        triton_gate.operations.commit_kv(k_caches, v_caches, src_slots, dst_slots)
+        return
     is_native = k_caches and src_slots.shape == dst_slots.shape and native.takes(k_caches[0]) and k_caches[0].is_contiguous()
     (native.commit_kv if is_native else reference.commit_kv)(k_caches, v_caches, src_slots, dst_slots)
 
@@ -129,22 +180,41 @@ def draw_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
 def segmented_lora(y_TO: Tensor, x_TI: Tensor, segments: LoraPlan | Sequence[LoraSegment]) -> None:
     """`reference.segmented_lora`; a plan saves arranging the segments again."""
     plan = segments if isinstance(segments, LoraPlan) else LoraPlan(segments)
-    if plan.segments and native.takes(y_TO) and native_lora.takes(y_TO, x_TI, plan.segments):
+    if uses_triton(y_TO):
+        triton_gate.operations.segmented_lora(y_TO, x_TI, plan)
+    elif plan.segments and native.takes(y_TO) and native_lora.takes(y_TO, x_TI, plan.segments):
         native_lora.segmented_lora(y_TO, x_TI, plan.work())
     else:
         lora.segmented_lora(y_TO, x_TI, plan)
 
 
+def batched_lora(y_TO: Tensor, x_TI: Tensor, tables: BatchTables, layer: int, linear: int) -> None:
+    """`reference.segmented_lora` of one linear's tables: two launches for each type that its adapters have, at most two."""
+    triton_gate.operations.segmented_lora(y_TO, x_TI, tables.of(layer, linear))
+
+
 def linear_cross_entropy(hidden_TH: Tensor, head: Linear, labels_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.linear_cross_entropy`; the head is a linear that is ready to run."""
+    """`reference.linear_cross_entropy`; the head is a linear that is ready to run. Labels and weights may be on the host."""
+    if uses_triton(hidden_TH):
+        return triton_gate.operations.linear_cross_entropy(hidden_TH, head, labels_T, weights_T)
     return reference.cross_entropy(hidden_TH, head, head.backward, labels_T, weights_T)
+
+
+def token_losses(
+    hidden_TH: Tensor, head: Callable[[Tensor], Tensor], labels_T: Tensor, weights_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`reference.token_losses`. Labels and weights may be on the host."""
+    function = triton_gate.operations.token_losses if uses_triton(hidden_TH) else reference.token_losses
+    return function(hidden_TH, head, labels_T, weights_T)
 
 
 def segmented_lora_gradients(
     dx_TI: Tensor | None, dy_TO: Tensor, x_TI: Tensor | None, grads: Sequence[tuple[Tensor, Tensor]] | None, plan: LoraPlan
 ) -> None:
     """`reference.segmented_lora_backward` and `segmented_lora_weight_backward` of a plan's segments; either may be left out."""
-    lora_backward.segmented_lora_gradients(dx_TI, dy_TO, x_TI, grads, plan)
+    is_triton = plan.segments and uses_triton(dy_TO)
+    function = triton_gate.operations.segmented_lora_gradients if is_triton else lora_backward.segmented_lora_gradients
+    function(dx_TI, dy_TO, x_TI, grads, plan)
 
 
 def ragged_attention_backward(
@@ -154,6 +224,8 @@ def ragged_attention_backward(
 
     The gradients of keys and values are in the type of the computation: they are summed on.
     """
+    if uses_triton(q_TND):
+        return triton_gate.operations.ragged_attention_backward(do_TND, q_TND, k_cache_SKD, v_cache_SKD, plan, scale)
     if q_TND.dtype != torch.bfloat16 or q_TND.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return attention_backward.ragged_attention_backward(do_TND, q_TND, k_cache_SKD, v_cache_SKD, plan, scale)
     o, dq, dk, dv = attention_backward.ragged_attention_backward(
@@ -162,9 +234,34 @@ def ragged_attention_backward(
     return o.to(q_TND.dtype), dq.to(q_TND.dtype), dk, dv
 
 
+def drop(x_TI: Tensor, keys_T: Tensor, rates_T: Tensor, salt: int) -> Tensor:
+    """`kernels.dropout.drop`."""
+    return (triton_gate.operations.drop if uses_triton(x_TI) else dropout.drop)(x_TI, keys_T, rates_T, salt)
+
+
+def adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    *,
+    step: int,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """`reference.adamw`."""
+    function = triton_gate.operations.adamw if params and uses_triton(params[0]) else reference.adamw
+    options = {"learning_rate": learning_rate, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    function(params, grads, exp_avg, exp_avg_sq, step=step, **options)
+
+
 def layer_stack(parts: Sequence[LayerParts], shape: StackShape) -> LayerStack | None:
     """All layers as one operation, where the compiled library computes all of them; the same bits as one by one."""
-    return LayerStack(parts, shape) if native_layers.takes(parts, shape) else None
+    is_triton = bool(parts) and uses_triton(parts[0].input_norm_H)
+    return LayerStack(parts, shape) if not is_triton and native_layers.takes(parts, shape) else None
 
 
 def zero_weights(num_elements: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -24,7 +25,10 @@ class AttentionSegment:
     slots_L: Tensor
     """int64 cache slots of all keys: the committed context, then the segment's own rows in row order."""
     mask_nn: Tensor | None = None
-    """bool [n, n] over the segment's own rows, True where row i may attend to row j, itself or an ancestor; None is causal."""
+    """bool [n, n] over the segment's own rows, True where row i may attend to row j, itself or an ancestor; None is causal.
+
+    It stays on the host, from where an implementation arranges it without waiting for a device.
+    """
 
     @property
     def rows(self) -> slice:
@@ -42,9 +46,18 @@ class AttentionSegment:
 class AttentionPlan:
     """The segments of one batch, which every layer uses; an implementation arranges them once, in a way of its own."""
 
-    def __init__(self, segments: Sequence[AttentionSegment]) -> None:
+    def __init__(self, segments: Sequence[AttentionSegment], slots: Tensor | None = None) -> None:
+        """`slots` are those of all segments, one behind the other, where there is such a tensor already."""
         self.segments = tuple(segments)
+        self._slots = slots
         self._arranged: dict[Hashable, object] = {}
+
+    @property
+    def slots(self) -> Tensor:
+        """int64 cache slots of the keys of all segments; there is at least one segment."""
+        if self._slots is None:
+            self._slots = torch.cat([segment.slots_L for segment in self.segments])
+        return self._slots
 
     def arranged(self, key: Hashable, arrange: Callable[[], T]) -> T:
         """What `arrange` returned when this key was first asked for."""

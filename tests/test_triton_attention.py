@@ -7,9 +7,9 @@ import torch
 
 import tests.triton_stage as stage
 from kernels import reference
-from kernels.segments import AttentionSegment
+from kernels.segments import AttentionPlan, AttentionSegment
 from kernels.triton_ops import ragged_attention as module
-from kernels.triton_ops.attention_tiles import AttentionTiles, attention_tiles
+from kernels.triton_ops.attention_tables import AttentionTables, attention_tables, host_tables
 from kernels.triton_ops.ragged_attention import ragged_attention
 from tests.helpers import assert_matches, randn
 from tests.test_kernels_attention import (
@@ -18,6 +18,7 @@ from tests.test_kernels_attention import (
     CHAIN,
     HEAD_DIM,
     NUM_SLOTS,
+    RAGGED,
     ROOT,
     SCALE,
     STAR,
@@ -28,25 +29,32 @@ from tests.test_kernels_attention import (
 WIDE_TREE = [-1, *(node // 3 for node in range(40))]
 
 
-def tiles_of(segments: list[AttentionSegment], group: int) -> AttentionTiles:
+def tables_of(segments: list[AttentionSegment], group: int, window: int | None = None) -> AttentionTables:
     placed = [
         AttentionSegment(
             start=segment.start, end=segment.end, slots_L=segment.slots_L.to(stage.DEVICE), mask_nn=segment.mask_nn
         )
         for segment in segments
     ]
-    return attention_tiles(placed, group)
+    return attention_tables(AttentionPlan(placed), group, window)
 
 
-def check(segments: list[AttentionSegment], num_rows: int, dtype: torch.dtype, heads: tuple[int, int], head_dim: int) -> None:
+def check(
+    segments: list[AttentionSegment],
+    num_rows: int,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    head_dim: int,
+    window: int | None = None,
+) -> None:
     q = randn(num_rows, heads[0], head_dim, dtype=dtype)
     k, v = (randn(NUM_SLOTS, heads[1], head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
     unused = torch.ones(NUM_SLOTS, dtype=torch.bool)
     unused[torch.cat([segment.slots_L for segment in segments])] = False
     k[unused] = v[unused] = torch.nan
     narrow_q, narrow_k, narrow_v = (stage.put(x, dtype) for x in (q, k, v))
-    out = ragged_attention(narrow_q, narrow_k, narrow_v, tiles_of(segments, heads[0] // heads[1]), SCALE)
-    assert_matches(out.cpu(), reference.ragged_attention(q, k, v, segments, SCALE))
+    out = ragged_attention(narrow_q, narrow_k, narrow_v, tables_of(segments, heads[0] // heads[1], window), SCALE)
+    assert_matches(out.cpu(), reference.ragged_attention(q, k, v, segments, SCALE, window))
 
 
 @pytest.mark.parametrize("dtype", stage.DTYPES)
@@ -54,6 +62,21 @@ def check(segments: list[AttentionSegment], num_rows: int, dtype: torch.dtype, h
 def test_every_kind_of_segment(batch: list[tuple[int, list[int] | int]], dtype: torch.dtype) -> None:
     segments, num_rows = make_segments(batch, gap=1)
     check(segments, num_rows, dtype, (6, 2), HEAD_DIM)
+
+
+@pytest.mark.parametrize("dtype", stage.DTYPES)
+@pytest.mark.parametrize("window", [1, 4, 19])
+@pytest.mark.parametrize("name", ["decodes of all lengths", "forest", "all four at once"])
+def test_a_sliding_window_with_splits(name: str, window: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    segments, num_rows = make_segments([*BATCHES[name], (70, RAGGED), (60, 12)], gap=0)
+    check(segments, num_rows, dtype, (4, 2), HEAD_DIM, window)
+
+
+def test_keys_outside_the_window_are_no_work() -> None:
+    segments, _ = make_segments([(200, 1), (150, STAR), (5, 1)], gap=0)
+    work = host_tables(segments, 1, 32).work
+    assert sorted(work[:, 4].tolist()) == [6, 32, 31 + len(STAR)]
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [((4, 4), 8), ((3, 1), 24), ((9, 3), 16)], ids=str)
@@ -75,15 +98,15 @@ def test_lengths_at_the_edges_of_blocks_and_splits(
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of 16 keys, splits of 32, large tiles of 32 rows, so that short contexts have many."""
     monkeypatch.setattr(module, "KEYS", 16)
-    for name, value in {"SPLIT_KEYS": 32, "LARGE_BLOCK": 32}.items():
-        monkeypatch.setattr(module, name, value)
-        monkeypatch.setattr(f"kernels.triton_ops.attention_tiles.{name}", value)
+    monkeypatch.setattr(module, "LARGE_BLOCK", 32)
+    for name in ("SPLIT_KEYS", "LARGE_BLOCK"):
+        monkeypatch.setattr(f"kernels.triton_ops.attention_tables.{name}", 32)
 
 
 def test_a_tree_that_fills_one_split_and_begins_another(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch)
     segments, num_rows = make_segments([(29, BINARY), (31, CHAIN), (95, ROOT), (96, 2)], gap=0)
-    assert tiles_of(segments, 2).max_splits == 4
+    assert tables_of(segments, 2).merges[:, 4].tolist() == [2, 2, 3, 4]
     check(segments, num_rows, torch.float32, (2, 1), HEAD_DIM)
 
 
@@ -101,7 +124,7 @@ def test_launches_do_not_depend_on_the_number_of_segments(monkeypatch: pytest.Mo
             launches.append(self.name)
             return self.kernel[grid]
 
-    for name in ("_ragged_attention_kernel", "_combine_kernel"):
+    for name in ("_ragged_attention_kernel", "_merge_kernel"):
         monkeypatch.setattr(module, name, Counted(name))
     one: list[tuple[int, list[int] | int]] = [(40, 1)]
     many: list[tuple[int, list[int] | int]] = [(40, 1), (41, 1), (10, BINARY), (0, 30), (70, STAR), (5, 12)]
@@ -109,7 +132,7 @@ def test_launches_do_not_depend_on_the_number_of_segments(monkeypatch: pytest.Mo
         launches.clear()
         segments, num_rows = make_segments(batch, gap=0)
         check(segments, num_rows, torch.float32, (2, 1), HEAD_DIM)
-        assert launches == ["_ragged_attention_kernel", "_combine_kernel"]
+        assert launches == ["_ragged_attention_kernel", "_merge_kernel"]
 
 
 def test_a_request_gets_the_same_result_alone_and_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,26 +141,28 @@ def test_a_request_gets_the_same_result_alone_and_in_a_batch(monkeypatch: pytest
     q, k, v = (
         stage.put(randn(n, h, HEAD_DIM, seed=n), torch.float32) for n, h in ((num_rows, 2), (NUM_SLOTS, 1), (NUM_SLOTS, 1))
     )
-    together = ragged_attention(q, k, v, tiles_of(segments, 2), SCALE)
+    together = ragged_attention(q, k, v, tables_of(segments, 2), SCALE)
     for segment in segments:
         rows = slice(segment.start, segment.end)
-        alone = ragged_attention(q, k, v, tiles_of([segment], 2), SCALE)
+        alone = ragged_attention(q, k, v, tables_of([segment], 2), SCALE)
         assert torch.equal(alone[rows], together[rows])
 
 
 def test_bits_of_the_ancestor_mask() -> None:
     segments, _ = make_segments([(0, WIDE_TREE)], gap=0)
-    masks = tiles_of(segments, 1).masks.cpu().view(len(WIDE_TREE), 2)
+    flat = host_tables(segments, 1, None).masks
+    masks, depths = flat[: 2 * len(WIDE_TREE)].reshape(-1, 2), flat[2 * len(WIDE_TREE) :]
+    assert depths.tolist() == [int(row.sum()) - 1 for row in ancestors(WIDE_TREE)]
     for i in range(len(WIDE_TREE)):
-        bits = [bool(int(masks[i, j // 32]) >> (j % 32) & 1) for j in range(len(WIDE_TREE))]
-        assert bits == ancestors(WIDE_TREE)[i].tolist()
+        seen = [bool(int(masks[i, j // 32]) >> (j % 32) & 1) for j in range(len(WIDE_TREE))]
+        assert seen == ancestors(WIDE_TREE)[i].tolist()
 
 
-def test_no_segments_and_tiles_of_other_heads() -> None:
+def test_no_segments_and_tables_of_other_heads() -> None:
     q, k = stage.put(randn(3, 6, 8), torch.float32), stage.put(randn(9, 2, 8), torch.float32)
     assert not ragged_attention(q, k, k, None, SCALE).any()
     segments, _ = make_segments([(1, 1)], gap=0)
     with pytest.raises(ValueError, match="2 heads in a group"):
-        ragged_attention(q, k, k, tiles_of(segments, 2), SCALE)
+        ragged_attention(q, k, k, tables_of(segments, 2), SCALE)
     with pytest.raises(ValueError, match="no segments"):
-        attention_tiles([], 1)
+        host_tables([], 1, None)

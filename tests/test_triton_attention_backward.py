@@ -1,4 +1,4 @@
-"""The window gradients of attention in Triton against the reference in fp64."""
+"""The gradients of attention in Triton against the reference in fp64: windows of all sizes, alone and in one launch."""
 
 from __future__ import annotations
 
@@ -7,44 +7,54 @@ import torch
 
 import tests.triton_stage as stage
 from kernels import reference
-from kernels.triton_ops import window_attention_backward as module
-from kernels.triton_ops.window_attention_backward import window_attention_backward
+from kernels.segments import AttentionPlan, AttentionSegment
+from kernels.triton_ops import ragged_attention_backward as module
+from kernels.triton_ops.ragged_attention_backward import ragged_attention_backward
 from tests.helpers import assert_matches, randn
+from tests.test_kernels_attention import BINARY, make_segments
 
 SCALE = 0.3
+WINDOWS: dict[str, list[tuple[int, list[int] | int]]] = {
+    "first row": [(0, 1)],
+    "from the start": [(0, 11)],
+    "one row": [(4, 1)],
+    "blocks": [(16, 16)],
+    "edges of blocks": [(15, 17)],
+    "all at once": [(33, 5), (0, 1), (15, 17), (0, 30), (7, 2)],
+}
 
 
-@pytest.mark.parametrize("dtype", stage.DTYPES)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(6, 2, 8), (3, 1, 24), (2, 2, 16)])
-@pytest.mark.parametrize(("start", "num_rows"), [(0, 1), (0, 11), (4, 1), (16, 16), (15, 17), (33, 5)])
-def test_window_attention_backward(
-    start: int,
-    num_rows: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+def check(
+    batch: list[tuple[int, list[int] | int]], heads: tuple[int, int], head_dim: int, dtype: torch.dtype, gap: int = 0
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK", 16)
-    do, q = (randn(num_rows, num_heads, head_dim, dtype=dtype, seed=seed) / 2 for seed in (0, 1))
-    k, v = (randn(start + num_rows, num_kv_heads, head_dim, dtype=dtype, seed=seed) / 2 for seed in (2, 3))
-    expected = reference.window_attention_backward(do, q, k, v, start, SCALE)
-    narrow_do, narrow_q, narrow_k, narrow_v = (stage.put(x, dtype) for x in (do, q, k, v))
-    actual = window_attention_backward(narrow_do, narrow_q, narrow_k, narrow_v, start, SCALE)
+    segments, num_rows = make_segments(batch, gap)
+    do, q = (randn(num_rows, heads[0], head_dim, dtype=dtype, seed=seed) / 2 for seed in (0, 1))
+    k, v = (randn(512, heads[1], head_dim, dtype=dtype, seed=seed) / 2 for seed in (2, 3))
+    expected = reference.ragged_attention_backward(do, q, k, v, segments, SCALE)
+    placed = [AttentionSegment(start=s.start, end=s.end, slots_L=s.slots_L.to(stage.DEVICE)) for s in segments]
+    put_do, put_q, put_k, put_v = (stage.put(x, dtype) for x in (do, q, k, v))
+    actual = ragged_attention_backward(put_do, put_q, put_k, put_v, AttentionPlan(placed), SCALE)
     for found, wanted in zip(actual, expected, strict=True):
         assert_matches(found.cpu(), wanted)
 
 
-def test_keys_of_another_window_are_refused() -> None:
-    q, k = stage.put(randn(3, 2, 4), torch.float32), stage.put(randn(5, 2, 4), torch.float32)
-    with pytest.raises(ValueError, match="5 keys for a window of 3 rows that starts at 1"):
-        window_attention_backward(q, q, k, k, 1, 1.0)
+@pytest.mark.parametrize("dtype", stage.DTYPES)
+@pytest.mark.parametrize("batch", WINDOWS.values(), ids=WINDOWS)
+def test_windows(batch: list[tuple[int, list[int] | int]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 16)
+    check(batch, (6, 2), 8, dtype)
 
 
-def test_a_window_of_no_rows_has_no_gradients() -> None:
-    q, k = stage.put(randn(0, 2, 4), torch.float32), stage.put(randn(5, 2, 4), torch.float32)
-    o, dq, dk, dv = window_attention_backward(q, q, k, k, 5, 1.0)
-    assert o.shape == dq.shape == q.shape
-    assert dk.shape == dv.shape == k.shape
-    assert not torch.cat((dk, dv)).any()
+@pytest.mark.parametrize(("heads", "head_dim"), [((3, 1), 24), ((2, 2), 16)], ids=str)
+def test_heads_and_sizes_and_idle_rows(heads: tuple[int, int], head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 16)
+    check(WINDOWS["all at once"], heads, head_dim, torch.float32, gap=2)
+
+
+def test_trees_and_other_heads_are_refused() -> None:
+    q, k = stage.put(randn(7, 2, 4), torch.float32), stage.put(randn(512, 2, 4), torch.float32)
+    segments, _ = make_segments([(0, BINARY)], gap=0)
+    with pytest.raises(ValueError, match="a draft tree"):
+        ragged_attention_backward(q, q, k, k, AttentionPlan(segments), 1.0)
+    with pytest.raises(ValueError, match="do "):
+        ragged_attention_backward(q[:3], q, k, k, AttentionPlan(segments), 1.0)

@@ -11,7 +11,7 @@ import pytest
 
 HOPPER_SHARED_BYTES = 232448
 KERNELS = Path(__file__).resolve().parent.parent / "kernels" / "triton_ops"
-HELPERS = {"_rotated_kernel", "_step_kernel", "_tile_kernel", "_low_kernel", "_scored_kernel"}
+HELPERS = {"_rotated_kernel", "_step_kernel", "_tile_kernel", "_low_kernel", "_scored_kernel", "_matrix_kernel", "_hash_kernel"}
 """Parts of other kernels."""
 
 

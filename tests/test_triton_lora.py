@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 import tests.triton_stage as stage
 from kernels import reference
 from kernels.segments import LoraSegment
 from kernels.triton_ops import segmented_lora as module
-from kernels.triton_ops.segmented_lora import segmented_lora, segmented_lora_backward, segmented_lora_weight_backward
 from tests.helpers import assert_matches, randn
+
+Grads = list[tuple[Tensor, Tensor]]
+
+
+def segmented_lora(y: Tensor, x: Tensor, segments: list[LoraSegment]) -> None:
+    module.segmented_lora(y, x, module.checked_tables(segments, len(y), x.shape[1], y.shape[1]))
+
+
+def segmented_lora_backward(dx: Tensor, dy: Tensor, segments: list[LoraSegment]) -> None:
+    tables = module.checked_tables(segments, len(dy), dx.shape[1], dy.shape[1])
+    module.segmented_lora_gradients(dx, dy, None, None, tables, dx.shape[1])
+
+
+def segmented_lora_weight_backward(grads: Grads, dy: Tensor, x: Tensor, segments: list[LoraSegment]) -> None:
+    tables = module.checked_tables(segments, len(dy), x.shape[1], dy.shape[1])
+    module.segmented_lora_gradients(None, dy, x, grads, tables, x.shape[1])
+
 
 NUM_ROWS, INPUTS, OUTPUTS = 40, 48, 136
 ZIPF = [0, 20, 30, 35, 38, 39, 40]
@@ -29,6 +47,9 @@ MIXES: dict[str, list[tuple[int, int, int]]] = {
     "no rows beside some": [(4, 4, 0), (4, 6, 3)],
 }
 RANKS = (4, 1, 8, 17)
+
+
+OURS = sys.modules[__name__]
 
 
 def segments_of(mix: list[tuple[int, int, int]], dtype: torch.dtype, device: torch.device) -> list[LoraSegment]:
@@ -100,14 +121,14 @@ def test_targets_side_by_side_update_their_own_columns() -> None:
     ]
     segments = [segment for i, segment in enumerate(segments) if i != 3]
     x, y = (stage.put(randn(NUM_ROWS, n, seed=n), torch.float32) for n in (INPUTS, OUTPUTS))
-    grads = [[(torch.zeros_like(s.a_RI), torch.zeros_like(s.b_OR)) for s in segments] for _ in range(2)]
     results = []
-    for ops, own in zip((module, reference), grads, strict=True):
+    for own in (OURS, reference):
         forward, backward = y.clone(), x.clone()
-        ops.segmented_lora(forward, x, segments)
-        ops.segmented_lora_backward(backward, y, segments)
-        ops.segmented_lora_weight_backward(own, y, x, segments)
-        results.append((forward, backward, *(matrix for pair in own for matrix in pair)))
+        grads = [(torch.zeros_like(s.a_RI), torch.zeros_like(s.b_OR)) for s in segments]
+        own.segmented_lora(forward, x, segments)
+        own.segmented_lora_backward(backward, y, segments)
+        own.segmented_lora_weight_backward(grads, y, x, segments)
+        results.append((forward, backward, *(matrix for pair in grads for matrix in pair)))
     for actual, expected in zip(*results, strict=True):
         assert_matches(actual, expected.double())
     with pytest.raises(ValueError, match="of 100"):
@@ -124,18 +145,31 @@ def test_a_row_gets_the_same_update_alone_and_in_a_batch() -> None:
     assert torch.equal(together, alone)
 
 
+def test_adapters_of_two_types_in_one_batch() -> None:
+    """Those that are served have the model's type, those in training fp32."""
+    types = (torch.float16, torch.float32)
+    mixed = [segments_of(MIXES["distinct"], types[i % 2], stage.DEVICE)[i] for i in range(12)]
+    oracle = segments_of(MIXES["distinct"], torch.float64, CPU)
+    x, y = randn(NUM_ROWS, INPUTS, dtype=torch.float16), randn(NUM_ROWS, OUTPUTS, dtype=torch.float16, seed=1)
+    narrow = stage.put(y, torch.float16)
+    segmented_lora(narrow, stage.put(x, torch.float16), mixed)
+    reference.segmented_lora(y, x, oracle)
+    assert_matches(narrow.cpu(), y)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     segments = segments_of([(0, 2, 0), (2, 4, 1)], torch.float32, stage.DEVICE)
     x, y = torch.zeros(NUM_ROWS, INPUTS, device=stage.DEVICE), torch.zeros(NUM_ROWS, OUTPUTS, device=stage.DEVICE)
-    with pytest.raises(ValueError, match=r"columns .* of 48"):
+    with pytest.raises(ValueError, match=r"columns 0 to 136 of 48"):
         segmented_lora(x, x, segments)
-    with pytest.raises(ValueError, match="of 136 -> 136"):
+    with pytest.raises(ValueError, match="for 136 inputs"):
         segmented_lora(y, y, segments)
     with pytest.raises(ValueError, match="rows 2 to 4 of 3"):
         segmented_lora(y[:3], x[:3], segments)
-    halves = segments_of([(2, 4, 1)], torch.float16, stage.DEVICE)
-    with pytest.raises(ValueError, match="beside"):
-        segmented_lora(y, x, [segments[0], *halves])
+    with pytest.raises(ValueError, match="leave gaps"):
+        segmented_lora(y, x, [dataclasses.replace(segments[0], a_RI=segments[0].a_RI.mT.contiguous().mT)])
+    with pytest.raises(ValueError, match="overlap"):
+        segmented_lora(y, x, segments_of([(0, 3, 0), (2, 4, 1)], torch.float32, stage.DEVICE))
     shared = (torch.zeros_like(segments[0].a_RI), torch.zeros_like(segments[0].b_OR))
     with pytest.raises(ValueError, match="share a gradient"):
         segmented_lora_weight_backward([shared, shared], y, x, segments)

@@ -7,8 +7,11 @@ import torch
 
 import tests.triton_stage as stage
 from kernels import reference
-from kernels.triton_ops.rms_norm import rms_norm, rms_norm_backward
-from kernels.triton_ops.rope_and_cache import rope_and_cache
+from kernels.dropout import drop as reference_drop
+from kernels.dropout import drop_keys
+from kernels.triton_ops.drop import drop
+from kernels.triton_ops.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
+from kernels.triton_ops.rope_and_cache import rope_and_cache, rope_backward
 from kernels.triton_ops.silu_mul import silu_mul, silu_mul_backward
 from tests.helpers import assert_matches, randn
 
@@ -36,6 +39,16 @@ def test_rows_may_be_slices_of_wider_ones() -> None:
     part = stage.put(wide, torch.float32)[:, 8:32]
     actual = rms_norm(part, stage.put(weight, torch.float32), EPS)
     assert_matches(actual.cpu(), reference.rms_norm(wide[:, 8:32], weight, EPS))
+
+
+@pytest.mark.parametrize("dtype", stage.DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_add_rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, residual, weight = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1), randn(shape[1], dtype=dtype, seed=2)
+    m, y = add_rms_norm(*(stage.put(tensor, dtype) for tensor in (x, residual, weight)), EPS)
+    expected_m, expected_y = reference.add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(m.cpu(), expected_m.to(dtype))
+    assert_matches(y.cpu(), expected_y)
 
 
 @pytest.mark.parametrize("dtype", stage.DTYPES)
@@ -68,6 +81,24 @@ def test_rope_and_cache(num_heads: int, num_kv_heads: int, head_dim: int, num_ro
     assert torch.equal(v_cache.cpu().double(), expected_v)
 
 
+@pytest.mark.parametrize("dtype", stage.DTYPES)
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(6, 8), (9, 24), (1, 4)])
+def test_rope_backward(num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    dx = randn(5, num_heads, head_dim, dtype=dtype)
+    cos, sin = (randn(5, head_dim, dtype=dtype, seed=seed) / 2 for seed in (1, 2))
+    actual = rope_backward(*(stage.put(x, dtype) for x in (dx, cos, sin)))
+    assert_matches(actual.cpu(), reference.rope_backward(dx, cos, sin))
+
+
+@pytest.mark.parametrize("salt", [0, 3, 127])
+def test_dropout_drops_what_the_specification_drops(salt: int) -> None:
+    x = randn(7, 1030, dtype=torch.float32).float()
+    keys = drop_keys(2**31 + 5, torch.arange(7))
+    rates = torch.tensor([0.0, 0.1, 0.5, 0.05, 0.9, 0.0, 0.3], dtype=torch.float64)
+    actual = drop(*(tensor.to(stage.DEVICE) for tensor in (x, keys, rates)), salt)
+    assert torch.equal(actual.cpu(), reference_drop(x, keys, rates, salt))
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     x = stage.put(randn(3, 5), torch.float32)
     with pytest.raises(ValueError, match="weight"):
@@ -76,9 +107,3 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         silu_mul(x)
     with pytest.raises(ValueError, match="gradient"):
         silu_mul_backward(x, x)
-
-
-def test_compiled_code_sees_the_operations() -> None:
-    x, weight = stage.put(randn(3, 8), torch.float32), stage.put(randn(8, seed=1), torch.float32)
-    torch.library.opcheck(torch.ops.heddle.rms_norm.default, (x, weight, EPS))
-    torch.library.opcheck(torch.ops.heddle.silu_mul.default, (x,))

@@ -85,7 +85,12 @@ def test_linear_cross_entropy(dtype: torch.dtype, chunk: int, block: int, monkey
     labels[4] = (hidden @ head.mT)[4].argmax()
     losses, hits, dhidden = reference.linear_cross_entropy(hidden, head, labels, weights)
     narrow = (stage.put(hidden, dtype), stage.put(head, dtype), labels.to(stage.DEVICE), weights.to(stage.DEVICE))
-    actual_losses, actual_hits, actual_dhidden = linear_cross_entropy(*narrow)
+    products = (lambda x: x @ narrow[1].mT), (lambda dy: dy @ narrow[1])
+    actual_losses, actual_hits, actual_dhidden = linear_cross_entropy(narrow[0], *products, *narrow[2:])
+    again, hits_again, none = linear_cross_entropy(narrow[0], products[0], None, *narrow[2:])
+    assert torch.equal(again, actual_losses)
+    assert torch.equal(hits_again, actual_hits)
+    assert not none.any()
     assert_matches(actual_losses.to(dtype).cpu(), losses)
     assert torch.equal(actual_hits.cpu(), hits)
     assert hits.any()
@@ -96,7 +101,9 @@ def test_linear_cross_entropy_counts_the_first_of_equal_logits_and_skips_masked_
     hidden, head = torch.ones(3, 4, device=stage.DEVICE), torch.ones(40, 4, device=stage.DEVICE)
     hidden[2] = torch.nan
     labels = torch.tensor([0, 1, 0], device=stage.DEVICE)
-    losses, hits, dhidden = linear_cross_entropy(hidden, head, labels, torch.tensor([1.0, 1.0, 0.0], device=stage.DEVICE))
+    losses, hits, dhidden = linear_cross_entropy(
+        hidden, lambda x: x @ head.mT, lambda dy: dy @ head, labels, torch.tensor([1.0, 1.0, 0.0])
+    )
     assert hits.tolist() == [True, False, False]
     assert_matches(losses.sum().cpu(), 2 * F.cross_entropy(torch.ones(1, 40), torch.tensor([0])))
     assert not dhidden[2].any()

@@ -11,13 +11,18 @@ from typing import Any
 import torch
 
 from benchmarks.kernel_cases import Cases, Sizes
-from kernels.segments import LoraSegment
-from kernels.triton_ops.rms_norm import rms_norm_backward
-from kernels.triton_ops.segmented_lora import segmented_lora_weight_backward
+from kernels.segments import AttentionPlan, AttentionSegment, LoraSegment
+from kernels.triton_ops.attention_tables import attention_tables
+from kernels.triton_ops.drop import drop
+from kernels.triton_ops.lora_tables import segment_tables
+from kernels.triton_ops.ragged_attention import ragged_attention
+from kernels.triton_ops.rms_norm import add_rms_norm, rms_norm_backward
+from kernels.triton_ops.rope_and_cache import rope_backward
+from kernels.triton_ops.segmented_lora import segmented_lora_gradients
 from kernels.triton_ops.tree_accept import tree_accept
 
 HOPPER = ("cuda", 90, 32)
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 SIZES = Sizes(
     rows=(2,), hidden=4096, intermediate=14336, vocabulary=1000, context=1200, decodes=(1,), prefill=160, adapters=(2,),
     layers=1, moved=4,
@@ -49,7 +54,9 @@ def compile_launch(kernel: Any, *values: Any, grid: object, warmup: bool, **name
 def type_name(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return f"*{TYPES[value.dtype]}"
-    return "fp32" if isinstance(value, float) else "i32"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if isinstance(value, int) and -(2**31) <= value < 2**31 else "i64"
 
 
 def main() -> None:
@@ -64,7 +71,15 @@ def beyond_the_benchmark() -> None:
     a_RI, b_OR = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((16, 4096), (4096, 16)))
     segments = [LoraSegment(start=0, end=2, a_RI=a_RI, b_OR=b_OR, scale=1.0)]
     rms_norm_backward(x, x, x[0], 1e-5)
-    segmented_lora_weight_backward([(a_RI.clone(), b_OR.clone())], x, x, segments)
+    add_rms_norm(x, x, x[0], 1e-5)
+    rope_backward(x.view(2, 32, 128), x[:, :128], x[:, :128])
+    drop(x, torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.float64), 3)
+    tables = segment_tables(segments)
+    segmented_lora_gradients(None, x, x, [(a_RI.clone(), b_OR.clone())], tables, 4096)
+    tree = AttentionSegment(start=0, end=2, slots_L=torch.arange(1000), mask_nn=torch.ones(2, 2).bool())
+    for window in (None, 600):
+        cache = torch.zeros(1000, 8, 128, dtype=torch.bfloat16)
+        ragged_attention(x.view(2, 32, 128), cache, cache, attention_tables(AttentionPlan([tree]), 4, window), 1.0)
     tree_accept(nodes, nodes, nodes, torch.tensor([0, 8]), 8)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from kernels.triton_ops.lang import constexpr, jit, pointers, scalar, table, tl
@@ -76,16 +77,25 @@ def adamw(
     if len({x.dtype for tensors in lists for x in tensors}) > 1:
         raise ValueError("parameters, gradients and moments differ in type")
     blocks = [(i, first, size) for i, size in enumerate(sizes) for first in range(0, size, BLOCK)]
-    _adamw_kernel[(len(blocks),)](
-        *(pointers(tensors) for tensors in lists),
+    step_tensors(
+        list(params), list(grads), list(exp_avg), list(exp_avg_sq), [pointers(tensors) for tensors in lists],
         table(tuple(x for block in blocks for x in block), params[0].device),
-        params[0],
-        1 - learning_rate * weight_decay,
-        beta1,
-        beta2,
-        eps,
-        learning_rate / (1 - beta1**step),
-        (1 - beta2**step) ** 0.5,
-        ALIGNED=all(x.data_ptr() % 16 == 0 and x.numel() % 16 == 0 for tensors in lists for x in tensors),
-        BLOCK=BLOCK,
-    )
+        [1 - learning_rate * weight_decay, beta1, beta2, eps, learning_rate / (1 - beta1**step), (1 - beta2**step) ** 0.5],
+    )  # fmt: skip
+
+
+@torch.library.custom_op("heddle::adamw", mutates_args=("params", "exp_avg", "exp_avg_sq"))
+def step_tensors(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[Tensor], exp_avg_sq: Sequence[Tensor],
+    addresses: Sequence[Tensor], blocks: Tensor, factors: Sequence[float],
+) -> None:  # fmt: skip
+    """adamw of tensors at these addresses, as compiled code sees it."""
+    tensors = (*params, *grads, *exp_avg, *exp_avg_sq)
+    _adamw_kernel[(len(blocks) // 3,)](
+        *addresses, blocks, params[0], *factors,
+        ALIGNED=all(x.data_ptr() % 16 == 0 and x.numel() % 16 == 0 for x in tensors), BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+@step_tensors.register_fake
+def _(*_: object) -> None: ...

@@ -37,15 +37,25 @@ def commit_kv(k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], src_slots:
     """Semantics, in every layer's cache: cache[dst] = cache[src], all reads before all writes, so the sets may overlap."""
     if src_slots.shape != dst_slots.shape:
         raise ValueError(f"src {tuple(src_slots.shape)} and dst {tuple(dst_slots.shape)} differ")
-    caches, num_moved = [*k_caches, *v_caches], src_slots.numel()
-    if not caches or not num_moved:
+    caches = [*k_caches, *v_caches]
+    if not caches or not src_slots.numel():
         return
     num_elements = caches[0][0].numel()
     if any(cache[0].numel() != num_elements or cache.data_ptr() % 16 for cache in caches):
         raise ValueError("caches of rows of different sizes, or not at a multiple of 16 bytes")
-    table = pointers(caches)
+    move(caches, pointers(caches), src_slots, dst_slots)
+
+
+@torch.library.custom_op("heddle::commit_kv", mutates_args=("caches",))
+def move(caches: Sequence[Tensor], addresses: Tensor, src_slots: Tensor, dst_slots: Tensor) -> None:
+    """commit_kv of caches at these addresses, as compiled code sees it."""
+    num_elements, num_moved = caches[0][0].numel(), src_slots.numel()
     staged = torch.empty((len(caches), num_moved, num_elements), dtype=caches[0].dtype, device=caches[0].device)
     block = min(next_power_of_2(num_elements), MAX_BLOCK)
     grid = (num_moved, len(caches), cdiv(num_elements, block))
     for slots, is_gather in ((src_slots, True), (dst_slots, False)):
-        _move_kernel[grid](table, staged, slots, num_moved, num_elements, IS_GATHER=is_gather, BLOCK_E=block)
+        _move_kernel[grid](addresses, staged, slots, num_moved, num_elements, IS_GATHER=is_gather, BLOCK_E=block)
+
+
+@move.register_fake
+def _(*_: object) -> None: ...

@@ -9,8 +9,11 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from kernels.upload import upload
 
 if TYPE_CHECKING:
     constexpr: TypeAlias = Any
@@ -34,7 +37,7 @@ __all__ = ["cdiv", "constexpr", "dot_precision", "jit", "next_power_of_2", "poin
 @functools.lru_cache(maxsize=256)
 def table(values: tuple[int, ...], device: torch.device) -> Tensor:
     """These numbers on the device; the same tensor for the same numbers, so callers only read it."""
-    return torch.tensor(values, dtype=torch.int64, device=device)
+    return upload([np.array(values, dtype=np.int64)], device)[0]
 
 
 def pointers(tensors: Sequence[Tensor]) -> Tensor:

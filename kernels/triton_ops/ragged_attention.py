@@ -1,7 +1,7 @@
 """Attention of decode roots, trees, prefill chunks and training windows over cache slots, in one launch. Knows no model.
 
-T rows, N query heads, K key/value heads, G = N / K, D head_dim, S cache slots, M folded rows of a tile, P partials.
-A second launch combines the splits of long contexts, where there are any.
+T rows, N query heads, K key/value heads, G = N / K, D head_dim, S cache slots, M folded rows of a tile.
+A second launch merges the splits of long contexts, where there are any.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.triton_ops.attention_tiles import LARGE_BLOCK, SMALL_BLOCK, SPLIT_KEYS, AttentionTiles
+from kernels.triton_ops.attention_tables import LARGE_BLOCK, MERGE_FIELDS, SMALL_BLOCK, WORK_FIELDS, AttentionTables
 from kernels.triton_ops.lang import constexpr, dot_precision, jit, next_power_of_2, scalar, tl
 
 LOG2_E = 1.4426950408889634
@@ -26,8 +26,9 @@ def _step_kernel(
     k_ptr: scalar,
     v_ptr: scalar,
     slots_ptr: scalar,
-    masks_ptr: scalar,
-    word: scalar,
+    word_ptr: scalar,
+    depth_ptr: scalar,
+    depth: scalar,
     lo: scalar,
     hi: scalar,
     context: scalar,
@@ -40,6 +41,7 @@ def _step_kernel(
     BLOCK_D: constexpr,
     KEYS: constexpr,
     OWN: constexpr,
+    WINDOW: constexpr,
     PRECISION: constexpr,
 ) -> tuple[scalar, scalar, scalar]:
     """Online softmax over keys [lo, hi): acc = sum(exp(s - highest) v), total = sum(exp(s - highest))"""
@@ -51,15 +53,18 @@ def _step_kernel(
         k_DL = tl.load(k_ptr + slot[None, :] * stride_s + offs[:, None], mask=inside[None, :] & (offs < D)[:, None], other=0.0)
         scores = tl.dot(q, k_DL, input_precision=PRECISION) * scale
         visible = inside[None, :] & (row >= 0)[:, None]
+        key_depth = key - context
         if OWN:
             own = key - context
             if is_tree:
-                words = tl.load(
-                    masks_ptr + (word[:, None] + (own // 32)[None, :]), mask=is_row[:, None] & inside[None, :], other=0
-                )
+                words = tl.load(word_ptr[:, None] + (own // 32)[None, :], mask=is_row[:, None] & inside[None, :], other=0)
                 visible = visible & (((words >> (own % 32)[None, :]) & 1) != 0)
+                if WINDOW > 0:
+                    key_depth = tl.load(depth_ptr + own, mask=inside, other=0)
             else:
                 visible = visible & (own[None, :] <= row[:, None])
+        if WINDOW > 0:
+            visible = visible & (depth[:, None] - key_depth[None, :] < WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -74,54 +79,44 @@ def _step_kernel(
 
 @jit
 def _tile_kernel(
-    q_ptr: scalar,
-    k_ptr: scalar,
-    v_ptr: scalar,
-    out_ptr: scalar,
-    partial_ptr: scalar,
-    lse_ptr: scalar,
-    tile_ptr: scalar,
-    slots_ptr: scalar,
-    masks_ptr: scalar,
-    lo: scalar,
-    hi: scalar,
-    stride_qt: scalar,
-    stride_s: scalar,
-    scale: scalar,
-    K: constexpr,
-    G: constexpr,
-    D: constexpr,
-    BLOCK_M: constexpr,
-    BLOCK_D: constexpr,
-    KEYS: constexpr,
-    PRECISION: constexpr,
-) -> None:
-    """out[m] = softmax(scale * q[m] k^T, masked) v over keys [lo, hi) of the tile's segment, or this split's share of it"""
-    row_start, num_rows = tl.load(tile_ptr).to(tl.int64), tl.load(tile_ptr + 1)
-    first, num_keys = tl.load(tile_ptr + 2), tl.load(tile_ptr + 4)
-    mask_start, num_words, partial = tl.load(tile_ptr + 5), tl.load(tile_ptr + 6), tl.load(tile_ptr + 7)
+    q_ptr: scalar, k_ptr: scalar, v_ptr: scalar, out_ptr: scalar, partial_ptr: scalar, lse_ptr: scalar, work_ptr: scalar,
+    slots_ptr: scalar, masks_ptr: scalar, stride_qt: scalar, stride_s: scalar, scale: scalar, K: constexpr, G: constexpr,
+    D: constexpr, BLOCK_M: constexpr, BLOCK_D: constexpr, KEYS: constexpr, WINDOW: constexpr, PRECISION: constexpr,
+) -> None:  # fmt: skip
+    """out[m] = softmax(scale * q[m] k^T, masked) v over the keys of this piece of work, or its share of a split tile"""
+    row_start, num_rows = tl.load(work_ptr).to(tl.int64), tl.load(work_ptr + 1)
+    first, num_keys = tl.load(work_ptr + 2), tl.load(work_ptr + 4)
+    mask_start, num_words, partial = tl.load(work_ptr + 5), tl.load(work_ptr + 6), tl.load(work_ptr + 7)
+    lo, hi = tl.load(work_ptr + 9), tl.load(work_ptr + 10)
     kv_head = tl.program_id(1)
-    slots_ptr += tl.load(tile_ptr + 3)
+    slots_ptr += tl.load(work_ptr + 3)
     m, offs = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     row = (first + m) // G
     is_row, context = row < num_rows, num_keys - num_rows
     at = (kv_head * G + (first + m) % G)[:, None] * D + offs[None, :]
     inside = is_row[:, None] & (offs < D)[None, :]
     q = tl.load(q_ptr + (row_start + row)[:, None] * stride_qt + at, mask=inside, other=0.0)
-    word = mask_start + row * num_words
+    word_ptr = masks_ptr + (mask_start + row * num_words)
+    depth_ptr = masks_ptr + (mask_start + num_rows * num_words)
+    depth = row
+    if WINDOW > 0:
+        if mask_start >= 0:
+            depth = tl.load(depth_ptr + row, mask=is_row, other=0)
+        else:
+            lo = tl.maximum(lo, context + first // G - WINDOW + 1)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total, highest = tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32)
     k_ptr += kv_head * D
     v_ptr += kv_head * D
     acc, total, highest = _step_kernel(
-        acc, total, highest, q, k_ptr, v_ptr, slots_ptr, masks_ptr, word, lo, tl.minimum(hi, context), context, row, is_row,
-        mask_start >= 0, stride_s, scale, D, BLOCK_D, KEYS, False, PRECISION,
+        acc, total, highest, q, k_ptr, v_ptr, slots_ptr, word_ptr, depth_ptr, depth, lo, tl.minimum(hi, context), context, row,
+        is_row, mask_start >= 0, stride_s, scale, D, BLOCK_D, KEYS, False, WINDOW, PRECISION,
     )  # fmt: skip
     if mask_start < 0:
         hi = tl.minimum(hi, context + (first + BLOCK_M - 1) // G + 1)
     acc, total, highest = _step_kernel(
-        acc, total, highest, q, k_ptr, v_ptr, slots_ptr, masks_ptr, word, tl.maximum(lo, context), hi, context, row, is_row,
-        mask_start >= 0, stride_s, scale, D, BLOCK_D, KEYS, True, PRECISION,
+        acc, total, highest, q, k_ptr, v_ptr, slots_ptr, word_ptr, depth_ptr, depth, tl.maximum(lo, context), hi, context, row,
+        is_row, mask_start >= 0, stride_s, scale, D, BLOCK_D, KEYS, True, WINDOW, PRECISION,
     )  # fmt: skip
     is_empty = total == 0.0
     total = tl.where(is_empty, 1.0, total)
@@ -129,7 +124,7 @@ def _tile_kernel(
     if partial < 0:
         tl.store(out_ptr + (row_start + row)[:, None] * (K * G * D) + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        part = ((partial + tl.program_id(2)).to(tl.int64) * K + kv_head) * BLOCK_M + m
+        part = (partial.to(tl.int64) * K + kv_head) * BLOCK_M + m
         tl.store(partial_ptr + part[:, None] * D + offs[None, :], acc, mask=inside)
         tl.store(lse_ptr + part, tl.where(is_empty, float("-inf"), highest + tl.log2(total)), mask=is_row)
 
@@ -142,12 +137,13 @@ def _ragged_attention_kernel(
     out_ptr: scalar,
     partial_ptr: scalar,
     lse_ptr: scalar,
-    tiles_ptr: scalar,
+    work_ptr: scalar,
     slots_ptr: scalar,
     masks_ptr: scalar,
     stride_qt: scalar,
     stride_s: scalar,
     scale: scalar,
+    FIELDS: constexpr,
     K: constexpr,
     G: constexpr,
     D: constexpr,
@@ -156,46 +152,44 @@ def _ragged_attention_kernel(
     LARGE: constexpr,
     HAS_SMALL: constexpr,
     HAS_LARGE: constexpr,
-    SPLIT_KEYS: constexpr,
     KEYS: constexpr,
+    WINDOW: constexpr,
     PRECISION: constexpr,
 ) -> None:
-    """One tile, one key/value head, one split of its keys; large tiles are not split."""
-    tile_ptr = tiles_ptr + tl.program_id(0) * 9
-    num_keys, is_large = tl.load(tile_ptr + 4), tl.load(tile_ptr + 8) != 0
-    split = tl.program_id(2)
+    """One piece of work, one key/value head."""
+    work_ptr += tl.program_id(0) * FIELDS
+    is_large, has_rows = tl.load(work_ptr + 8) != 0, tl.load(work_ptr + 1) > 0
     if HAS_LARGE:  # noqa: SIM102 (decided when the kernel is compiled)
-        if is_large and split == 0:
+        if is_large and has_rows:
             _tile_kernel(
-                q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, lse_ptr, tile_ptr, slots_ptr, masks_ptr, 0, num_keys, stride_qt,
-                stride_s, scale, K, G, D, LARGE, BLOCK_D, KEYS, PRECISION,
+                q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, lse_ptr, work_ptr, slots_ptr, masks_ptr, stride_qt, stride_s, scale,
+                K, G, D, LARGE, BLOCK_D, KEYS, WINDOW, PRECISION,
             )  # fmt: skip
-    if HAS_SMALL:
-        lo = split * SPLIT_KEYS
-        if (not is_large) and lo < num_keys:
+    if HAS_SMALL:  # noqa: SIM102
+        if (not is_large) and has_rows:
             _tile_kernel(
-                q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, lse_ptr, tile_ptr, slots_ptr, masks_ptr, lo,
-                tl.minimum(lo + SPLIT_KEYS, num_keys), stride_qt, stride_s, scale, K, G, D, SMALL, BLOCK_D, KEYS, PRECISION,
+                q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, lse_ptr, work_ptr, slots_ptr, masks_ptr, stride_qt, stride_s, scale,
+                K, G, D, SMALL, BLOCK_D, KEYS, WINDOW, PRECISION,
             )  # fmt: skip
 
 
 @jit
-def _combine_kernel(
+def _merge_kernel(
     out_ptr: scalar,
     partial_ptr: scalar,
     lse_ptr: scalar,
-    tiles_ptr: scalar,
+    merges_ptr: scalar,
+    FIELDS: constexpr,
     K: constexpr,
     G: constexpr,
     D: constexpr,
     BLOCK_D: constexpr,
     BLOCK_M: constexpr,
-    SPLIT_KEYS: constexpr,
 ) -> None:
     """out[m] = sum_s(2^lse[s, m] partial[s, m]) / sum_s(2^lse[s, m])"""
-    tile_ptr, kv_head = tiles_ptr + tl.program_id(0) * 9, tl.program_id(1)
-    row_start, num_rows, first = tl.load(tile_ptr).to(tl.int64), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
-    num_splits, partial = tl.cdiv(tl.load(tile_ptr + 4), SPLIT_KEYS), tl.load(tile_ptr + 7)
+    merge_ptr, kv_head = merges_ptr + tl.program_id(0) * FIELDS, tl.program_id(1)
+    row_start, num_rows, first = tl.load(merge_ptr).to(tl.int64), tl.load(merge_ptr + 1), tl.load(merge_ptr + 2)
+    partial, num_splits = tl.load(merge_ptr + 3), tl.load(merge_ptr + 4)
     m, offs = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     row = (first + m) // G
     is_row = row < num_rows
@@ -212,37 +206,69 @@ def _combine_kernel(
         acc = acc * shrink[:, None] + values * weight[:, None]
         total = total * shrink + weight
         highest = higher
+    total = tl.where(total == 0.0, 1.0, total)
     at = (row_start + row)[:, None] * (K * G * D) + (kv_head * G + (first + m) % G)[:, None] * D + offs[None, :]
     tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def ragged_attention(
-    q_TND: Tensor, k_cache_SKD: Tensor, v_cache_SKD: Tensor, tiles: AttentionTiles | None, scale: float
+    q_TND: Tensor, k_cache_SKD: Tensor, v_cache_SKD: Tensor, tables: AttentionTables | None, scale: float
 ) -> Tensor:
-    """Semantics: the reference's ragged_attention over the segments of `tiles`; idle rows are zero. None: no segments."""
+    """Semantics: the reference's ragged_attention over the segments of `tables`; idle rows are zero. None: no segments."""
     num_heads, head_dim = q_TND.shape[1:]
     num_kv_heads = k_cache_SKD.shape[1]
     if v_cache_SKD.shape != k_cache_SKD.shape or k_cache_SKD.shape[2] != head_dim or num_heads % num_kv_heads:
         raise ValueError(f"q {tuple(q_TND.shape)}, k {tuple(k_cache_SKD.shape)}, v {tuple(v_cache_SKD.shape)}")
-    out_TND = torch.zeros(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
-    if tiles is None:
-        return out_TND
-    if tiles.group * num_kv_heads != num_heads:
-        raise ValueError(f"tiles for {tiles.group} heads in a group, {num_heads} heads over {num_kv_heads}")
-    assert q_TND.stride()[1:] == (head_dim, 1)
+    if tables is None:
+        return torch.zeros(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
+    if tables.group * num_kv_heads != num_heads:
+        raise ValueError(f"tables for {tables.group} heads in a group, {num_heads} heads over {num_kv_heads}")
+    attended: Tensor = attend(
+        q_TND, k_cache_SKD, v_cache_SKD, tables.work, tables.merges, tables.slots, tables.masks, tables.num_partials,
+        tables.has_small, tables.has_large, tables.num_rows < len(q_TND), scale, tables.window,
+    )  # fmt: skip
+    return attended
+
+
+@torch.library.custom_op("heddle::ragged_attention", mutates_args=())
+def attend(
+    q_TND: Tensor,
+    k_cache_SKD: Tensor,
+    v_cache_SKD: Tensor,
+    work: Tensor,
+    merges: Tensor,
+    slots: Tensor,
+    masks: Tensor,
+    num_partials: int,
+    has_small: bool,
+    has_large: bool,
+    has_idle_rows: bool,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """ragged_attention with its tables one by one (AttentionTables), as compiled code sees it."""
+    assert q_TND.stride()[1:] == (q_TND.shape[2], 1)
     assert k_cache_SKD.is_contiguous()
     assert v_cache_SKD.is_contiguous()
-    shape = {"K": num_kv_heads, "G": tiles.group, "D": head_dim, "BLOCK_D": max(next_power_of_2(head_dim), 16)}
-    num_partial_rows = tiles.num_partials * num_kv_heads * SMALL_BLOCK
+    (num_kv_heads, head_dim), group = k_cache_SKD.shape[1:], q_TND.shape[1] // k_cache_SKD.shape[1]
+    make = torch.zeros if has_idle_rows else torch.empty
+    out_TND = make(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
+    shape = {"K": num_kv_heads, "G": group, "D": head_dim, "BLOCK_D": max(next_power_of_2(head_dim), 16)}
+    num_partial_rows = num_partials * num_kv_heads * SMALL_BLOCK
     partials = torch.empty((num_partial_rows, head_dim), dtype=torch.float32, device=q_TND.device)
     lse = torch.empty(num_partial_rows, dtype=torch.float32, device=q_TND.device)
-    _ragged_attention_kernel[(tiles.tiles.shape[0], num_kv_heads, tiles.max_splits)](
-        q_TND, k_cache_SKD, v_cache_SKD, out_TND, partials, lse, tiles.tiles, tiles.slots, tiles.masks, q_TND.stride(0),
-        num_kv_heads * head_dim, scale * LOG2_E, **shape, SMALL=SMALL_BLOCK, LARGE=LARGE_BLOCK, HAS_SMALL=tiles.has_small,
-        HAS_LARGE=tiles.has_large, SPLIT_KEYS=SPLIT_KEYS, KEYS=KEYS, PRECISION=dot_precision(q_TND.dtype),
-        num_warps=8 if tiles.has_large else 4, num_stages=3,
+    _ragged_attention_kernel[(work.shape[0], num_kv_heads)](
+        q_TND, k_cache_SKD, v_cache_SKD, out_TND, partials, lse, work, slots, masks, q_TND.stride(0), num_kv_heads * head_dim,
+        scale * LOG2_E, FIELDS=WORK_FIELDS, **shape, SMALL=SMALL_BLOCK, LARGE=LARGE_BLOCK, HAS_SMALL=has_small,
+        HAS_LARGE=has_large, KEYS=KEYS, WINDOW=window, PRECISION=dot_precision(q_TND.dtype), num_warps=8 if has_large else 4,
+        num_stages=3,
     )  # fmt: skip
-    if tiles.num_partials:
-        grid = (tiles.split_tiles.shape[0], num_kv_heads)
-        _combine_kernel[grid](out_TND, partials, lse, tiles.split_tiles, **shape, BLOCK_M=SMALL_BLOCK, SPLIT_KEYS=SPLIT_KEYS)
+    if num_partials:
+        grid = (merges.shape[0], num_kv_heads)
+        _merge_kernel[grid](out_TND, partials, lse, merges, FIELDS=MERGE_FIELDS, **shape, BLOCK_M=SMALL_BLOCK)
     return out_TND
+
+
+@attend.register_fake
+def _(q_TND: Tensor, *_: object) -> Tensor:
+    return q_TND.new_empty(q_TND.shape)

@@ -1,4 +1,4 @@
-"""RMS norm and its gradient: one program per row, one read and one write. Knows no model.
+"""RMS norm, of a sum too, and its gradient: one program per row, one read and one write. Knows no model.
 
 T rows, H hidden.
 """
@@ -23,6 +23,34 @@ def _rms_norm_kernel(
     x = narrow.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x, axis=0) / H + eps)
     normed = (x * inverse).to(narrow.dtype).to(tl.float32)
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * H + offs, (normed * weight).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _add_rms_norm_kernel(
+    x_ptr: scalar,
+    residual_ptr: scalar,
+    weight_ptr: scalar,
+    m_ptr: scalar,
+    y_ptr: scalar,
+    stride_xt: scalar,
+    stride_rt: scalar,
+    H: scalar,
+    eps: scalar,
+    BLOCK_H: constexpr,
+) -> None:
+    """m = round(x + residual); y = weight * round(m / sqrt(mean(m^2) + eps))"""
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK_H)
+    mask = offs < H
+    x = tl.load(x_ptr + row * stride_xt + offs, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + row * stride_rt + offs, mask=mask, other=0.0).to(tl.float32)
+    narrow = (x + residual).to(m_ptr.dtype.element_ty)
+    tl.store(m_ptr + row * H + offs, narrow, mask=mask)
+    m = narrow.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(m * m, axis=0) / H + eps)
+    normed = (m * inverse).to(narrow.dtype).to(tl.float32)
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * H + offs, (normed * weight).to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -76,6 +104,29 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 @rms_norm.register_fake
 def _(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     return x_TH.new_empty(x_TH.shape)
+
+
+@torch.library.custom_op("heddle::add_rms_norm", mutates_args=())
+def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Semantics: the reference's add_rms_norm."""
+    num_rows, hidden = x_TH.shape
+    if weight_H.shape != (hidden,) or residual_TH.shape != x_TH.shape:
+        raise ValueError(f"weight {tuple(weight_H.shape)}, residual {tuple(residual_TH.shape)}, rows {tuple(x_TH.shape)}")
+    assert x_TH.stride(1) == residual_TH.stride(1) == 1
+    assert weight_H.is_contiguous()
+    m_TH, y_TH = (torch.empty((num_rows, hidden), dtype=x_TH.dtype, device=x_TH.device) for _ in range(2))
+    if num_rows:
+        block = next_power_of_2(hidden)
+        strides = (x_TH.stride(0), residual_TH.stride(0))
+        _add_rms_norm_kernel[(num_rows,)](
+            x_TH, residual_TH, weight_H, m_TH, y_TH, *strides, hidden, eps, BLOCK_H=block, num_warps=_num_warps(block)
+        )
+    return m_TH, y_TH
+
+
+@add_rms_norm.register_fake
+def _(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x_TH.new_empty(x_TH.shape), x_TH.new_empty(x_TH.shape)
 
 
 @torch.library.custom_op("heddle::rms_norm_backward", mutates_args=())

@@ -1,4 +1,4 @@
-"""RoPE on queries and keys, and the write of keys and values to their slots, in one launch. Knows no page table.
+"""RoPE on queries and keys with the write of keys and values to their slots, and its inverse. Knows no page table.
 
 T rows, N query heads, K key/value heads, D head_dim, S cache slots.
 """
@@ -120,3 +120,51 @@ def _(
     slots_T: Tensor,
 ) -> Tensor:
     return q_TND.new_empty(q_TND.shape)
+
+
+@jit
+def _rope_backward_kernel(
+    dx_ptr: scalar,
+    cos_ptr: scalar,
+    sin_ptr: scalar,
+    out_ptr: scalar,
+    stride_t: scalar,
+    N: constexpr,
+    D: constexpr,
+    BLOCK_HALF: constexpr,
+    HEADS: constexpr,
+) -> None:
+    """out[t] = the rotation of dx[t] by the negative angle"""
+    row = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    HALF: constexpr = D // 2
+    offs = tl.arange(0, BLOCK_HALF)
+    inside = offs < HALF
+    cos = tl.load(cos_ptr + row * D + offs, mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + row * D + offs, mask=inside, other=0.0).to(tl.float32)
+    cos_high = tl.load(cos_ptr + row * D + HALF + offs, mask=inside, other=0.0).to(tl.float32)
+    sin_high = tl.load(sin_ptr + row * D + HALF + offs, mask=inside, other=0.0).to(tl.float32)
+    at = head * D + offs[None, :]
+    mask = inside[None, :] & (head < N)
+    _rotated_kernel(dx_ptr + row * stride_t + at, out_ptr + row * N * D + at, mask, cos, cos_high, -sin, -sin_high, HALF)
+
+
+@torch.library.custom_op("heddle::rope_backward", mutates_args=())
+def rope_backward(dx_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Semantics: the reference's rope_backward."""
+    num_rows, num_heads, head_dim = dx_TND.shape
+    if head_dim % 2 or cos_TD.shape != (num_rows, head_dim) or sin_TD.shape != cos_TD.shape:
+        raise ValueError(f"rotations {tuple(cos_TD.shape)}, {tuple(sin_TD.shape)} of {num_rows} rows of {head_dim}")
+    dx_TND = dx_TND if dx_TND.stride()[1:] == (head_dim, 1) else dx_TND.contiguous()
+    cos_TD, sin_TD = cos_TD.contiguous(), sin_TD.contiguous()
+    out_TND = torch.empty((num_rows, num_heads, head_dim), dtype=dx_TND.dtype, device=dx_TND.device)
+    if num_rows:
+        shape = {"N": num_heads, "D": head_dim, "BLOCK_HALF": next_power_of_2(head_dim // 2), "HEADS": HEADS}
+        grid = (num_rows, cdiv(num_heads, HEADS))
+        _rope_backward_kernel[grid](dx_TND, cos_TD, sin_TD, out_TND, dx_TND.stride(0), **shape, num_warps=2)
+    return out_TND
+
+
+@rope_backward.register_fake
+def _(dx_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    return dx_TND.new_empty(dx_TND.shape)

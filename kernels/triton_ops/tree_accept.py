@@ -1,5 +1,8 @@
 """The greedy walk of a batch of draft trees, one program per tree. Knows tokens, not sequences.
 
+For a loop that stays on the device. The executor's own pass reads the drawn tokens once in any case (grammars, stop strings and
+penalties are the host's) and walks its trees there, `services.executor.verify.accept`: the two agree, which a test holds.
+
 T nodes of all trees, B trees, M the most nodes of a tree.
 """
 

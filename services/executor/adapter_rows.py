@@ -8,9 +8,11 @@ import functools
 from torch import Tensor
 
 from kernels import ops
-from services.executor.lora import LoraAdapter, Scale, target_widths
+from services.executor.lora import MODULES, LoraAdapter, Scale, target_widths
 from services.executor.model_config import ModelConfig
 from services.executor.scales import ScaledRows
+
+LINEARS = tuple(MODULES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class AdapterPlan:
         self._linears: dict[tuple[int, str], ops.LoraPlan] = {}
         self._masks: dict[object, object] = {}
         self._stacked: ops.LayersLora | None = None
+        self._tables: ops.BatchTables | None = None
         self._scaled = ScaledRows([(entry.start, entry.end, entry.adapter.weights) for entry in rows])
 
     @property
@@ -48,14 +51,22 @@ class AdapterPlan:
         """Add each adapter's update to its rows of `y_TO`, in place."""
         if not self.rows:
             return
+        if ops.uses_triton(y_TO):
+            if self._tables is None:
+                self._tables = ops.BatchTables([(rows.start, rows.end, rows.adapter.matrices()) for rows in self.rows])
+            ops.batched_lora(y_TO, x_TI, self._tables, layer, LINEARS.index(module))
+        else:
+            self._apply_plan(layer, module, y_TO, x_TI)
+        if (factors_TO := self._scaled.factors(layer, module, y_TO, is_input=False)) is not None:
+            y_TO.mul_(factors_TO)
+
+    def _apply_plan(self, layer: int, module: str, y_TO: Tensor, x_TI: Tensor) -> None:
         plan = self._linears.get((layer, module))
         if plan is None:
             segments = [s for rows in self.rows for s in rows.adapter.segments(layer, module, rows.start, rows.end)]
             plan = self._linears[layer, module] = ops.LoraPlan(segments, self._masks)
         if plan.segments:
             ops.segmented_lora(y_TO, x_TI, plan)
-        if (factors_TO := self._scaled.factors(layer, module, y_TO, is_input=False)) is not None:
-            y_TO.mul_(factors_TO)
 
     def scaled_input(self, layer: int, module: str, x_TI: Tensor) -> Tensor:
         """A linear's input, times (IA)3's vectors on the rows of those adapters that scale it."""

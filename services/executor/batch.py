@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import AttentionPlan, AttentionSegment
+from kernels.upload import upload
 from services.executor.adapter_rows import AdapterPlan, AdapterRows, arranged, joined
 from services.executor.dropout import RowDropout
 from services.executor.lora import LoraAdapter
@@ -115,14 +116,17 @@ def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:
         if segment.tape is not None:
             training.append(TrainingRows(start=start, end=end, tape=segment.tape, tape_start=segment.tape_start))
         logit_rows += {"all": range(start, end), "last": range(end - 1, end), "none": ()}[segment.wants_logits]
+    keys = [np.concatenate([s.context_slots, s.slots], dtype=np.int64, casting="unsafe") for s in segments]
+    rows = (np.array(each, dtype=np.int64) for each in (tokens, positions, logit_rows))
+    tokens_T, positions_T, logit_rows_R, slots_T, key_slots = upload([*rows, _joined(slots), _joined(keys)], device)
     return Batch(
-        tokens_T=torch.tensor(tokens, dtype=torch.int64, device=device),
-        positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
-        slots_T=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *slots])).to(device),
-        attention=AttentionPlan(_attention(segments, starts, device)),
+        tokens_T=tokens_T,
+        positions_T=positions_T,
+        slots_T=slots_T,
+        attention=AttentionPlan(_attention(segments, starts, key_slots, [len(own) for own in keys]), key_slots),
         adapters=arranged(tuple(adapters)),
         training=tuple(training),
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+        logit_rows=logit_rows_R,
         starts=tuple(starts),
         dropout=_dropout(segments, device),
     )
@@ -147,22 +151,18 @@ def _ancestors(parents: Seq[int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     return mask
 
 
-def _attention(segments: Seq[Segment], starts: Seq[int], device: torch.device) -> list[AttentionSegment]:
-    """Keys of all segments in one tensor, and masks in another, so that it takes few operators to make and move them."""
-    none = np.empty(0, dtype=np.int64)
-    keys = [np.concatenate([s.context_slots, s.slots], dtype=np.int64, casting="unsafe") for s in segments]
-    masks = [None if segment.parents is None else _ancestors(segment.parents) for segment in segments]
-    slots = torch.from_numpy(np.concatenate([none, *keys])).to(device)
-    trees = [mask.reshape(-1) for mask in masks if mask is not None]
-    flat = iter(torch.split(torch.from_numpy(np.concatenate(trees)).to(device), [mask.size for mask in trees]) if trees else ())
+def _joined(parts: Seq[Slots]) -> Slots:
+    return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+
+def _attention(segments: Seq[Segment], starts: Seq[int], slots: Tensor, num_keys: Seq[int]) -> list[AttentionSegment]:
+    """`slots` are the keys of all segments, one after another. Masks stay on the host."""
     return [
         AttentionSegment(
             start=start,
             end=start + len(segment.tokens),
             slots_L=slots_L,
-            mask_nn=None if mask is None else next(flat).view(mask.shape),
+            mask_nn=None if segment.parents is None else ancestor_mask(segment.parents),
         )
-        for segment, start, mask, slots_L in zip(
-            segments, starts, masks, torch.split(slots, [len(own) for own in keys]), strict=True
-        )
+        for segment, start, slots_L in zip(segments, starts, torch.split(slots, list(num_keys)), strict=True)
     ]

@@ -69,6 +69,8 @@ class LoraWeights:
     ) -> None:
         check_spec(spec)
         self.layers = tuple(range(config.num_layers)) if layers is None else tuple(sorted(layers))
+        self.num_layers = config.num_layers
+        """Of the model."""
         self.linears: dict[tuple[int, str], list[LoraLinear]] = {}
         self.scales: dict[tuple[int, str], list[Scale]] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -152,6 +154,7 @@ class LoraAdapter:
         self.version = next(_VERSIONS)
         """Another one for each adapter of this process, also for one that is loaded again under its name."""
         self._table: ops.AdapterTable | None = None
+        self._matrices: ops.AdapterMatrices | None = None
 
     @classmethod
     def initialized(
@@ -212,6 +215,13 @@ class LoraAdapter:
             layers = [[self.segments(layer, module, 0, 1) for module in MODULES] for layer in range(config.num_layers)]
             self._table = ops.AdapterTable(layers, target_widths(config))
         return self._table
+
+    def matrices(self) -> ops.AdapterMatrices:
+        """Its matrices in all layers, where operations are Triton's; made once, they stay where they are."""
+        if self._matrices is None:
+            layers = [[self.segments(layer, module, 0, 1) for module in MODULES] for layer in range(self.weights.num_layers)]
+            self._matrices = ops.AdapterMatrices(layers)
+        return self._matrices
 
     def segments(self, layer: int, module: str, start: int, end: int) -> list[ops.LoraSegment]:
         """The updates of a fused linear's targets on rows [start, end) of a batch."""
