@@ -98,11 +98,11 @@ def with_room_for(monkeypatch: pytest.MonkeyPatch, decoder: Decoder, num_rows: i
     """Passes of more rows run out of memory; returns the sizes of those that did not."""
     forward, sizes = decoder.forward, []
 
-    def bounded(batch: Any, cache: Any) -> torch.Tensor:
+    def bounded(batch: Any, cache: Any, *wanted: Any) -> torch.Tensor:
         if len(batch.tokens_T) > num_rows:
             torch.empty(2**58)
         sizes.append(len(batch.tokens_T))
-        return forward(batch, cache)
+        return forward(batch, cache, *wanted)
 
     monkeypatch.setattr(decoder, "forward", bounded)
     return sizes

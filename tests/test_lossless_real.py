@@ -102,7 +102,7 @@ def test_with_the_planners_drafts(engine: Engine, generated: dict[str, list[int]
     run_with_planner(driver, make_planner(PlannerConfig()))
     assert driver.streams.tokens == generated
     assert engine.counters["trees_late"] == engine.counters["trees_invalid"] == engine.counters["trees_orphaned"] == 0
-    assert engine.counters["accepted_tokens"] > 100, "hardly any draft was right: that proves little"
+    assert engine.counters["accepted_tokens"] > 50, "hardly any draft was right: that proves little"
     assert engine.counters["draft_tokens"] > engine.counters["accepted_tokens"]
 
 
@@ -117,4 +117,4 @@ def test_with_the_shipped_drafter(engine: Engine, generated: dict[str, list[int]
     run_with_planner(driver, planner)
     assert driver.streams.tokens == generated
     assert engine.counters["trees_late"] == engine.counters["trees_invalid"] == engine.counters["trees_orphaned"] == 0
-    assert engine.counters["accepted_tokens"] > 100, "hardly any draft was right: that proves little"
+    assert engine.counters["accepted_tokens"] > 50, "hardly any draft was right: that proves little"

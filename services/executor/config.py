@@ -35,7 +35,7 @@ class ExecutorConfig(ServiceConfig):
     max_draft_tokens: int = 64
     """Draft nodes of all requests in one iteration (AdaServe's budget B)."""
     speculation: bool = True
-    tree_wait_ms: float = 8.0
+    tree_wait_ms: float = 25.0
     """Longest that an iteration waits for its draft trees; a late tree costs only itself."""
     finetune_weight: float = 0.25
     min_finetune_share: float = 0.1

@@ -24,7 +24,7 @@ class PlannerConfig(ServiceConfig):
     head on the target's hidden states. Their candidates are mixed in one tree."""
     model_dir: str = ""
     """The served model's folder, which tells what drafter was trained for it; empty: auto means n-grams alone."""
-    draft_threads: int = 2
+    draft_threads: int = 1
     """Threads of a neural drafter on a CPU, not more than there are cores."""
     min_depth: int = 2
     max_depth: int = 12

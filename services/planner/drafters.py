@@ -72,4 +72,6 @@ def _features(folder: Path, config: PlannerConfig) -> FeaturesDrafter:
     from services.planner.features_head import FeaturesHead
 
     torch.set_num_threads(min(config.draft_threads, os.cpu_count() or 1))
-    return FeaturesDrafter(FeaturesHead(folder), min_prob=config.min_prob)
+    drafter = FeaturesDrafter(FeaturesHead(folder), min_prob=config.min_prob)
+    drafter.warm_up()
+    return drafter
