@@ -59,6 +59,7 @@ __all__ = [
     "clip_grad_norm",
     "commit_kv",
     "draw_tokens",
+    "drawn",
     "drop",
     "drop_keys",
     "has_fast_bfloat16",
@@ -170,11 +171,17 @@ def commit_kv(k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], src_slots:
     (native.commit_kv if is_native else reference.commit_kv)(k_caches, v_caches, src_slots, dst_slots)
 
 
+def drawn(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """`kernels.sampling.drawn`: a token for each draw, where the logits are."""
+    if native.takes(logits_RV) and not uses_triton(logits_RV):
+        return torch.tensor(native_sampling.draw_tokens(logits_RV, draws), dtype=torch.int64)
+    return sampling.drawn(logits_RV, draws)
+
+
 def draw_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
     """`kernels.sampling.draw_tokens`: a token for each draw."""
-    if not draws:
-        return []
-    return (native_sampling.draw_tokens if native.takes(logits_RV) else sampling.draw_tokens)(logits_RV, draws)
+    tokens: list[int] = drawn(logits_RV, draws).tolist() if draws else []
+    return tokens
 
 
 def segmented_lora(y_TO: Tensor, x_TI: Tensor, segments: LoraPlan | Sequence[LoraSegment]) -> None:

@@ -117,7 +117,7 @@ def host_tables(segments: Sequence[AttentionSegment], group: int, window: int | 
         mask_start, words_per_row = -1, 0
         if segment.mask_nn is not None:
             bits = _bitset(segment.mask_nn)
-            words += [bits, (segment.mask_nn.sum(1).numpy() - 1).astype(np.int32)]
+            words += [bits, (segment.mask_nn.numpy().sum(1) - 1).astype(np.int32)]
             mask_start, words_per_row = num_words, bits.shape[1]
             num_words += bits.size + rows
         seen, from_key = keys - skipped, first_key + skipped

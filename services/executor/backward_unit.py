@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import ops
+from kernels.upload import upload
 from services.executor.backward_cursor import BackwardWindow
 from services.executor.dropout import RowDropout
 from services.executor.lora import LoraAdapter, LoraWeights
@@ -79,7 +80,7 @@ class BackwardUnit:
         # First the adapter's share of dout: what its own gradients need, out, comes with dq, dk and dv.
         self._bypass("o", dout_WO, dm_WH, None)
         positions = np.concatenate([np.arange(window.start, window.end) for window in self._windows])
-        positions_W = torch.from_numpy(positions).to(decoder.device)
+        positions_W = upload([positions], decoder.device)[0]
         cos, sin = decoder.cos_PD[positions_W], decoder.sin_PD[positions_W]
         shape = (len(dm_WH), config.num_heads, config.head_dim)
         out_WND, dq_WND, dk_LKD, dv_LKD = ops.ragged_attention_backward(

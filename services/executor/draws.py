@@ -51,6 +51,11 @@ class WorkDraws:
             for row, position in enumerate(self._positions):
                 yield self._first_row + row, self._sequence.request.sampling, position
 
+    def changed_rows(self) -> range:
+        """The other rows."""
+        is_plain = self._sequence.processor is None and self._sequence.grammar is None
+        return range(self._first_row, self._first_row + (0 if is_plain else len(self._positions)))
+
     def logprobs(self, path: Seq[int], tokens: Seq[int]) -> Logprobs | None:
         """Of the committed tokens that were drawn along this path of nodes; None if nobody asks."""
         num_top = self._sequence.request.logprobs
@@ -107,5 +112,6 @@ def drawn_by(
         found.append(WorkDraws(work, draws, first_row, hidden_RH, logits))
         first_row += len(found[-1])
     if draws is not None:
-        draws.draw_ahead(each for drawn in found for each in drawn.plain_rows())
+        changed = [row for drawn in found for row in drawn.changed_rows()]
+        draws.draw_ahead((each for drawn in found for each in drawn.plain_rows()), changed)
     return found

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import structlog
 import torch
 
@@ -26,6 +27,7 @@ from common.messages import (
     SequenceProgress,
     TokenChunk,
 )
+from kernels.upload import upload
 from services.executor.assembly import Assembly, Work
 from services.executor.batch import build_batch
 from services.executor.commit import Moves, commit, verify
@@ -284,8 +286,7 @@ class Engine:
                 )
                 progress += [done.progress] if work.is_decode else []
         if moves.sources:
-            device = self.decoder.device
-            self.cache.move(torch.tensor(moves.sources, device=device), torch.tensor(moves.targets, device=device))
+            self.cache.move(*upload([np.array(moves.sources), np.array(moves.targets)], self.decoder.device))
         for kind in ("decode", "draft", "prefill"):
             self.counters[f"{kind}_tokens"] += counts[kind]
         self.counters["finetune_tokens"] += num_training

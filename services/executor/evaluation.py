@@ -36,14 +36,14 @@ class Score:
 class EvaluationSequence:
     """A slice in work; `num_rows` ends before the last predicted token."""
 
-    def __init__(self, item: EvaluationSlice, device: torch.device) -> None:
+    def __init__(self, item: EvaluationSlice) -> None:
         self.item = item
         self.num_rows = max((i for i, weight in enumerate(item.weights) if i and weight), default=0)
         self.num_forwarded = 0
         self._losses: list[float] = []
         self._num_correct = 0
-        self.labels_T = torch.tensor(item.tokens[1 : self.num_rows + 1], dtype=torch.int64, device=device)
-        self.weights_T = torch.tensor(item.weights[1 : self.num_rows + 1], dtype=torch.float32, device=device)
+        self.labels_T = torch.tensor(item.tokens[1 : self.num_rows + 1], dtype=torch.int64)
+        self.weights_T = torch.tensor(item.weights[1 : self.num_rows + 1], dtype=torch.float32)
 
     def take(self, losses: Sequence[float], num_correct: int) -> None:
         """The next rows' results."""
@@ -174,7 +174,7 @@ class Evaluations:
 
     def _current(self, job_id: str, queue: _Queue) -> EvaluationSequence | None:
         while queue.current is None and queue.items:
-            queue.current = EvaluationSequence(queue.items.popleft(), self._decoder.device)
+            queue.current = EvaluationSequence(queue.items.popleft())
             if queue.current.num_rows == 0:
                 self._finish(job_id)
         if queue.current is None or not self._try_reserve(queue.table, queue.current.num_rows):

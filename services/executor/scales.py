@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.upload import upload
 from services.executor.lora import LoraWeights, Scale
 
 BEFORE_SCALE = {
@@ -68,5 +69,5 @@ class ScaledRows:
             numbers = np.zeros(len(x_TC), dtype=np.int64)
             for number, (start, end, _) in enumerate(self._rows, start=1):
                 numbers[start:end] = number
-            self._numbers_T = torch.from_numpy(numbers).to(x_TC.device)
+            self._numbers_T = upload([numbers], x_TC.device)[0]
         return self._numbers_T

@@ -44,9 +44,10 @@ class TrainingSequence:
         self.num_correct = 0
         self.num_tokens = sum(1 for weight in item.weights[1:] if weight)
         self._decoder = decoder
-        self._labels_T = torch.tensor(item.tokens[1 : self.num_rows + 1], dtype=torch.int64, device=device)
+        # On the host: which rows have weight is asked there.
+        self._labels_T = torch.tensor(item.tokens[1 : self.num_rows + 1], dtype=torch.int64)
         wide = torch.promote_types(decoder.dtype, torch.float32)
-        self._weights_T = torch.tensor(item.weights[1 : self.num_rows + 1], dtype=wide, device=device)
+        self._weights_T = torch.tensor(item.weights[1 : self.num_rows + 1], dtype=wide)
         self.dx_TH = torch.empty(self.num_rows, decoder.config.hidden_size, dtype=decoder.dtype, device=device)
 
     @property
@@ -81,9 +82,10 @@ def heads(windows: Sequence[tuple[TrainingSequence, int, int]], hidden_TH: Tenso
     dx_TH = ops.rms_norm_backward(dnormed_TH, hidden_TH, norm_H, eps)
     dx = torch.split(dx_TH, [num_rows for _, _, num_rows in windows])
     torch._foreach_copy_([sequence.dx_TH[rows] for (sequence, _, _), rows in zip(windows, places, strict=True)], dx)
-    losses, hits = iter(loss_T.tolist()), iter(hits_T.tolist())
+    losses, hits = map(iter, torch.stack((loss_T, hits_T.to(loss_T.dtype))).tolist())
     for sequence, start, num_rows in windows:
-        sequence._take_head(start, list(itertools.islice(losses, num_rows)), list(itertools.islice(hits, num_rows)))
+        are_hits = [bool(hit) for hit in itertools.islice(hits, num_rows)]
+        sequence._take_head(start, list(itertools.islice(losses, num_rows)), are_hits)
 
 
 def check_slice(item: TrainingSlice | EvaluationSlice, decoder: Decoder) -> None:
