@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,6 +152,27 @@ async def test_a_child_that_ignores_the_signal_is_killed_after_the_grace(tmp_pat
     await keeper.stop([[child]], 0.05)
     assert child.process is not None
     assert child.process.returncode == -signal.SIGKILL
+
+
+async def test_a_stop_amid_a_start_ends_the_child_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spawn, spawned, known = asyncio.create_subprocess_exec, asyncio.Event(), asyncio.Event()
+
+    async def slow_spawn(*command: str, **options: Any) -> asyncio.subprocess.Process:
+        process = await spawn(*command, **options)
+        spawned.set()
+        await known.wait()
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", slow_spawn)
+    keeper = Supervisor(Speech(), QUICK)
+    child = keeper.add(shell(tmp_path, "while :; do sleep 0.01; done"))
+    await asyncio.wait_for(spawned.wait(), 10)
+    stopping = asyncio.create_task(keeper.stop([[child]], 10))
+    await asyncio.sleep(0)
+    known.set()
+    await asyncio.wait_for(stopping, 10)
+    assert child.process is not None
+    assert child.process.returncode == -signal.SIGTERM
 
 
 async def test_kill_hurries_a_stop(tmp_path: Path) -> None:

@@ -65,15 +65,22 @@ class Child:
         self.instance_id = uuid4().hex[:8]
         own = {self.spec.id_variable: self.instance_id} if self.spec.id_variable else {}
         with self.spec.log.open("ab") as sink:
-            self.process = await asyncio.create_subprocess_exec(
-                *self.spec.command,
-                env={**os.environ, **self.spec.env, **own},
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                process_group=0,
-                preexec_fn=die_with_parent(),
+            starting = asyncio.ensure_future(
+                asyncio.create_subprocess_exec(
+                    *self.spec.command,
+                    env={**os.environ, **self.spec.env, **own},
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=sink,
+                    stderr=sink,
+                    process_group=0,
+                    preexec_fn=die_with_parent(),
+                )
             )
+            try:
+                self.process = await asyncio.shield(starting)
+            except asyncio.CancelledError:
+                self.process = await starting  # it runs already: whoever cancelled must be able to end it
+                raise
         return self.process
 
     @property
