@@ -10,9 +10,9 @@ from typing import Any
 
 from common.latency import Rows, make_profile
 from common.messages import LatencyProfile
+from services.executor.finetune_share import JobView
 from services.executor.scheduler import (
     IterationPlan,
-    JobView,
     Limits,
     SequenceView,
     plan_iteration,

@@ -13,8 +13,9 @@ from common.codec import decode
 from common.latency import Rows, context_costs, corrected, make_profile, predict_ms
 from common.messages import LatencyProfile
 from services.executor import profiling
+from services.executor.finetune_share import JobView
 from services.executor.model import Decoder, KvCache
-from services.executor.scheduler import JobView, Limits, SequenceView, plan_iteration
+from services.executor.scheduler import Limits, SequenceView, plan_iteration
 from services.executor.startup import profile_key
 from tests.plans import decoding, waiting
 from tests.tiny import tiny_pair

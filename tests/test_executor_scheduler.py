@@ -10,8 +10,8 @@ import pytest
 
 from common.latency import Rows, predict_ms
 from common.messages import LatencyProfile
+from services.executor.finetune_share import JobView
 from services.executor.scheduler import (
-    JobView,
     Limits,
     iteration_limits_ms,
     slack_ms,

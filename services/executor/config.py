@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from common.config import ServiceConfig, require
+from common.config import ConfigError, ServiceConfig, require
+from services.executor.sharing import parse_sharing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,10 @@ class ExecutorConfig(ServiceConfig):
     """Longest that an iteration waits for its draft trees; a late tree costs only itself."""
     finetune_weight: float = 0.25
     min_finetune_share: float = 0.1
+    finetune_sharing: str = "token"
+    """token: finetuning shares every iteration. To compare with it, temporal:N: a whole mini-batch after N iterations of
+    inference; dynamic: N by load.
+    """
     max_iteration_ms: float = 250.0
     """Longest iteration while only requests without a TPOT target decode."""
     max_prefill_ms: float = 1000.0
@@ -76,3 +81,7 @@ class ExecutorConfig(ServiceConfig):
         require(self.threads <= cores, "threads", f"not be more than this machine's {cores} cores")
         require(0 <= self.max_recompute_share <= 1, "max_recompute_share", "be in [0, 1]")
         require(0 <= self.min_finetune_share < 1, "min_finetune_share", "be in [0, 1)")
+        try:
+            parse_sharing(self.finetune_sharing)
+        except ValueError as error:
+            raise ConfigError(f"finetune_sharing must {error}") from error

@@ -42,8 +42,9 @@ from services.executor.pages import PageAllocator
 from services.executor.prefix import PageDigests
 from services.executor.requests import refusal
 from services.executor.sampling import Draws, NonFiniteLogitsError
-from services.executor.scheduler import IterationPlan, Limits, plan_iteration
+from services.executor.scheduler import IterationPlan, Limits
 from services.executor.sequences import Sequence
+from services.executor.sharing import TOKEN, Sharing, Turns, plan_turn
 from services.executor.training import BackwardWork, Training
 from services.executor.verify import InvalidTreeError, Verdict, check_tree
 
@@ -85,6 +86,7 @@ class Engine:
         max_sequences: int,
         max_tree_nodes: int,
         prefix_cache: bool = True,
+        sharing: Sharing = TOKEN,
         executor_id: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -109,7 +111,7 @@ class Engine:
         self._executor_id = executor_id
         self._clock = clock
         self._plan: IterationPlan | None = None
-        self._num_starved = 0
+        self._turns = Turns(sharing)
         self._backward_tokens = 0.0
 
     # --- work in ---------------------------------------------------------------------------------------------------
@@ -190,8 +192,7 @@ class Engine:
         """Plan the iteration and run its one fused forward pass."""
         now = self._clock()
         views = [sequence.view(now) for sequence in self._assembly.runnable(self.sequences.values())]
-        plan = plan_iteration(now, views, self.training.views(), self.profile, self.limits, self._num_starved)
-        self._num_starved = plan.num_starved
+        plan, self._turns = plan_turn(now, views, self.training.views(), self.profile, self.limits, self._turns)
         works = self._assembly.work(plan, self.sequences.values())
         windows = self.training.windows(plan.forward)
         segments = [work.segment for work in works] + [window.segment for window in windows]

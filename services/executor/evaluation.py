@@ -13,10 +13,10 @@ from torch import Tensor
 from common.messages import EvaluationSlice
 from kernels import ops
 from services.executor.batch import Segment
+from services.executor.finetune_share import JobView
 from services.executor.lora import LoraAdapter
 from services.executor.model import Decoder
 from services.executor.pages import PageAllocator, PageTable
-from services.executor.scheduler import JobView
 
 SUFFIX = "/evaluation"
 """What a job is called in plans when its evaluation asks for rows."""
@@ -123,7 +123,10 @@ class Evaluations:
         for job_id, queue in self._queues.items():
             if (sequence := self._current(job_id, queue)) is not None:
                 left, done = sequence.num_rows - sequence.num_forwarded, sequence.num_forwarded
-                views.append(JobView(job_id=job_id + SUFFIX, forward_tokens=left, is_backward=False, context_tokens=done))
+                name = job_id + SUFFIX
+                views.append(
+                    JobView(job_id=name, forward_tokens=left, is_backward=False, context_tokens=done, is_evaluation=True)
+                )
         return views
 
     def windows(self, forward: dict[str, int]) -> list[EvaluationWindow]:

@@ -23,6 +23,7 @@ from services.executor.model_config import ModelConfig, read_model_config
 from services.executor.profile_store import ProfileStore
 from services.executor.profiling import NUM_SLOTS, measure_profile
 from services.executor.scheduler import Limits
+from services.executor.sharing import parse_sharing
 
 PROFILE_TERMS = "row-context"
 """The newest term of the latency model, in the key: profiles of before would be read, but lack it for ever."""
@@ -109,6 +110,7 @@ def _engine(config: ExecutorConfig, decoder: Decoder, profile: LatencyProfile) -
         max_sequences=config.max_sequences,
         max_tree_nodes=config.max_tree_nodes,
         prefix_cache=config.prefix_cache,
+        sharing=parse_sharing(config.finetune_sharing),
         executor_id=config.instance_id,
     )
 

@@ -21,9 +21,9 @@ from services.executor.finetune import (
     StepResult,
     TrainingDivergedError,
 )
+from services.executor.finetune_share import JobView
 from services.executor.model import Decoder, KvCache
 from services.executor.pages import PageAllocator, PageTable
-from services.executor.scheduler import JobView
 from services.executor.training_sequence import InvalidSliceError, TrainingSequence, check_slice, heads
 
 MAX_POOL_SHARE = 0.25

@@ -1,0 +1,66 @@
+"""How an iteration's spare time is shared among finetuning jobs: forward windows and backward work. Pure; knows no request."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from common.latency import Rows, max_rows, predict_ms
+from common.messages import LatencyProfile
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobView:
+    """A finetuning job with work to do: tokens still to forward, behind its `context_tokens`, or (backward phase) token-layers
+    to go back through.
+    """
+
+    job_id: str
+    forward_tokens: int
+    is_backward: bool
+    context_tokens: int = 0
+    is_evaluation: bool = False
+    """Nothing goes back after its forward pass."""
+
+
+def share_out(
+    jobs: Sequence[JobView],
+    spare_ms: float,
+    back_ms: float,
+    is_owed: bool,
+    rows: Rows,
+    profile: LatencyProfile,
+    max_batch_tokens: int,
+) -> tuple[dict[str, int], dict[str, float], Rows]:
+    """Forward windows and backward work that fit into `spare_ms` beside `rows`, and the rows then; jobs share it evenly.
+
+    Backward work gets at most `back_ms`. When finetuning `is_owed` its share, a window has a row even if that costs more: else
+    a share below it would starve the job.
+    """
+    forward: dict[str, int] = {}
+    backward: dict[str, float] = {}
+    spent_ms = predict_ms(profile, rows)
+    is_alone = rows.tokens == 0
+    if is_alone and not all(job.is_backward for job in jobs):
+        # Opening a pass costs far more than a row of it, so all jobs pay that together before they share the rest.
+        spent_ms = predict_ms(profile, Rows(1))
+        spare_ms = max(spare_ms - spent_ms, 0.0)
+    for i, job in enumerate(jobs):
+        share_ms = spare_ms / (len(jobs) - i)
+        if job.is_backward:
+            per_token = profile.backward_ms_per_token
+            back_share_ms = min(share_ms, back_ms)
+            backward[job.job_id] = back_share_ms / per_token if per_token > 0 else max_batch_tokens
+            spare_ms -= back_share_ms
+            back_ms -= back_share_ms
+            continue
+        room = min(max_batch_tokens - rows.tokens, job.forward_tokens)
+        tokens = max_rows(profile, spent_ms + share_ms, room, rows, job.context_tokens)
+        if is_owed and not any(forward.values()):
+            tokens = max(tokens, min(room, 1))
+        rows = rows.with_segment(tokens, job.context_tokens)
+        cost_ms = max(predict_ms(profile, rows) - spent_ms, 0.0)
+        forward[job.job_id] = tokens
+        spent_ms += cost_ms
+        spare_ms -= cost_ms
+    return {k: v for k, v in forward.items() if v > 0}, {k: v for k, v in backward.items() if v > 0}, rows
