@@ -44,8 +44,8 @@ $(VENV)/.bench: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c requirements.lock -e '.[dev,bench]'
 	@touch $@
 
-bench-gpu: $(INSTALLED)  ## every Triton kernel against its reference, then its speed; needs an NVIDIA GPU and the extra `gpu`
-	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_kernels $(ARGS)
+bench-gpu: $(VENV)/.bench  ## kernels, whole iterations, transformers, latency profile, on an NVIDIA GPU; ARGS="--stage kernels" for one
+	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_gpu $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy, on code and tests
 	$(BIN)/ruff check

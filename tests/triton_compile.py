@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernel_cases import Cases, Sizes
+from benchmarks.kernel_case import Sizes
+from benchmarks.kernel_cases import Cases
 from kernels.segments import AttentionPlan, AttentionSegment, LoraSegment
 from kernels.triton_ops.attention_tables import attention_tables
 from kernels.triton_ops.drop import drop

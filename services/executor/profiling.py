@@ -13,10 +13,12 @@ from services.executor.model import Decoder, KvCache
 from services.executor.model_config import ModelConfig
 
 POINTS = (1, 8, 16, 32, 64, 128, 256)
+GPU_POINTS = (*POINTS, 512, 1024, 2048)
+"""A GPU is not busy with 256 rows, and what they cost says nothing of more."""
 CONTEXT_TOKENS = 1024
 CONTEXT_ROWS = 64
-"""The two passes behind a context have 1 and this many rows: one of POINTS, so that the pass without it is measured already."""
-NUM_SLOTS = CONTEXT_TOKENS + CONTEXT_ROWS
+"""The two passes behind a context have 1 and this many rows: one of the points, whose pass without it is measured."""
+NUM_SLOTS = max(CONTEXT_TOKENS + CONTEXT_ROWS, GPU_POINTS[-1])
 """Cache slots that the measurement needs."""
 REPEATS = 3
 """The fastest of them counts: other processes only ever add time, and the online correction knows them."""
@@ -29,7 +31,8 @@ def measure_profile(decoder: Decoder, cache: KvCache, max_tokens: int) -> Latenc
     """The latency profile from a few passes of each size, about two seconds; overwrites NUM_SLOTS slots of the cache."""
     measured = []
     max_positions = decoder.config.max_position_embeddings
-    for num_tokens in (n for n in POINTS if n <= min(max_tokens, max_positions)):
+    points = GPU_POINTS if decoder.device.type == "cuda" else POINTS
+    for num_tokens in (n for n in points if n <= min(max_tokens, max_positions)):
         _pass_ms(decoder, cache, num_tokens)
         measured.append((num_tokens, min(_pass_ms(decoder, cache, num_tokens) for _ in range(REPEATS))))
     per_context_token, per_row_context = _context_costs(decoder, cache, measured)
