@@ -50,8 +50,12 @@ class LoraPlan:
     Plans of the same batch may share `masks`: a layer's rows are those of the next.
     """
 
-    def __init__(self, segments: Sequence[LoraSegment], masks: dict[object, object] | None = None) -> None:
+    def __init__(
+        self, segments: Sequence[LoraSegment], masks: dict[object, object] | None = None, order_T: Tensor | None = None
+    ) -> None:
         self.segments = tuple(segments)
+        self.order_T = order_T
+        """int64 rows in the order in which sums over a segment's rows take them, if that is asked for and can be had."""
         self.is_single = len({(segment.start, segment.end) for segment in self.segments}) <= 1
         """All segments are targets of one adapter: at most three."""
         self._masks = {} if masks is None else masks

@@ -18,6 +18,7 @@ from kernels import attention, attention_backward, dropout, lora, lora_backward,
 from kernels.dropout import drop_keys
 from kernels.linear import Linear
 from kernels.lora import LoraPlan
+from kernels.native import backward as native_backward
 from kernels.native import layers as native_layers
 from kernels.native import lora as native_lora
 from kernels.native import memory
@@ -54,6 +55,7 @@ __all__ = [
     "LoraSegment",
     "StackShape",
     "adamw",
+    "add_attention_gradients",
     "add_rms_norm",
     "batched_lora",
     "clip_grad_norm",
@@ -107,7 +109,11 @@ def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float
 
 def rms_norm_backward(dy_TH: Tensor, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm_backward`."""
-    function = triton_gate.operations.rms_norm_backward if uses_triton(x_TH) else reference.rms_norm_backward
+    if uses_triton(x_TH):
+        result: Tensor = triton_gate.operations.rms_norm_backward(dy_TH, x_TH, weight_H, eps)
+        return result
+    is_native = _is_native(x_TH, x_TH.shape[1]) and dy_TH.dtype == x_TH.dtype == weight_H.dtype
+    function = native_backward.rms_norm_backward if is_native else reference.rms_norm_backward
     return function(dy_TH, x_TH, weight_H, eps)
 
 
@@ -121,7 +127,11 @@ def silu_mul(gate_up_T2F: Tensor) -> Tensor:
 
 def silu_mul_backward(dz_TF: Tensor, gate_up_T2F: Tensor) -> Tensor:
     """`reference.silu_mul_backward`."""
-    function = triton_gate.operations.silu_mul_backward if uses_triton(gate_up_T2F) else reference.silu_mul_backward
+    if uses_triton(gate_up_T2F):
+        result: Tensor = triton_gate.operations.silu_mul_backward(dz_TF, gate_up_T2F)
+        return result
+    is_native = _is_native(gate_up_T2F, dz_TF.shape[1]) and dz_TF.dtype == gate_up_T2F.dtype
+    function = native_backward.silu_mul_backward if is_native else reference.silu_mul_backward
     return function(dz_TF, gate_up_T2F)
 
 
@@ -204,21 +214,28 @@ def linear_cross_entropy(hidden_TH: Tensor, head: Linear, labels_T: Tensor, weig
     """`reference.linear_cross_entropy`; the head is a linear that is ready to run. Labels and weights may be on the host."""
     if uses_triton(hidden_TH):
         return triton_gate.operations.linear_cross_entropy(hidden_TH, head, labels_T, weights_T)
-    return reference.cross_entropy(hidden_TH, head, head.backward, labels_T, weights_T)
+    entropies = native_backward.entropies if native.takes(hidden_TH) else reference.entropies
+    return reference.cross_entropy(hidden_TH, head, head.backward, labels_T, weights_T, entropies)
 
 
 def token_losses(
     hidden_TH: Tensor, head: Callable[[Tensor], Tensor], labels_T: Tensor, weights_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`reference.token_losses`. Labels and weights may be on the host."""
-    function = triton_gate.operations.token_losses if uses_triton(hidden_TH) else reference.token_losses
-    return function(hidden_TH, head, labels_T, weights_T)
+    """The first two results of `linear_cross_entropy`. Labels and weights may be on the host."""
+    if uses_triton(hidden_TH):
+        result: tuple[Tensor, Tensor] = triton_gate.operations.token_losses(hidden_TH, head, labels_T, weights_T)
+        return result
+    entropies = native_backward.entropies if native.takes(hidden_TH) else reference.entropies
+    return reference.cross_entropy(hidden_TH, head, None, labels_T, weights_T, entropies)[:2]
 
 
 def segmented_lora_gradients(
     dx_TI: Tensor | None, dy_TO: Tensor, x_TI: Tensor | None, grads: Sequence[tuple[Tensor, Tensor]] | None, plan: LoraPlan
 ) -> None:
     """`reference.segmented_lora_backward` and `segmented_lora_weight_backward` of a plan's segments; either may be left out."""
+    if plan.segments and native.takes(dy_TO) and not uses_triton(dy_TO) and native_backward.lora_takes(plan.segments, grads):
+        native_backward.segmented_lora_gradients(dx_TI, dy_TO, x_TI, grads, plan.segments, plan.order_T)
+        return
     is_triton = plan.segments and uses_triton(dy_TO)
     function = triton_gate.operations.segmented_lora_gradients if is_triton else lora_backward.segmented_lora_gradients
     function(dx_TI, dy_TO, x_TI, grads, plan)
@@ -239,6 +256,31 @@ def ragged_attention_backward(
         do_TND.float(), q_TND.float(), k_cache_SKD, v_cache_SKD, plan, scale
     )
     return o.to(q_TND.dtype), dq.to(q_TND.dtype), dk, dv
+
+
+def add_attention_gradients(
+    do_TND: Tensor,
+    q_TND: Tensor,
+    k_cache_SKD: Tensor,
+    v_cache_SKD: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    places: Sequence[tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """`ragged_attention_backward`'s (output, dq); each segment's dk and dv are added to its places [L, K, D].
+
+    The compiled one adds a key's gradients one by one, those of later rows first.
+    """
+    wide = all(part.dtype == torch.float32 and part.is_contiguous() for pair in places for part in pair)
+    if wide and _is_native(q_TND, q_TND.shape[2]) and not uses_triton(q_TND):
+        return native_backward.add_attention_gradients(
+            do_TND, q_TND, k_cache_SKD, v_cache_SKD, plan.segments, plan.slots, scale, places
+        )
+    out_TND, dq_TND, dk_LKD, dv_LKD = ragged_attention_backward(do_TND, q_TND, k_cache_SKD, v_cache_SKD, plan, scale)
+    num_keys = [segment.slots_L.numel() for segment in plan.segments]
+    shares = [*torch.split(dk_LKD, num_keys), *torch.split(dv_LKD, num_keys)]
+    torch._foreach_add_([dk for dk, _ in places] + [dv for _, dv in places], shares)
+    return out_TND, dq_TND
 
 
 def drop(x_TI: Tensor, keys_T: Tensor, rates_T: Tensor, salt: int) -> Tensor:

@@ -229,42 +229,43 @@ def linear_cross_entropy(
     return cross_entropy(hidden_TH, lambda x: x @ head_VH.mT, lambda dy: dy @ head_VH, labels_T, weights_T)
 
 
+Entropies = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+"""What `entropies` does."""
+
+
+def entropies(logits_RV: Tensor, labels_R: Tensor, makes_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Per row -log softmax(logits)[label], and whether the argmax is the label; if asked, logits become softmax - one-hot."""
+    labels = labels_R.unsqueeze(1)
+    hits_R = (logits_RV.argmax(-1, keepdim=True) == labels).squeeze(1)
+    log_probs = logits_RV.log_softmax(-1)
+    loss_R = -log_probs.gather(1, labels).squeeze(1)
+    if makes_gradient:
+        logits_RV.copy_(log_probs.exp_().scatter_add_(1, labels, -torch.ones_like(labels, dtype=log_probs.dtype)))
+    return loss_R, hits_R
+
+
 def cross_entropy(
     hidden_TH: Tensor,
     head: Callable[[Tensor], Tensor],
-    head_backward: Callable[[Tensor], Tensor],
+    head_backward: Callable[[Tensor], Tensor] | None,
     labels_T: Tensor,
     weights_T: Tensor,
+    entropies: Entropies = entropies,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """linear_cross_entropy of any linear head and its backward."""
+    """linear_cross_entropy of any linear head and its backward; without one the gradient is zero."""
     wide = _wide(hidden_TH.dtype)
     loss_T = torch.zeros(hidden_TH.shape[0], dtype=wide, device=hidden_TH.device)
     hits_T = torch.zeros(hidden_TH.shape[0], dtype=torch.bool, device=hidden_TH.device)
     dhidden_TH = torch.zeros_like(hidden_TH)
     for rows in torch.split(weights_T.nonzero().squeeze(1), LOGIT_ROWS):
-        labels, weights = labels_T[rows].unsqueeze(1), weights_T[rows].unsqueeze(1).to(wide)
+        weights = weights_T[rows].to(wide)
         logits = head(hidden_TH[rows]).to(wide)
-        hits_T[rows] = (logits.argmax(-1, keepdim=True) == labels).squeeze(1)
-        log_probs = logits.log_softmax(-1)
-        loss_T[rows] = -(weights * log_probs.gather(1, labels)).squeeze(1)
-        dlogits = log_probs.exp_().scatter_add_(1, labels, -torch.ones_like(weights))
-        dhidden_TH[rows] = (weights * head_backward(dlogits.to(hidden_TH.dtype))).to(hidden_TH.dtype)
+        losses, hits_T[rows] = entropies(logits, labels_T[rows], head_backward is not None)
+        loss_T[rows] = weights * losses
+        if head_backward is not None:
+            dhidden = head_backward(logits.to(hidden_TH.dtype))
+            dhidden_TH[rows] = (weights.unsqueeze(1) * dhidden).to(hidden_TH.dtype)
     return loss_T, hits_T, dhidden_TH
-
-
-def token_losses(
-    hidden_TH: Tensor, head: Callable[[Tensor], Tensor], labels_T: Tensor, weights_T: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The first two results of `cross_entropy`, without the gradient."""
-    wide = _wide(hidden_TH.dtype)
-    loss_T = torch.zeros(hidden_TH.shape[0], dtype=wide, device=hidden_TH.device)
-    hits_T = torch.zeros(hidden_TH.shape[0], dtype=torch.bool, device=hidden_TH.device)
-    for rows in torch.split(weights_T.nonzero().squeeze(1), LOGIT_ROWS):
-        labels = labels_T[rows].unsqueeze(1)
-        log_probs = head(hidden_TH[rows]).to(wide).log_softmax(-1)
-        hits_T[rows] = (log_probs.argmax(-1, keepdim=True) == labels).squeeze(1)
-        loss_T[rows] = -(weights_T[rows].to(wide) * log_probs.gather(1, labels).squeeze(1))
-    return loss_T, hits_T
 
 
 def commit_kv(k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], src_slots: Tensor, dst_slots: Tensor) -> None:

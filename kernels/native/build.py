@@ -21,7 +21,8 @@ import torch
 
 from kernels.cache import cache_dir
 
-SOURCE = Path(__file__).with_name("heddle_cpu.c")
+SOURCE = Path(__file__).with_name("heddle_backward.c")
+INCLUDED = Path(__file__).with_name("heddle_cpu.c")
 FLAGS = ("-O3", "-march=x86-64-v3", "-ffp-contract=fast", "-fPIC", "-fopenmp")
 COMPILE_TIMEOUT_S = 120
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -37,6 +38,12 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "heddle_layers_width": (_INT64, [_POINTER]),
     "heddle_layers": (_INT, [_POINTER] * 9 + [_INT64] + [_POINTER] * 3),
     "heddle_attention": (_INT, [_POINTER] * 8 + [_INT64] * 5 + [_FLOAT, _INT64, _INT]),
+    "heddle_linear_backward": (_INT, [_POINTER, _INT64, _POINTER, _POINTER] + [_INT64] * 3 + [_INT]),
+    "heddle_lora_backward": (_INT, [_POINTER, _INT64] * 3 + [_INT64, _POINTER, _INT64, _POINTER]),
+    "heddle_rms_norm_backward": (None, [_POINTER] * 4 + [_INT64] * 2 + [_FLOAT, _INT]),
+    "heddle_silu_mul_backward": (None, [_POINTER] * 3 + [_INT64] * 2 + [_INT]),
+    "heddle_losses": (None, [_POINTER] * 4 + [_INT64] * 2 + [_INT]),
+    "heddle_attention_backward": (_INT, [_POINTER] * 7 + [_INT64, _POINTER] + [_INT64] * 3 + [_FLOAT, _INT]),
 }
 
 
@@ -70,7 +77,7 @@ def compiler() -> str | None:
 
 def file_name() -> str:
     """The library's name; another one for another source."""
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
+    key = hashlib.sha256(SOURCE.read_bytes() + INCLUDED.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
     return f"heddle_cpu-{key}.so"
 
 

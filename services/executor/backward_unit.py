@@ -83,18 +83,19 @@ class BackwardUnit:
         positions_W = upload([positions], decoder.device)[0]
         cos, sin = decoder.cos_PD[positions_W], decoder.sin_PD[positions_W]
         shape = (len(dm_WH), config.num_heads, config.head_dim)
-        out_WND, dq_WND, dk_LKD, dv_LKD = ops.ragged_attention_backward(
+        out_WND, dq_WND = ops.add_attention_gradients(
             dout_WO.view(shape),
             self._q(shape, cos, sin),
             self._cache.k[self._layer],
             self._cache.v[self._layer],
             self._attention_plan(),
             config.attention_scale,
+            [(window.cursor.dk_TKD[: window.end], window.cursor.dv_TKD[: window.end]) for window in self._windows],
         )
         self._bypass("o", None, dm_WH, lambda: out_WND.flatten(1))
         if has_input_scale:
             self._input_scale("o", dscaled_WO, out_WND.flatten(1))
-        dk_WKD, dv_WKD = self._accumulated(dk_LKD, dv_LKD)
+        dk_WKD, dv_WKD = self._final()
         dq_WND, dk_WKD = (ops.rope_backward(grad, cos, sin) for grad in (dq_WND, dk_WKD))
         return torch.cat([grad.flatten(1) for grad in (dq_WND, dk_WKD, dv_WKD)], dim=1)
 
@@ -198,12 +199,8 @@ class BackwardUnit:
             start += window.num_rows
         return ops.AttentionPlan(segments)
 
-    def _accumulated(self, dk_LKD: Tensor, dv_LKD: Tensor) -> tuple[Tensor, Tensor]:
-        """The final gradients of the windows' own keys and values [W, K, D]; those of keys before them are added up."""
-        num_keys = [window.end for window in self._windows]
-        places = [window.cursor.dk_TKD[: window.end] for window in self._windows]
-        places += [window.cursor.dv_TKD[: window.end] for window in self._windows]
-        torch._foreach_add_(places, [*torch.split(dk_LKD, num_keys), *torch.split(dv_LKD, num_keys)])
+    def _final(self) -> tuple[Tensor, Tensor]:
+        """The gradients of the windows' own keys and values [W, K, D], to which all that see them have added by now."""
         dk_WKD = self._joined(lambda window: window.cursor.dk_TKD[window.start : window.end])
         dv_WKD = self._joined(lambda window: window.cursor.dv_TKD[window.start : window.end])
         return dk_WKD.to(self._decoder.dtype), dv_WKD.to(self._decoder.dtype)
@@ -213,10 +210,11 @@ class BackwardUnit:
         plan, grads = self._adapters.of(self._layer, module)
         if not plan.segments:
             return
-        share_WI = dx_WI if dx_WI is None or self._dropout is None else torch.zeros_like(dx_WI)
+        # Summed by themselves first, also without dropout: another job's dropout in the unit must not change the order.
+        share_WI = None if dx_WI is None else torch.zeros_like(dx_WI)
         inputs_WI = None if x_WI is None else self._dropped(module, x_WI())
         ops.segmented_lora_gradients(share_WI, dy_WO, inputs_WI, None if x_WI is None else grads, plan)
-        if share_WI is not None and dx_WI is not None and share_WI is not dx_WI:
+        if share_WI is not None and dx_WI is not None:
             dx_WI.add_(self._dropped(module, share_WI))
 
     def _dropped(self, module: str, x_WI: Tensor) -> Tensor:
@@ -225,7 +223,11 @@ class BackwardUnit:
 
 
 class _AdapterRows:
-    """Which rows of a unit have which adapter; neighbours with the same one are one segment."""
+    """Which rows of a unit have which adapter; neighbours with the same one are one segment.
+
+    Sums over an adapter's rows take a window's later rows first, as windows come: so the sum of a step is one over its
+    sequences in their order, each from right to left, however time cuts them into windows and gathers them in units.
+    """
 
     def __init__(self, windows: Sequence[BackwardWindow]) -> None:
         self._rows: list[tuple[int, int, LoraAdapter, LoraWeights]] = []
@@ -237,15 +239,19 @@ class _AdapterRows:
                 start = self._rows.pop()[0]
             self._rows.append((start, end, cursor.adapter, cursor.grads))
             start = end
+        ends = np.cumsum([window.num_rows for window in windows])
+        order = [np.arange(end - 1, end - window.num_rows - 1, -1) for window, end in zip(windows, ends, strict=True)]
+        device = windows[0].cursor.sequence.dx_TH.device
+        self._order_W = upload([np.concatenate(order)], device)[0]
         self.scaled = ScaledRows([(start, end, adapter.weights) for start, end, adapter, _ in self._rows])
 
     def of(self, layer: int, module: str) -> tuple[ops.LoraPlan, list[tuple[Tensor, Tensor]]]:
         """The segments of a linear and, for each, where its gradients are summed."""
         segments = [s for start, end, adapter, _ in self._rows for s in adapter.segments(layer, module, start, end)]
         grads = [(g.a_RI, g.b_OR) for *_, grads in self._rows for g in grads.linears.get((layer, module), ())]
-        return ops.LoraPlan(segments, self._masks), grads
+        return ops.LoraPlan(segments, self._masks, self._order_W), grads
 
     def add_scale_gradients(self, layer: int, module: str, dy_WC: Tensor, x_WC: Tensor, *, is_input: bool) -> None:
         """Add the gradients of (IA)3's vectors."""
         grads = [grads for *_, adapter, grads in self._rows if adapter.weights.scales]
-        self.scaled.add_gradients(layer, module, dy_WC, x_WC, grads, is_input=is_input)
+        self.scaled.add_gradients(layer, module, dy_WC, x_WC, grads, self._order_W, is_input=is_input)

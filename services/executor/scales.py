@@ -53,16 +53,30 @@ class ScaledRows:
         return x_TC if factors_TC is None else (x_TC * factors_TC).to(x_TC.dtype)
 
     def add_gradients(
-        self, layer: int, module: str, dy_TC: Tensor, x_TC: Tensor, grads: Sequence[LoraWeights], *, is_input: bool
+        self,
+        layer: int,
+        module: str,
+        dy_TC: Tensor,
+        x_TC: Tensor,
+        grads: Sequence[LoraWeights],
+        order_T: Tensor,
+        *,
+        is_input: bool,
     ) -> None:
-        """Add dl = sum over rows of dy * x to the vectors of `grads`, one for each weights that have vectors."""
+        """Add dl = sum over rows of dy * x to the vectors of `grads`, one for each weights that have vectors.
+
+        On a CPU row after row to what is there, in this order: so it does not matter how rows are divided among calls.
+        """
         found = self.vectors(layer, module, is_input=is_input)
         vectors = [scale for weights in grads for scale in weights.scales.get((layer, module), ())]
         targets = [scale.scale_C for scale in vectors if scale.is_input == is_input]
         wide = targets[0].dtype
         table_AC = torch.zeros(len(self._rows) + 1, x_TC.shape[1], dtype=wide, device=x_TC.device)
-        table_AC.index_add_(0, self._numbers(x_TC), dy_TC.to(wide) * x_TC.to(wide))
-        torch._foreach_add_(targets, [table_AC[number, scale.columns] for number, scale in found])
+        places = [table_AC[number, scale.columns] for number, scale in found]
+        torch._foreach_copy_(places, targets)
+        products_TC = dy_TC.to(wide) * x_TC.to(wide)
+        table_AC.index_add_(0, self._numbers(x_TC)[order_T], products_TC[order_T])
+        torch._foreach_copy_(targets, places)
 
     def _numbers(self, x_TC: Tensor) -> Tensor:
         if self._numbers_T is None or len(self._numbers_T) != len(x_TC):

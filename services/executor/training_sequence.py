@@ -40,7 +40,7 @@ class TrainingSequence:
         self.dropout = RowDropout.of_sequence(
             dropout, seed=seed, step=item.step, index=item.index, num_rows=self.num_rows, device=device
         )
-        self.loss = 0.0
+        self._losses: list[float] = []
         self.num_correct = 0
         self.num_tokens = sum(1 for weight in item.weights[1:] if weight)
         self._decoder = decoder
@@ -49,6 +49,11 @@ class TrainingSequence:
         wide = torch.promote_types(decoder.dtype, torch.float32)
         self._weights_T = torch.tensor(item.weights[1 : self.num_rows + 1], dtype=wide)
         self.dx_TH = torch.empty(self.num_rows, decoder.config.hidden_size, dtype=decoder.dtype, device=device)
+
+    @property
+    def loss(self) -> float:
+        """The weighted sum so far, rounded once: the same for any windows."""
+        return math.fsum(self._losses) if all(map(math.isfinite, self._losses)) else sum(self._losses)
 
     @property
     def is_forwarded(self) -> bool:
@@ -60,7 +65,7 @@ class TrainingSequence:
         heads([(self, start, hidden_WH.shape[0])], hidden_WH)
 
     def _take_head(self, start: int, losses: list[float], hits: list[bool]) -> None:
-        self.loss += math.fsum(losses)
+        self._losses += losses
         self.num_correct += sum(hits)
         self.num_forwarded = start + len(losses)
 
