@@ -52,6 +52,7 @@ class HeddleSide:
         self._engine = Engine(
             decoder, num_pages=NUM_PAGES, page_size=PAGE_SIZE, profile=measure_profile(decoder, scratch, max_batch_tokens),
             limits=Limits(max_batch_tokens=max_batch_tokens), max_model_len=4096, max_sequences=1, max_tree_nodes=0,
+            max_draft_tokens=0,
         )  # fmt: skip
         job = new_job("job", LoraSpec(rank=RANK, alpha=ALPHA), 0, decoder, self._engine.cache)
         self._engine.training.open(job, lease=1)

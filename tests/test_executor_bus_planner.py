@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +15,7 @@ import pytest
 from common import subjects
 from common.bus import Bus
 from common.fingerprint import fingerprint
+from common.fleet import MISSED_BEATS
 from common.messages import Beat, DraftTree, DraftTrees, IterationReport, PlannerClaim, PlannerGranted, ServiceState
 from services.executor.engine import Iteration
 from tests.executor_stage import Connect, Gate, Mailbox, Stage, known_profile, running_executor, write_model
@@ -42,6 +44,9 @@ class FakePlanner:
     num_resting: int = 0
     forgets: set[str] = field(default_factory=set)
     state: ServiceState = "ready"
+    period_s: float = 60.0
+    """Long enough that no test's pause is taken for death."""
+    num_beats: int = 0
     claims: Mailbox[PlannerClaim] = field(default_factory=Mailbox)
     reports: Mailbox[IterationReport] = field(default_factory=Mailbox)
     known: dict[str, list[int]] = field(default_factory=dict)
@@ -55,10 +60,16 @@ class FakePlanner:
         await self.beat()
 
     async def beat(self) -> None:
-        """One heartbeat; its period is short, so that silence is noticed soon."""
-        period_s = 0.1 if self.planner_id == "brief" else 60.0
-        beat = Beat(role="planner", instance_id=self.planner_id, state=self.state, sent_at=time.time(), period_s=period_s)
+        """One heartbeat."""
+        self.num_beats += 1
+        beat = Beat(role="planner", instance_id=self.planner_id, state=self.state, sent_at=time.time(), period_s=self.period_s)
         await self.bus.publish(subjects.beat("planner", self.planner_id), beat)
+
+    async def beats(self) -> None:
+        """Heartbeats for ever."""
+        while True:
+            await asyncio.sleep(self.period_s)
+            await self.beat()
 
     def opened(self, request_id: str) -> int:
         """How often a sequence was opened here."""
@@ -274,28 +285,33 @@ async def test_requests_of_a_failed_pass_are_closed_at_the_planner(
 async def test_streams_go_on_when_the_planner_dies_and_another_is_claimed(
     connect: Connect, model_dir: Path, death: str, bus: Bus
 ) -> None:
-    first = FakePlanner(bus=await connect(), planner_id="brief" if death == "silence" else "planner-1")
-    second = FakePlanner(bus=bus, planner_id="planner-2")
-    await first.start()
-    async with running_executor(connect, model_dir, tree_wait_ms=50.0) as stage:
+    """Another that is there is claimed within three heartbeats of the last one (and the executor's look around), and what the
+    executor accepts from then on are its trees: the stream that was drafted for before is drafted for again.
+    """
+    first = FakePlanner(bus=await connect(), planner_id="planner-1")
+    second = FakePlanner(bus=bus, planner_id="planner-2", period_s=0.5)
+    async with claimed(connect, model_dir, first) as stage:
         gate = Gate(stage.engine)
-        await stage.poll(lambda: stage.actor._planner.planner_id == first.planner_id, first.beat)
         await stage.admit(tiny_request("r3", PROMPTS["r3"], NUM_TOKENS))
         gate.let(2)
         await first.reports.hold(2)
-        first.answers = lambda report: False
-        if death == "restart":
-            first.state = "starting"
-            await first.beat()
-        await stage.poll(lambda: stage.actor._planner.planner_id is None)
-        await first.bus.drain()
-        gate.let(1)
-        seq = len(stage.chunks)
-        await stage.tokens_of("r3", seq + 1)
+        stage.actor._planner._max_wait_s = 0.05
         await second.start()
-        await stage.poll(lambda: stage.actor._planner.planner_id == "planner-2")
+        first.state, first.period_s = "starting" if death == "restart" else "ready", second.period_s
+        await first.beat()  # the last one
+        await first.bus.drain()
+        num_beats = second.num_beats
+        beating = asyncio.create_task(second.beats())
+        gate.let(1)
+        await stage.tokens_of("r3", 3)
+        await stage.poll(lambda: stage.actor._planner.planner_id == second.planner_id)
+        assert second.num_beats - num_beats <= (MISSED_BEATS if death == "silence" else 0) + 1
+        assert stage.engine.counters["accepted_tokens"] == 2 * DEPTH, "the first planner's"
+        stage.actor._planner._max_wait_s = 2.0
+        gate.let(2)
+        await stage.poll(lambda: stage.engine.counters["accepted_tokens"] >= 3 * DEPTH)
         gate.open()
         assert await stage.output("r3") == truth()["r3"]
         assert second.opened("r3") == 1
         assert second.reports[0].opened[0].num_decoded is not None
-        assert stage.counters()["accepted_tokens"] > 0
+        beating.cancel()

@@ -1,12 +1,11 @@
-"""Sampling: a function of (seed, position), and of the target's distribution exactly, also through draft trees."""
+"""Sampling: a function of (seed, position), and of the target's distribution exactly."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -14,13 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.messages import DraftTree, Sampling
+from common.messages import Sampling
 from services.executor import sampling
 from services.executor.sampling import Draws, target_probabilities, uniform
-from services.executor.verify import accept, prune
 
 NUM_DRAWS = 20_000
-VOCABULARY = range(4)
 Prefix = tuple[int, ...]
 
 
@@ -28,17 +25,9 @@ def draw_tokens(logits_RV: Tensor, samplings: Sequence[Sampling], positions: Ite
     """One token per row."""
     if len(samplings) == 0:
         return []
-    draws = Draws(logits_RV)
-    return [draws.token(row, samplings[row], position) for row, position in enumerate(positions)]
-
-
-def logits_after(prefix: Prefix) -> Tensor:
-    """A language model of four words."""
-    generator = torch.Generator().manual_seed(17 + sum((word + 1) * 5**i for i, word in enumerate(prefix)))
-    return torch.randn(4, generator=generator)
-
-
-TABLE = {prefix: logits_after(prefix) for n in range(3) for prefix in itertools.product(VOCABULARY, repeat=n)}
+    draws, places = Draws(logits_RV), list(positions)
+    draws.draw_ahead(zip(range(len(places)), samplings, places, strict=True))
+    return [draws.token(row, samplings[row], position) for row, position in enumerate(places)]
 
 
 def chi_square(counts: Mapping[Prefix, int], expected: Mapping[Prefix, float]) -> float:
@@ -151,90 +140,3 @@ def test_draws_have_the_target_distribution(parameters: Sampling) -> None:
     greedy = max(expected, key=lambda word: expected[word])
     biased = Counter(greedy if i % 20 == 0 else word for i, word in enumerate(drawn))
     assert chi_square(biased, expected) > 1, "a bias of one in twenty would not be seen"
-
-
-# --- through draft trees: outputs of three words ---------------------------------------------------------------------
-
-
-def drafter_probs(prefix: Prefix) -> list[float]:
-    """What a drafter believes: near the target, but not the same."""
-    generator = torch.Generator().manual_seed(23 + len(prefix) + sum(prefix))
-    return torch.softmax(TABLE[prefix] + 0.7 * torch.randn(4, generator=generator), 0).tolist()
-
-
-def drafted_tree() -> DraftTree:
-    """The four likeliest nodes of two levels, by the drafter: a choice by probability, the same every time."""
-    tokens, parents, probs = [0], [-1], [1.0]
-    for first in VOCABULARY:
-        tokens, parents, probs = [*tokens, first], [*parents, 0], [*probs, drafter_probs(())[first]]
-    for first, second in itertools.product(VOCABULARY, repeat=2):
-        prob = probs[1 + first] * drafter_probs((first,))[second]
-        tokens, parents, probs = [*tokens, second], [*parents, 1 + first], [*probs, prob]
-    full = DraftTree(request_id="r", length=1, tokens=tuple(tokens), parents=tuple(parents), probs=tuple(probs))
-    return prune(full, 4)
-
-
-def prefix_of(tree: DraftTree, node: int) -> Prefix:
-    return () if node == 0 else (*prefix_of(tree, tree.parents[node]), tree.tokens[node])
-
-
-class Drawn(Sequence[int]):
-    """The target's draws at a tree's nodes, made when they are looked at, since most never are."""
-
-    def __init__(self, tree: DraftTree, parameters: Sampling) -> None:
-        self._tree, self._parameters = tree, parameters
-
-    def __len__(self) -> int:
-        return len(self._tree.tokens)
-
-    def __getitem__(self, node: int) -> int:  # type: ignore[override]
-        prefix = prefix_of(self._tree, node)
-        return draw(TABLE[prefix], self._parameters, len(prefix))
-
-
-def target_only(tree: DraftTree, seed: int) -> Prefix:
-    """Three words by the executor's rule: accept along the tree, then draw what is missing."""
-    parameters = Sampling(temperature=1.0, seed=seed)
-    words = accept(tree.tokens, tree.parents, Drawn(tree, parameters)).tokens
-    while len(words) < 3:
-        words = (*words, draw(TABLE[words], parameters, len(words)))
-    return words
-
-
-def rejection(tree: DraftTree, seed: int) -> Prefix:
-    """Three words by the p/q rejection rule, which is right for trees that were sampled from the drafter, and wrong here."""
-    rng, node, words = random.Random(seed), 0, Prefix()
-    while len(words) < 3:
-        target = torch.softmax(TABLE[words].double(), 0).tolist()
-        taken = None
-        for child in (i for i, parent in enumerate(tree.parents) if parent == node and i > 0):
-            word = tree.tokens[child]
-            if rng.random() < min(1.0, target[word] / drafter_probs(words)[word]):
-                taken = child
-                break
-            rest = [max(p - q, 0.0) for p, q in zip(target, drafter_probs(words), strict=True)]
-            target = [p / sum(rest) for p in rest]
-        word = rng.choices(VOCABULARY, target)[0] if taken is None else tree.tokens[taken]
-        words, node = (*words, word), -2 if taken is None else taken
-    return words
-
-
-def goodness_of(rule: Callable[[DraftTree, int], Prefix]) -> float:
-    expected = {}
-    for words in itertools.product(VOCABULARY, repeat=3):
-        expected[words] = math.prod(float(torch.softmax(TABLE[words[:n]].double(), 0)[words[n]]) for n in range(3))
-    tree = drafted_tree()
-    return chi_square(Counter(rule(tree, seed) for seed in range(NUM_DRAWS)), expected)
-
-
-def test_the_tree_has_two_levels() -> None:
-    tree = drafted_tree()
-    assert {len(prefix_of(tree, node)) for node in range(5)} == {0, 1, 2}
-
-
-def test_words_through_a_tree_have_the_target_distribution() -> None:
-    assert goodness_of(target_only) < 1
-
-
-def test_the_rejection_rule_is_refuted_by_the_same_test() -> None:
-    assert goodness_of(rejection) > 3

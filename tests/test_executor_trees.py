@@ -112,6 +112,34 @@ def test_one_bad_tree_does_not_spoil_the_others(decoder: Decoder) -> None:
     assert driver.run().tokens["r4"] == truth()["r4"]
 
 
+def test_trees_beyond_the_total_budget_are_dropped_and_the_others_serve(decoder: Decoder) -> None:
+    """AdaServe's B: 8 nodes for all, 6 for one; the planner sends 4 + 5, then 3 and 1 that still fit, and one of 7."""
+    engine = tiny_engine(decoder, max_draft_tokens=8, max_tree_nodes=6)
+    for request in all_requests():
+        assert engine.submit(request, None) is None
+    driver = Driver(engine)
+    driver.step()
+    names = sorted(engine.sequences)
+    sizes = dict(zip(names, (4, 5, 3, 1, 7, 1), strict=True))
+    set_trees(engine, *(chain_tree(engine.sequences[name], truth()[name], size) for name, size in sizes.items()))
+    held = {name: len(tree.tokens) - 1 for name in names if (tree := engine.sequences[name].tree) is not None}
+    assert held == {"r0": 4, "r2": 3, "r3": 1}
+    assert (engine.counters["trees_over_budget"], engine.counters["trees_invalid"]) == (2, 1)
+    iteration = driver.step()
+    assert iteration.draft_tokens == 8
+    accepted = {step.request_id: step.accepted_len for step in iteration.progress}
+    assert accepted == {name: held.get(name, 0) for name in names}, "all of what was sent is right, and the dropped decode"
+    assert driver.run().tokens == truth()
+
+
+def test_a_tree_that_takes_an_earlier_ones_place_gives_its_nodes_back(decoder: Decoder) -> None:
+    driver, sequence = decoding_engine(decoder)
+    driver.engine.max_draft_tokens = 4
+    set_trees(driver.engine, *(chain_tree(sequence, truth()["r4"], size) for size in (4, 3, 5)))
+    assert driver.engine.counters["trees_over_budget"] == 1
+    assert driver.step().draft_tokens == 3
+
+
 def test_trees_for_sequences_that_do_not_decode_are_orphans(decoder: Decoder) -> None:
     engine = tiny_engine(decoder, limits=SMALL_PASSES)
     engine.submit(tiny_request("r4", PROMPTS["r4"], NUM_TOKENS), None)

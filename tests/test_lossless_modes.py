@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from common.messages import IterationReport, Slo
+from common.messages import IterationReport, SequenceProgress, Slo
+from services.executor.features import FeatureWish
+from services.gateway.text_stream import TextStream
 from services.planner.actor import make_planner
 from services.planner.config import PlannerConfig
 from services.planner.planner import Planner
+from tests.draft_folders import features_folder, model_folder
+from tests.test_executor_samples import adapters
 from tests.tiny import (
     NUM_TOKENS,
     Driver,
     all_requests,
     ending_at,
     random_prompt,
+    serve,
     set_trees,
     tiny_engine,
     tiny_pair,
@@ -24,18 +33,78 @@ from tests.tiny import (
 )
 
 MODES = ("heddle", "adaserve", "throughput", "slo", "equal", "chain:3", "none")
+GENEROUS = ("heddle", "adaserve", "equal")
+"""They draft so much that the end of a text is among it for every drafter."""
+DRAFTERS = ("ngram", "features", "ngram,features")
+ADAPTED = {"r2": "a", "r5": "b"}
+STOPPED = ("r3", "r4")
+END = truth()["r1"][NUM_TOKENS * 2 // 3]
 
 
-def run_with_planner(driver: Driver, planner: Planner) -> dict[str, list[int]]:
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of the drafters with weights, by kind."""
+    path = tmp_path_factory.mktemp("drafters")
+    return {"features": features_folder(path / "features", model_folder(path / "tiny"))}
+
+
+def planner_of(mode: str, draft: str, folders: dict[str, Path]) -> Planner:
+    kinds = [f"{kind}:{folders[kind]}" if kind in folders else kind for kind in draft.split(",")]
+    return make_planner(PlannerConfig(mode=mode, draft=",".join(kinds), min_prob=0.001))
+
+
+def spelled(tokens: Sequence[int]) -> str:
+    """Two letters for each token, so that a stop string can begin in the middle of one."""
+    return "".join(f"{chr(97 + token // 10)}{chr(65 + token % 10)}" for token in tokens)
+
+
+@functools.cache
+def plain() -> dict[str, list[int]]:
+    """What each request gets from plain decoding, alone: without speculation, cached prefixes or neighbours."""
+    found = {}
+    for request in all_requests():
+        name, engine = request.request_id, tiny_engine(ending_at(tiny_pair()[1], END), prefix_cache=False)
+        engine.adapters |= adapters(engine.decoder)
+        found[name] = serve(engine.decoder, request, adapters=ADAPTED, engine=engine).streams.tokens[name]
+        if name not in ADAPTED:
+            assert found[name] == [*itertools.takewhile(lambda t: t != END, truth()[name]), END][:NUM_TOKENS]
+    return found
+
+
+class Client:
+    """Reads the streams as a gateway does: text until a stop string, and then no more is wanted."""
+
+    def __init__(self, stops: dict[str, str]) -> None:
+        self.texts: dict[str, str] = defaultdict(str)
+        self.stopped: set[str] = set()
+        self._streams = {name: TextStream(spelled, stops=[stops[name]] if name in stops else []) for name in plain()}
+
+    def read(self, driver: Driver) -> None:
+        """Take the last iteration's chunks."""
+        for chunk in driver.iterations[-1].chunks:
+            name = chunk.request_id
+            pieces = [self._streams[name].push(chunk.tokens)]
+            if chunk.finish_reason and not pieces[0].stopped:
+                pieces.append(self._streams[name].finish())
+            self.texts[name] += "".join(piece.text for piece in pieces)
+            if any(piece.stopped for piece in pieces):
+                self.stopped.add(name)
+                driver.engine.cancel(name)
+
+
+def run_with_planner(driver: Driver, planner: Planner, client: Client | None = None) -> dict[str, list[int]]:
     """The tokens of all requests, drafted for as over the bus."""
     engine = driver.engine
+    engine.feature_wish = FeatureWish() if planner.need is None else FeatureWish(planner.need.layers, planner.need.window)
     while engine.has_work:
         iteration = driver.step()
+        if client is not None:
+            client.read(driver)
         report = IterationReport(
             executor_id="executor",
             iteration=iteration.number,
             opened=iteration.opened,
-            closed=tuple(chunk.request_id for chunk in iteration.chunks if chunk.finish_reason),
+            closed=tuple(chunk.request_id for chunk in iteration.chunks if chunk.request_id not in engine.sequences),
             progress=iteration.progress,
             token_budget=48,
             base_tokens=sum(sequence.is_decoding for sequence in engine.sequences.values()),
@@ -43,26 +112,35 @@ def run_with_planner(driver: Driver, planner: Planner) -> dict[str, list[int]]:
             latency=engine.profile,
         )
         set_trees(engine, *planner.answer(report, now=float(iteration.number)))
-    assert engine.counters["trees_invalid"] == 0
+    assert engine.counters["trees_invalid"] == engine.counters["trees_over_budget"] == 0
     return driver.streams.tokens
 
 
+@pytest.mark.parametrize("draft", DRAFTERS)
 @pytest.mark.parametrize("mode", MODES)
-def test_greedy_output_is_that_of_plain_decoding_in_every_mode(mode: str) -> None:
-    """The same prompts three times, so that later ones are drafted from the traffic and found in the prefix cache; a cache so
-    small that sequences are preempted; an end token inside trees.
+def test_greedy_output_is_that_of_plain_decoding(mode: str, draft: str, folders: dict[str, Path]) -> None:
+    """The same prompts three times, so that later ones are drafted from the traffic and found in the prefix cache; two
+    adapters; a cache so small that sequences are preempted; an end token inside trees; stop strings that end amid tokens.
     """
-    _, decoder = tiny_pair()
-    end = truth()["r3"][NUM_TOKENS // 2]
-    engine = tiny_engine(ending_at(decoder, end), num_pages=28)
-    planner = make_planner(PlannerConfig(mode=mode, min_prob=0.001))
+    engine = tiny_engine(ending_at(tiny_pair()[1], END), num_pages=28, max_draft_tokens=48)
+    engine.adapters |= adapters(engine.decoder)
+    planner = planner_of(mode, draft, folders)
+    stops = {name: spelled(plain()[name])[2 * NUM_TOKENS // 3 * 2 - 1 :][:4] for name in STOPPED}
+    steps: list[SequenceProgress] = []
     for turn in range(3):
-        driver = Driver(engine)
-        for request in all_requests(cache_salt="ab"[turn == 1], slo=Slo(tpot_ms=2.0)):
-            assert engine.submit(request, None) is None
-        expected = {name: [*itertools.takewhile(lambda t: t != end, out), end][:NUM_TOKENS] for name, out in truth().items()}
-        assert run_with_planner(driver, planner) == expected
+        driver, client = Driver(engine), Client(stops)
+        for request in all_requests(cache_salt="aab"[turn], slo=Slo(tpot_ms=2.0)):
+            assert engine.submit(request, ADAPTED.get(request.request_id)) is None
+        tokens = run_with_planner(driver, planner, client)
+        steps += [step for iteration in driver.iterations for step in iteration.progress]
+        assert client.stopped == set(STOPPED)
+        for name, expected in plain().items():
+            assert client.texts[name] == spelled(expected).split(stops.get(name, " "))[0], name
+            assert tokens[name] == (expected if name not in STOPPED else expected[: len(tokens[name])])
     assert engine.counters["preemptions"] > 0
+    assert engine.counters["prefix_cache_hits"] > 0
+    ends_drafted = [step for step in steps if step.tokens[-1] == END and step.accepted_len == len(step.tokens)]
+    assert ends_drafted or mode not in GENEROUS, "no end token was ever inside a tree"
     assert (engine.counters["accepted_tokens"] > 20) == (mode != "none"), "hardly a draft was right: that proves little"
 
 

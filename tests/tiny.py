@@ -114,6 +114,7 @@ def tiny_engine(decoder: Decoder, **overrides: Any) -> Engine:
         "max_model_len": 4096,
         "max_sequences": 64,
         "max_tree_nodes": 64,
+        "max_draft_tokens": 1024,
         "executor_id": "executor",
         "clock": lambda: 1000.0,
     } | overrides

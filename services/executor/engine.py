@@ -46,7 +46,8 @@ from services.executor.scheduler import IterationPlan, Limits
 from services.executor.sequences import Sequence
 from services.executor.sharing import TOKEN, Sharing, Turns, plan_turn
 from services.executor.training import BackwardWork, Training
-from services.executor.verify import InvalidTreeError, Verdict, check_tree
+from services.executor.trees import TreeLimits, attach
+from services.executor.verify import Verdict
 
 MIN_BATCH_TOKENS = 16
 """A pass of so few rows is not made smaller when memory runs out: then its requests end with an error."""
@@ -85,6 +86,7 @@ class Engine:
         max_model_len: int,
         max_sequences: int,
         max_tree_nodes: int,
+        max_draft_tokens: int,
         prefix_cache: bool = True,
         sharing: Sharing = TOKEN,
         executor_id: str = "",
@@ -100,6 +102,7 @@ class Engine:
         self.max_model_len = min(max_model_len, decoder.config.max_position_embeddings, num_pages * page_size * 3 // 4)
         self.max_sequences = max_sequences
         self.max_tree_nodes = max_tree_nodes
+        self.max_draft_tokens = max_draft_tokens
         self.adapters: dict[str, LoraAdapter] = {}
         """Those that are resident, the one used longest ago first."""
         self.sequences: dict[str, Sequence] = {}
@@ -171,19 +174,15 @@ class Engine:
         return None if sequence is None else self._finish(sequence, (), "cancelled", error=error)
 
     def set_trees(self, message: DraftTrees) -> None:
-        """Attach draft trees to their sequences; a late, wrong or orphaned tree is counted and dropped."""
-        for tree in message.trees:
-            sequence = self.sequences.get(tree.request_id)
-            if sequence is None or not sequence.is_decoding:
-                self.counters["trees_orphaned"] += 1
-                continue
-            try:
-                config = self.decoder.config
-                check_tree(tree, sequence.tokens, config.vocab_size, self.max_tree_nodes, config.max_position_embeddings)
-            except InvalidTreeError as error:
-                self.counters["trees_late" if str(error).startswith("late") else "trees_invalid"] += 1
-                continue
-            sequence.tree = tree
+        """Attach draft trees to their sequences; what is late, wrong, orphaned or over budget is counted and dropped."""
+        config = self.decoder.config
+        limits = TreeLimits(
+            vocab_size=config.vocab_size,
+            max_length=config.max_position_embeddings,
+            max_nodes=self.max_tree_nodes,
+            max_total=self.max_draft_tokens,
+        )
+        attach(message, self.sequences, limits, self.counters)
 
     # --- one iteration ---------------------------------------------------------------------------------------------
 

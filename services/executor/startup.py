@@ -109,6 +109,7 @@ def _engine(config: ExecutorConfig, decoder: Decoder, profile: LatencyProfile) -
         max_model_len=config.max_model_len,
         max_sequences=config.max_sequences,
         max_tree_nodes=config.max_tree_nodes,
+        max_draft_tokens=config.max_draft_tokens,
         prefix_cache=config.prefix_cache,
         sharing=parse_sharing(config.finetune_sharing),
         executor_id=config.instance_id,
