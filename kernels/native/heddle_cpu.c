@@ -20,7 +20,7 @@
 #define MAX_ROWS 6    /* rows of one microkernel: 6 x 16 sums fill the 16 registers of AVX2 */
 #define PAIR_ROWS 4   /* rows of one microkernel that widens pairs itself: that takes registers too */
 #define FEW_ROWS 32   /* up to so many rows that is faster than to widen a panel first */
-#define TILE_FLOATS 65536 /* inputs that stay in the L2 cache while weights stream by */
+#define TILE_FLOATS 98304 /* inputs that stay in the L2 cache while weights stream by */
 #define SUM_BLOCK 128 /* products that are summed before their sum is added to the rest */
 #define SLICE 256     /* inputs whose widened weights of a panel stay in the L1 cache; a multiple of SUM_BLOCK */
 #define KEY_BLOCK 64  /* keys that are widened at a time */
@@ -123,12 +123,14 @@ INLINE v8 high_half(u8x pairs) { return (v8)(pairs & 0xffff0000u); }
 
 /* Inputs [start, end) of a panel of pairs as floats [end - start][16]: worth it when several blocks of rows use it. */
 static void widen_panel(const void *packed, float *wide, int64_t start, int64_t end) {
-    for (int64_t i = start; i < end; i += 2)
+    for (int64_t i = start; i < end; i += 2) {
+        __builtin_prefetch((const uint32_t *)packed + (i + SLICE) / 2 * PANEL, 0, 2); /* read when the rows are through */
         for (int c = 0; c < PANEL; c += LANES) {
             u8x pairs = *(const u8x *)((const uint32_t *)packed + i / 2 * PANEL + c);
             *(v8 *)(wide + (i - start) * PANEL + c) = low_half(pairs);
             if (i + 1 < end) *(v8 *)(wide + (i + 1 - start) * PANEL + c) = high_half(pairs);
         }
+    }
 }
 
 /* acc[r][c] += x[r][input] * the weights WEIGHT of vector c. Either the inputs or the weights stay in registers. */
