@@ -104,7 +104,8 @@ def corrected(profile: LatencyProfile, rows: Rows, measured_ms: float, weight: f
     """The profile after a forward pass: an EWMA of measured / predicted, one observation bounded to a factor of 4.
 
     What attention to a context had as its share of the prediction goes to its own coefficient: else a long prompt, whose cost
-    per row was measured behind a shorter context, would spoil what is predicted of every other pass.
+    per row was measured behind a shorter context, would spoil what is predicted of every other pass. The points beside the
+    pass's size move as well, the first times by more: passes of one size say little of another's measurement.
     """
     predicted_ms = predict_ms(profile, rows)
     if predicted_ms <= 0 or measured_ms <= 0:
@@ -113,7 +114,34 @@ def corrected(profile: LatencyProfile, rows: Rows, measured_ms: float, weight: f
     share = profile.correction * _row_context_ms(profile, rows) / predicted_ms
     correction = profile.correction * _smoothed(ratio, weight * (1.0 - share))
     per_row = profile.ms_per_row_context * _smoothed(ratio, weight * share)
-    return msgspec.structs.replace(profile, correction=min(10.0, max(0.1, correction)), ms_per_row_context=per_row)
+    points, seen = _corrected_points(profile, rows.tokens, ratio, weight, 1.0 - share)
+    return msgspec.structs.replace(
+        profile, points=points, seen=seen, correction=min(10.0, max(0.1, correction)), ms_per_row_context=per_row
+    )
+
+
+def _corrected_points(
+    profile: LatencyProfile, tokens: int, ratio: float, weight: float, share: float
+) -> tuple[tuple[tuple[int, float], ...], tuple[float, ...]]:
+    """The points and how often each was seen, after one more pass: the two beside its size move by their nearness to it."""
+    seen = list(profile.seen or (0.0,) * len(profile.points))
+    costs = [ms for _, ms in profile.points]
+    for i, nearness in _beside(profile.points, tokens):
+        costs[i] *= _smoothed(ratio, share * nearness * max(weight, 1.0 / (2.0 + seen[i])))
+        seen[i] += nearness
+        costs[:i] = [min(ms, costs[i]) for ms in costs[:i]]
+        costs[i + 1 :] = [max(ms, costs[i]) for ms in costs[i + 1 :]]
+    return tuple((size, ms) for (size, _), ms in zip(profile.points, costs, strict=True)), tuple(seen)
+
+
+def _beside(points: tuple[tuple[int, float], ...], tokens: float) -> list[tuple[int, float]]:
+    """Indices of the points beside a size, with weights that sum to one."""
+    above = bisect_right(points, tokens, key=lambda point: point[0])
+    if above == 0 or above == len(points):
+        return [(min(above, len(points) - 1), 1.0)]
+    (x0, _), (x1, _) = points[above - 1], points[above]
+    nearness = (tokens - x0) / (x1 - x0)
+    return [(above - 1, 1.0 - nearness), (above, nearness)]
 
 
 def backward_corrected(profile: LatencyProfile, tokens: float, measured_ms: float, weight: float = 0.1) -> LatencyProfile:

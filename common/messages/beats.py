@@ -19,6 +19,8 @@ class LatencyProfile(msgspec.Struct, frozen=True, kw_only=True):
     """Of one row's attention to one token of its context; 0 in profiles of a time that did not measure it."""
     backward_ms_per_token: float = 0.0
     correction: float = 1.0
+    seen: tuple[float, ...] = ()
+    """How many passes corrected each point; empty: none."""
 
 
 class ExecutorLoad(msgspec.Struct, frozen=True, kw_only=True):

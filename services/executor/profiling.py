@@ -17,7 +17,8 @@ GPU_POINTS = (*POINTS, 512, 1024, 2048)
 """A GPU is not busy with 256 rows, and what they cost says nothing of more."""
 CONTEXT_TOKENS = 1024
 CONTEXT_ROWS = 64
-"""The two passes behind a context have 1 and this many rows: one of the points, whose pass without it is measured."""
+"""The two passes behind a context have 1 and this many rows: one of the points, whose pass without it is measured.
+More rows than these are prompts, of which only the last row needs logits."""
 NUM_SLOTS = max(CONTEXT_TOKENS + CONTEXT_ROWS, GPU_POINTS[-1])
 """Cache slots that the measurement needs."""
 REPEATS = 3
@@ -69,8 +70,9 @@ def _context_costs(decoder: Decoder, cache: KvCache, measured: list[tuple[int, f
 
 def _pass_ms(decoder: Decoder, cache: KvCache, num_tokens: int, context_tokens: int = 0) -> float:
     rows = range(context_tokens, context_tokens + num_tokens)
+    wants_logits = "all" if num_tokens <= CONTEXT_ROWS else "last"
     segment = Segment(
-        tokens=[0] * num_tokens, positions=rows, context_slots=range(context_tokens), slots=rows, wants_logits="all"
+        tokens=[0] * num_tokens, positions=rows, context_slots=range(context_tokens), slots=rows, wants_logits=wants_logits
     )
     batch = build_batch([segment], decoder.device)
     started_at = time.perf_counter()

@@ -1,0 +1,45 @@
+"""The latency model's online correction, against a device whose times are known."""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+import pytest
+
+from common.latency import Rows, corrected, make_profile, predict_ms
+
+DEVICE = make_profile([(1, 13.0), (8, 30.0), (64, 150.0), (256, 520.0)])
+
+
+def test_a_size_measured_on_a_busy_machine_is_right_after_a_few_passes() -> None:
+    profile = make_profile([(1, 13.0), (8, 30.0), (64, 150.0), (256, 1500.0)])
+    for _ in range(8):
+        profile = corrected(profile, Rows(250), predict_ms(DEVICE, Rows(250)))
+        for _ in range(30):
+            profile = corrected(profile, Rows(8), predict_ms(DEVICE, Rows(8)))
+    for tokens in (1, 8, 250, 256):
+        assert predict_ms(profile, Rows(tokens)) == pytest.approx(predict_ms(DEVICE, Rows(tokens)), rel=0.2)
+
+
+def test_one_stalled_pass_of_a_known_size_moves_little() -> None:
+    profile = DEVICE
+    for _ in range(50):
+        profile = corrected(profile, Rows(8), 30.0)
+    stalled = corrected(profile, Rows(8), 3000.0)
+    assert predict_ms(stalled, Rows(8)) < 1.35 * predict_ms(profile, Rows(8))
+
+
+def test_more_tokens_never_become_cheaper() -> None:
+    rng, profile = random.Random(0), DEVICE
+    for _ in range(500):
+        profile = corrected(profile, Rows(rng.randrange(1, 400)), rng.uniform(1.0, 2000.0))
+        costs = [ms for _, ms in profile.points]
+        assert costs == sorted(costs)
+        assert all(ms > 0 for ms in costs)
+
+
+def test_a_profile_without_counts_is_one_that_no_pass_corrected() -> None:
+    seen = corrected(DEVICE, Rows(8), 30.0).seen
+    assert seen == (0.0, 1.0, 0.0, 0.0)
+    assert corrected(msgspec.structs.replace(DEVICE, seen=()), Rows(8), 60.0) == corrected(DEVICE, Rows(8), 60.0)
