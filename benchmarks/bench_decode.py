@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.decode_rows import CONCURRENCIES, FIRST_START, PREFILLS, START, Rounds, common_prefix, tpot, ttft
 from benchmarks.report import commit, line, machine, write_csv
-from benchmarks.servers import Vllm, model_folder
+from benchmarks.servers import Vllm, model_folder, settle
 from benchmarks.streams import Sample, complete_all
 from benchmarks.vllm_env import VLLM_VERSION
 from services.cli.parser import DEFAULT_MODEL
@@ -74,7 +74,8 @@ def exact(samples: list[Sample], num_tokens: int) -> list[Sample]:
 
 
 def ask(server: Server, prompts: list[list[int]], num_tokens: int) -> list[Sample]:
-    """All prompts at once, each answer of the length asked for."""
+    """All prompts at once on an idle machine, each answer of the length asked for."""
+    settle()
     return exact(asyncio.run(complete_all(server.url, prompts, num_tokens)), num_tokens)
 
 
@@ -84,7 +85,7 @@ def timed_start(side: Side, prompts: Prompts) -> tuple[Server, float]:
     started_at = time.monotonic()
     server.start()
     try:
-        ask(server, prompts.take(1, 16), 1)
+        asyncio.run(complete_all(server.url, prompts.take(1, 16), 1))
     except BaseException:
         server.stop()
         raise

@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
+import psutil
 
 from benchmarks.streams import MODEL
 from common.nats_server import free_port
@@ -21,6 +23,8 @@ from tests.stack import Stack, eventually
 START_S = 1800.0
 """vLLM's first start in a user's account compiles the model."""
 VLLM_STOP_S = 30.0
+IDLE_PERCENT = 10.0
+SETTLE_S = 20.0
 VLLM_SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "3", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 MAX_MODEL_LEN = 2048
 
@@ -42,6 +46,17 @@ def stack(model_dir: Path, *options: str) -> Iterator[Stack]:
             yield running
         finally:
             running.stop()
+
+
+def settle() -> None:
+    """Wait until the machine is idle for a second: vLLM's worker spins for a while after its last answer, and whoever is asked
+    then pays for it. Gives up after SETTLE_S, with a line that says so.
+    """
+    deadline = time.monotonic() + SETTLE_S
+    while (busy := psutil.cpu_percent(interval=1.0)) > IDLE_PERCENT:
+        if time.monotonic() > deadline:
+            print(f"the machine is not idle: {busy:.0f}% busy", flush=True)
+            return
 
 
 class Vllm:
