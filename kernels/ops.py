@@ -30,6 +30,7 @@ from kernels.native.lora import AdapterTable, LayersLora
 from kernels.reference import clip_grad_norm, sgd
 from kernels.sampling import Draw
 from kernels.segments import AttentionPlan, AttentionSegment, LoraSegment
+from kernels.triton_ops.attention_tables import AttentionTables, FixedPlan, TableRoom, host_tables
 from kernels.triton_ops.lora_tables import AdapterMatrices, BatchTables
 
 if TYPE_CHECKING:
@@ -45,8 +46,10 @@ __all__ = [
     "AdapterTable",
     "AttentionPlan",
     "AttentionSegment",
+    "AttentionTables",
     "BatchTables",
     "Draw",
+    "FixedPlan",
     "LayerParts",
     "LayerStack",
     "LayersLora",
@@ -54,6 +57,7 @@ __all__ = [
     "LoraPlan",
     "LoraSegment",
     "StackShape",
+    "TableRoom",
     "adamw",
     "add_attention_gradients",
     "add_rms_norm",
@@ -65,6 +69,7 @@ __all__ = [
     "drop",
     "drop_keys",
     "has_fast_bfloat16",
+    "host_tables",
     "layer_stack",
     "linear_cross_entropy",
     "ragged_attention",

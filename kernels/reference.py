@@ -68,9 +68,10 @@ def rope_and_cache(
     v_cache_SKD: Tensor,
     slots_T: Tensor,
 ) -> Tensor:
-    """Semantics: k_cache[slots] = rope(k); v_cache[slots] = v, in place; returns rope(q)."""
-    k_cache_SKD.index_copy_(0, slots_T, rope(k_TKD, cos_TD, sin_TD))
-    v_cache_SKD.index_copy_(0, slots_T, v_TKD)
+    """Semantics: k_cache[slots] = rope(k); v_cache[slots] = v, in place; returns rope(q). Negative slots: nowhere."""
+    is_kept_T = slots_T >= 0
+    k_cache_SKD.index_copy_(0, slots_T[is_kept_T], rope(k_TKD, cos_TD, sin_TD)[is_kept_T])
+    v_cache_SKD.index_copy_(0, slots_T[is_kept_T], v_TKD[is_kept_T])
     return rope(q_TND, cos_TD, sin_TD)
 
 

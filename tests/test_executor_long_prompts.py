@@ -14,7 +14,8 @@ from common.latency import Rows, context_costs, corrected, make_profile, predict
 from common.messages import LatencyProfile
 from services.executor import profiling
 from services.executor.finetune_share import JobView
-from services.executor.model import Decoder, KvCache
+from services.executor.model import KvCache
+from services.executor.passes import Passes
 from services.executor.scheduler import Limits, SequenceView, plan_iteration
 from services.executor.startup import profile_key
 from tests.plans import decoding, waiting
@@ -138,7 +139,7 @@ def test_the_costs_of_context_are_found_from_two_passes() -> None:
 def test_the_measurement_finds_a_device_in_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
 
-    def pass_ms(_: Decoder, cache: KvCache, num_tokens: int, context_tokens: int = 0) -> float:
+    def pass_ms(_: Passes, num_tokens: int, context_tokens: int = 0) -> float:
         assert num_tokens + context_tokens <= profiling.NUM_SLOTS
         passes.append((num_tokens, context_tokens))
         return predict_ms(DEVICE, Rows().with_segment(num_tokens, context_tokens))
@@ -155,7 +156,7 @@ def test_the_measurement_finds_a_device_in_few_passes(monkeypatch: pytest.Monkey
 
 
 def test_a_cost_of_context_that_noise_has_hidden_can_still_be_learned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "_pass_ms", lambda decoder, cache, num_tokens, context_tokens=0: 20.0 + num_tokens)
+    monkeypatch.setattr(profiling, "_pass_ms", lambda passes, num_tokens, context_tokens=0: 20.0 + num_tokens)
     decoder = tiny_pair(max_position_embeddings=2048)[1]
     profile = profiling.measure_profile(decoder, KvCache(decoder.config, 1, decoder.dtype, decoder.device), 1024)
     assert profile.ms_per_row_context == pytest.approx(2 * 32 / (32 * (32 + 2 * 16 + 32 + 3 * 48)))

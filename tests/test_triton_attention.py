@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import random
+
 import pytest
 import torch
 
@@ -9,7 +13,7 @@ import tests.triton_stage as stage
 from kernels import reference
 from kernels.segments import AttentionPlan, AttentionSegment
 from kernels.triton_ops import ragged_attention as module
-from kernels.triton_ops.attention_tables import AttentionTables, attention_tables, host_tables
+from kernels.triton_ops.attention_tables import AttentionTables, TableRoom, attention_tables, host_tables
 from kernels.triton_ops.ragged_attention import ragged_attention
 from tests.helpers import assert_matches, randn
 from tests.test_kernels_attention import (
@@ -135,6 +139,69 @@ def test_launches_do_not_depend_on_the_number_of_segments(monkeypatch: pytest.Mo
         assert launches == ["_ragged_attention_kernel", "_merge_kernel"]
 
 
+def test_programs_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a grid that is smaller than the work, and of one that is larger, as a recorded launch's may be."""
+    shrink(monkeypatch)
+    segments, num_rows = make_segments([(70, 1), (12, BINARY), (0, 30), (40, 1), (90, STAR)], gap=0)
+    q, k, v = (
+        stage.put(randn(n, h, HEAD_DIM, seed=n), torch.float32) for n, h in ((num_rows, 4), (NUM_SLOTS, 2), (NUM_SLOTS, 2))
+    )
+    tables = tables_of(segments, 2)
+    expected = ragged_attention(q, k, v, tables, SCALE)
+    assert module.grid(len(tables.work), 2) == (len(tables.work), 2)
+    monkeypatch.setattr(module, "MAX_PROGRAMS", 6)
+    assert module.grid(len(tables.work), 2) == (3, 2)
+    assert torch.equal(ragged_attention(q, k, v, tables, SCALE), expected)
+    room = dataclasses.replace(
+        tables, work=torch.cat((tables.work, tables.work)), merges=torch.cat((tables.merges, tables.merges))
+    )
+    assert torch.equal(ragged_attention(q, k, v, room, SCALE), expected), "what lies behind the sizes is not looked at"
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (1, 7), (1, 16), (1, 64), (4, 4)])
+def test_few_sequences_behind_a_long_context_fill_the_device(rows: tuple[int, int]) -> None:
+    """8k keys, Llama-3.1-8B's 8 key/value heads in groups of 4: programs enough for an H100's 132 processors, or close."""
+    num_sequences, num_rows = rows
+    slots = torch.arange(8192)
+    segments = [
+        AttentionSegment(start=i * num_rows, end=(i + 1) * num_rows, slots_L=slots, mask_nn=torch.eye(num_rows).bool())
+        for i in range(num_sequences)
+    ]
+    host = host_tables(segments, 4, None)
+    num_programs = math.prod(module.grid(len(host.work), 8))
+    assert num_programs >= 128
+    longest = int((host.work[:, 10] - host.work[:, 9]).max())
+    assert longest <= 512 * -(-4 * num_rows // 128), "nobody waits for one long piece"
+
+
+def test_a_large_tile_is_split_as_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    segments, num_rows = make_segments([(95, STAR), (70, 15), (60, WIDE_TREE), (5, 30)], gap=0)
+    tables = tables_of(segments, 3)
+    assert set(tables.work[:, 8].tolist()) == {1}, "all are large"
+    assert (tables.merges[:, 4] > 1).all()
+    assert {units for *_, units in tables.merges.tolist()} >= {1, 2}
+    check(segments, num_rows, torch.float32, (3, 1), HEAD_DIM)
+
+
+def test_no_tables_outgrow_their_room() -> None:
+    """Whatever segments share so many rows and keys; partials apart, which passes full of large trees may lack."""
+    generator = random.Random(0)
+    for group in (1, 4, 7, 32):
+        for _ in range(30):
+            lengths = [(generator.randint(0, 3000), generator.randint(1, 40)) for _ in range(generator.randint(1, 9))]
+            segments, start = [], 0
+            for context, rows in lengths:
+                mask = torch.eye(rows).bool() if generator.random() < 0.5 else None
+                segments.append(
+                    AttentionSegment(start=start, end=start + rows, slots_L=torch.arange(context + rows), mask_nn=mask)
+                )
+                start += rows
+            host = host_tables(segments, group, None)
+            room = TableRoom.of(start, sum(context + rows for context, rows in lengths), group)
+            assert dataclasses.replace(room, num_partials=host.num_partials).holds(host)
+
+
 def test_a_request_gets_the_same_result_alone_and_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch)
     segments, num_rows = make_segments([(70, 1), (12, BINARY), (0, 30)], gap=0)
@@ -164,5 +231,4 @@ def test_no_segments_and_tables_of_other_heads() -> None:
     segments, _ = make_segments([(1, 1)], gap=0)
     with pytest.raises(ValueError, match="2 heads in a group"):
         ragged_attention(q, k, k, tables_of(segments, 2), SCALE)
-    with pytest.raises(ValueError, match="no segments"):
-        host_tables([], 1, None)
+    assert host_tables([], 1, None).sizes.tolist() == [0, 0]

@@ -33,8 +33,8 @@ def attention() -> tuple[Any, ...]:
     tables = attention_tables(plan(), N // K, None)
     cache = tensor(9, K, D)
     return (
-        tensor(T, N, D), cache, cache, tables.work, tables.merges, tables.slots, tables.masks, tables.num_partials, True, False,
-        False, 0.5, 0,
+        tensor(T, N, D), cache, cache, tables.sizes, tables.work, tables.merges, tables.slots, tables.masks,
+        tables.num_partials, True, False, False, 0.5, 0,
     )  # fmt: skip
 
 

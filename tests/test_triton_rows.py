@@ -67,7 +67,7 @@ def test_rope_and_cache(num_heads: int, num_kv_heads: int, head_dim: int, num_ro
     heads = num_heads + 2 * num_kv_heads
     fused = randn(num_rows, heads * head_dim, dtype=dtype)
     cos, sin = (randn(num_rows, head_dim, dtype=dtype, seed=seed) / 2 for seed in (1, 2))
-    slots = torch.tensor([7, 0, 3, 8, 1])[:num_rows]
+    slots = torch.tensor([7, 0, -1, 8, 1])[:num_rows]
     expected_k, expected_v = torch.zeros(2, 9, num_kv_heads, head_dim, dtype=torch.float64)
     widths = [num_heads, num_kv_heads, num_kv_heads]
     q, k, v = torch.split(fused.view(num_rows, heads, head_dim), widths, dim=1)

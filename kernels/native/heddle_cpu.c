@@ -346,14 +346,15 @@ void heddle_rope_and_cache(const void *q, int64_t q_stride, const void *k, int64
     for (int64_t r = 0; r < num_rows; r++) {
         const void *c = at(cos, r * head_dim, half), *s = at(sin, r * head_dim, half);
         void *to = at(q_out, r * num_heads * head_dim, half), *key = at(k_cache, slots[r] * kv_row, half);
+        int64_t num_keys = slots[r] < 0 ? 0 : num_kv_heads; /* a row without a slot is written nowhere */
         if (half) {
             rotate_heads(at(q, r * q_stride, 1), to, c, s, num_heads, head_dim, 1);
-            rotate_heads(at(k, r * k_stride, 1), key, c, s, num_kv_heads, head_dim, 1);
+            rotate_heads(at(k, r * k_stride, 1), key, c, s, num_keys, head_dim, 1);
         } else {
             rotate_heads(at(q, r * q_stride, 0), to, c, s, num_heads, head_dim, 0);
-            rotate_heads(at(k, r * k_stride, 0), key, c, s, num_kv_heads, head_dim, 0);
+            rotate_heads(at(k, r * k_stride, 0), key, c, s, num_keys, head_dim, 0);
         }
-        memcpy(at(v_cache, slots[r] * kv_row, half), at(v, r * v_stride, half), (size_t)(kv_row * (half ? 2 : 4)));
+        if (num_keys) memcpy(at(v_cache, slots[r] * kv_row, half), at(v, r * v_stride, half), (size_t)(kv_row * (half ? 2 : 4)));
     }
 }
 

@@ -15,7 +15,7 @@ from kernels.segments import AttentionPlan
 from kernels.triton_ops import linear_cross_entropy as cross_entropy
 from kernels.triton_ops import segmented_lora as lora
 from kernels.triton_ops.adamw import adamw
-from kernels.triton_ops.attention_tables import attention_tables
+from kernels.triton_ops.attention_tables import FixedPlan, attention_tables
 from kernels.triton_ops.commit_kv import commit_kv
 from kernels.triton_ops.drop import drop
 from kernels.triton_ops.lora_tables import AdapterMatrices, BatchTables, LoraTables
@@ -52,7 +52,8 @@ def ragged_attention(
 ) -> Tensor:
     """Of a plan's segments."""
     group = q_TND.shape[1] // k_cache_SKD.shape[1]
-    tables = attention_tables(plan, group, window) if plan.segments else None
+    is_empty = not plan.segments and not isinstance(plan, FixedPlan)
+    tables = None if is_empty else attention_tables(plan, group, window)
     return attend(_dense(q_TND), k_cache_SKD, v_cache_SKD, tables, scale)
 
 

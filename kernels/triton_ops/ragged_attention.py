@@ -15,6 +15,8 @@ from kernels.triton_ops.lang import constexpr, dot_precision, jit, next_power_of
 LOG2_E = 1.4426950408889634
 KEYS = 64
 """Keys of one step: with D = 128 in half precision 16 KiB each of keys and values, so that three steps fit in flight."""
+MAX_PROGRAMS = 132 * 8
+"""More than an H100's 132 processors run at once; the others' work is theirs in turn, the longest pieces first."""
 
 
 @jit
@@ -81,7 +83,8 @@ def _step_kernel(
 def _tile_kernel(
     q_ptr: scalar, k_ptr: scalar, v_ptr: scalar, out_ptr: scalar, partial_ptr: scalar, lse_ptr: scalar, work_ptr: scalar,
     slots_ptr: scalar, masks_ptr: scalar, stride_qt: scalar, stride_s: scalar, scale: scalar, K: constexpr, G: constexpr,
-    D: constexpr, BLOCK_M: constexpr, BLOCK_D: constexpr, KEYS: constexpr, WINDOW: constexpr, PRECISION: constexpr,
+    D: constexpr, BLOCK_M: constexpr, BLOCK_D: constexpr, UNIT: constexpr, KEYS: constexpr, WINDOW: constexpr,
+    PRECISION: constexpr,
 ) -> None:  # fmt: skip
     """out[m] = softmax(scale * q[m] k^T, masked) v over the keys of this piece of work, or its share of a split tile"""
     row_start, num_rows = tl.load(work_ptr).to(tl.int64), tl.load(work_ptr + 1)
@@ -124,7 +127,7 @@ def _tile_kernel(
     if partial < 0:
         tl.store(out_ptr + (row_start + row)[:, None] * (K * G * D) + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        part = (partial.to(tl.int64) * K + kv_head) * BLOCK_M + m
+        part = (partial.to(tl.int64) * K + kv_head * tl.load(work_ptr + 11)) * UNIT + m
         tl.store(partial_ptr + part[:, None] * D + offs[None, :], acc, mask=inside)
         tl.store(lse_ptr + part, tl.where(is_empty, float("-inf"), highest + tl.log2(total)), mask=is_row)
 
@@ -137,6 +140,7 @@ def _ragged_attention_kernel(
     out_ptr: scalar,
     partial_ptr: scalar,
     lse_ptr: scalar,
+    sizes_ptr: scalar,
     work_ptr: scalar,
     slots_ptr: scalar,
     masks_ptr: scalar,
@@ -156,21 +160,22 @@ def _ragged_attention_kernel(
     WINDOW: constexpr,
     PRECISION: constexpr,
 ) -> None:
-    """One piece of work, one key/value head."""
-    work_ptr += tl.program_id(0) * FIELDS
-    is_large, has_rows = tl.load(work_ptr + 8) != 0, tl.load(work_ptr + 1) > 0
-    if HAS_LARGE:  # noqa: SIM102 (decided when the kernel is compiled)
-        if is_large and has_rows:
-            _tile_kernel(
-                q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, lse_ptr, work_ptr, slots_ptr, masks_ptr, stride_qt, stride_s, scale,
-                K, G, D, LARGE, BLOCK_D, KEYS, WINDOW, PRECISION,
-            )  # fmt: skip
-    if HAS_SMALL:  # noqa: SIM102
-        if (not is_large) and has_rows:
-            _tile_kernel(
-                q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, lse_ptr, work_ptr, slots_ptr, masks_ptr, stride_qt, stride_s, scale,
-                K, G, D, SMALL, BLOCK_D, KEYS, WINDOW, PRECISION,
-            )  # fmt: skip
+    """This program's pieces of work, of one key/value head: there may be more than programs, or fewer."""
+    for piece in range(tl.program_id(0), tl.load(sizes_ptr), tl.num_programs(0)):
+        own_ptr = work_ptr + piece * FIELDS
+        is_large = tl.load(own_ptr + 8) != 0
+        if HAS_LARGE:  # noqa: SIM102 (decided when the kernel is compiled)
+            if is_large:
+                _tile_kernel(
+                    q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, lse_ptr, own_ptr, slots_ptr, masks_ptr, stride_qt, stride_s,
+                    scale, K, G, D, LARGE, BLOCK_D, SMALL, KEYS, WINDOW, PRECISION,
+                )  # fmt: skip
+        if HAS_SMALL:  # noqa: SIM102
+            if not is_large:
+                _tile_kernel(
+                    q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, lse_ptr, own_ptr, slots_ptr, masks_ptr, stride_qt, stride_s,
+                    scale, K, G, D, SMALL, BLOCK_D, SMALL, KEYS, WINDOW, PRECISION,
+                )  # fmt: skip
 
 
 @jit
@@ -178,6 +183,7 @@ def _merge_kernel(
     out_ptr: scalar,
     partial_ptr: scalar,
     lse_ptr: scalar,
+    sizes_ptr: scalar,
     merges_ptr: scalar,
     FIELDS: constexpr,
     K: constexpr,
@@ -185,11 +191,15 @@ def _merge_kernel(
     D: constexpr,
     BLOCK_D: constexpr,
     BLOCK_M: constexpr,
+    LARGE: constexpr,
 ) -> None:
     """out[m] = sum_s(2^lse[s, m] partial[s, m]) / sum_s(2^lse[s, m])"""
     merge_ptr, kv_head = merges_ptr + tl.program_id(0) * FIELDS, tl.program_id(1)
+    if tl.program_id(0) >= tl.load(sizes_ptr + 1):
+        return
     row_start, num_rows, first = tl.load(merge_ptr).to(tl.int64), tl.load(merge_ptr + 1), tl.load(merge_ptr + 2)
-    partial, num_splits = tl.load(merge_ptr + 3), tl.load(merge_ptr + 4)
+    num_splits, units = tl.load(merge_ptr + 4), tl.load(merge_ptr + 5)
+    partial, unit = tl.load(merge_ptr + 3).to(tl.int64), (first % LARGE) // BLOCK_M
     m, offs = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     row = (first + m) // G
     is_row = row < num_rows
@@ -197,7 +207,7 @@ def _merge_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total, highest = tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for split in range(num_splits):
-        part = ((partial + split).to(tl.int64) * K + kv_head) * BLOCK_M + m
+        part = ((partial + split * units) * K + kv_head * units + unit) * BLOCK_M + m
         lse = tl.load(lse_ptr + part, mask=is_row, other=0.0)
         higher = tl.maximum(highest, lse)
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -209,6 +219,11 @@ def _merge_kernel(
     total = tl.where(total == 0.0, 1.0, total)
     at = (row_start + row)[:, None] * (K * G * D) + (kv_head * G + (first + m) % G)[:, None] * D + offs[None, :]
     tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def grid(num_pieces: int, num_kv_heads: int) -> tuple[int, int]:
+    """A program for each piece of work and key/value head, as long as that is not many times more than run at once."""
+    return min(num_pieces, max(MAX_PROGRAMS // num_kv_heads, 1)), num_kv_heads
 
 
 def ragged_attention(
@@ -224,8 +239,8 @@ def ragged_attention(
     if tables.group * num_kv_heads != num_heads:
         raise ValueError(f"tables for {tables.group} heads in a group, {num_heads} heads over {num_kv_heads}")
     attended: Tensor = attend(
-        q_TND, k_cache_SKD, v_cache_SKD, tables.work, tables.merges, tables.slots, tables.masks, tables.num_partials,
-        tables.has_small, tables.has_large, tables.num_rows < len(q_TND), scale, tables.window,
+        q_TND, k_cache_SKD, v_cache_SKD, tables.sizes, tables.work, tables.merges, tables.slots, tables.masks,
+        tables.num_partials, tables.has_small, tables.has_large, tables.num_rows < len(q_TND), scale, tables.window,
     )  # fmt: skip
     return attended
 
@@ -235,6 +250,7 @@ def attend(
     q_TND: Tensor,
     k_cache_SKD: Tensor,
     v_cache_SKD: Tensor,
+    sizes: Tensor,
     work: Tensor,
     merges: Tensor,
     slots: Tensor,
@@ -257,15 +273,16 @@ def attend(
     num_partial_rows = num_partials * num_kv_heads * SMALL_BLOCK
     partials = torch.empty((num_partial_rows, head_dim), dtype=torch.float32, device=q_TND.device)
     lse = torch.empty(num_partial_rows, dtype=torch.float32, device=q_TND.device)
-    _ragged_attention_kernel[(work.shape[0], num_kv_heads)](
-        q_TND, k_cache_SKD, v_cache_SKD, out_TND, partials, lse, work, slots, masks, q_TND.stride(0), num_kv_heads * head_dim,
-        scale * LOG2_E, FIELDS=WORK_FIELDS, **shape, SMALL=SMALL_BLOCK, LARGE=LARGE_BLOCK, HAS_SMALL=has_small,
-        HAS_LARGE=has_large, KEYS=KEYS, WINDOW=window, PRECISION=dot_precision(q_TND.dtype), num_warps=8 if has_large else 4,
-        num_stages=3,
+    _ragged_attention_kernel[grid(len(work), num_kv_heads)](
+        q_TND, k_cache_SKD, v_cache_SKD, out_TND, partials, lse, sizes, work, slots, masks, q_TND.stride(0),
+        num_kv_heads * head_dim, scale * LOG2_E, FIELDS=WORK_FIELDS, **shape, SMALL=SMALL_BLOCK, LARGE=LARGE_BLOCK,
+        HAS_SMALL=has_small, HAS_LARGE=has_large, KEYS=KEYS, WINDOW=window, PRECISION=dot_precision(q_TND.dtype),
+        num_warps=8 if has_large else 4, num_stages=3,
     )  # fmt: skip
     if num_partials:
-        grid = (merges.shape[0], num_kv_heads)
-        _merge_kernel[grid](out_TND, partials, lse, merges, FIELDS=MERGE_FIELDS, **shape, BLOCK_M=SMALL_BLOCK)
+        _merge_kernel[(len(merges), num_kv_heads)](
+            out_TND, partials, lse, sizes, merges, FIELDS=MERGE_FIELDS, **shape, BLOCK_M=SMALL_BLOCK, LARGE=LARGE_BLOCK
+        )
     return out_TND
 
 

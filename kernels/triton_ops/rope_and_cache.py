@@ -63,7 +63,7 @@ def _rope_and_cache_kernel(
         _rotated_kernel(q_ptr + row * stride_qt + at, out_ptr + row * N * D + at, mask, cos, cos_high, sin, sin_high, HALF)
     if first + HEADS > N:
         slot = tl.load(slots_ptr + row).to(tl.int64)
-        mask = inside & (head >= N) & (head < N + K)
+        mask = inside & (head >= N) & (head < N + tl.where(slot < 0, 0, K))
         at -= N * D
         dst = slot * K * D + at
         _rotated_kernel(k_ptr + row * stride_kt + at, k_cache_ptr + dst, mask, cos, cos_high, sin, sin_high, HALF)
@@ -83,7 +83,10 @@ def rope_and_cache(
     v_cache_SKD: Tensor,
     slots_T: Tensor,
 ) -> Tensor:
-    """Semantics: k_cache[slots] = rope(k); v_cache[slots] = v, in place; returns rope(q). Slots must differ."""
+    """Semantics: k_cache[slots] = rope(k); v_cache[slots] = v, in place; returns rope(q). Slots must differ.
+
+    A row whose slot is negative is written nowhere.
+    """
     num_rows, num_heads, head_dim = q_TND.shape
     num_kv_heads = k_TKD.shape[1]
     if k_TKD.shape != (num_rows, num_kv_heads, head_dim) or v_TKD.shape != k_TKD.shape or slots_T.shape != (num_rows,):

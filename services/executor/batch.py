@@ -6,8 +6,9 @@ Where the scheduler's ints meet the engine's tensors. Knows rows, slots and adap
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,39 +96,55 @@ class Batch:
             torch._foreach_copy_(places, rows)
 
 
+class HostRows(NamedTuple):
+    """Rows on the host, int64: tokens, positions and slots of each, the first row of every segment, its keys' slots."""
+
+    tokens: Slots
+    positions: Slots
+    slots: Slots
+    starts: list[int]
+    keys: Slots
+    num_keys: list[int]
+
+
+def host_rows(segments: Seq[Segment]) -> HostRows:
+    """The rows of these segments, in their order."""
+    keys = [np.concatenate([s.context_slots, s.slots], dtype=np.int64, casting="unsafe") for s in segments]
+    starts = itertools.accumulate((len(segment.tokens) for segment in segments), initial=0)
+    return HostRows(
+        tokens=np.array([token for segment in segments for token in segment.tokens], dtype=np.int64),
+        positions=np.array([position for segment in segments for position in segment.positions], dtype=np.int64),
+        slots=_joined([np.asarray(segment.slots, dtype=np.int64) for segment in segments]),
+        starts=list(starts)[:-1],
+        keys=_joined(keys),
+        num_keys=[len(own) for own in keys],
+    )
+
+
 def build_batch(segments: Seq[Segment], device: torch.device) -> Batch:
     """The batch of these segments, in their order; neighbours with the same adapter share its launches."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[Slots] = []
-    starts: list[int] = []
+    host = host_rows(segments)
     logit_rows: list[int] = []
     adapters: list[AdapterRows] = []
     training: list[TrainingRows] = []
-    for segment in segments:
-        start = len(tokens)
-        tokens += segment.tokens
-        positions += segment.positions
-        slots.append(np.asarray(segment.slots, dtype=np.int64))
-        end = len(tokens)
-        starts.append(start)
+    for segment, start in zip(segments, host.starts, strict=True):
+        end = start + len(segment.tokens)
         if segment.adapter is not None:
             adapters = joined(adapters, AdapterRows(start=start, end=end, adapter=segment.adapter))
         if segment.tape is not None:
             training.append(TrainingRows(start=start, end=end, tape=segment.tape, tape_start=segment.tape_start))
         logit_rows += {"all": range(start, end), "last": range(end - 1, end), "none": ()}[segment.wants_logits]
-    keys = [np.concatenate([s.context_slots, s.slots], dtype=np.int64, casting="unsafe") for s in segments]
-    rows = (np.array(each, dtype=np.int64) for each in (tokens, positions, logit_rows))
-    tokens_T, positions_T, logit_rows_R, slots_T, key_slots = upload([*rows, _joined(slots), _joined(keys)], device)
+    wanted = np.array(logit_rows, dtype=np.int64)
+    tokens_T, positions_T, slots_T, logit_rows_R, key_slots = upload([*host[:3], wanted, host.keys], device)
     return Batch(
         tokens_T=tokens_T,
         positions_T=positions_T,
         slots_T=slots_T,
-        attention=AttentionPlan(_attention(segments, starts, key_slots, [len(own) for own in keys]), key_slots),
+        attention=AttentionPlan(attention_segments(segments, host.starts, key_slots, host.num_keys), key_slots),
         adapters=arranged(tuple(adapters)),
         training=tuple(training),
         logit_rows=logit_rows_R,
-        starts=tuple(starts),
+        starts=tuple(host.starts),
         dropout=_dropout(segments, device),
     )
 
@@ -155,7 +172,7 @@ def _joined(parts: Seq[Slots]) -> Slots:
     return np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
 
-def _attention(segments: Seq[Segment], starts: Seq[int], slots: Tensor, num_keys: Seq[int]) -> list[AttentionSegment]:
+def attention_segments(segments: Seq[Segment], starts: Seq[int], slots: Tensor, num_keys: Seq[int]) -> list[AttentionSegment]:
     """`slots` are the keys of all segments, one after another. Masks stay on the host."""
     return [
         AttentionSegment(

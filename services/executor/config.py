@@ -31,6 +31,8 @@ class ExecutorConfig(ServiceConfig):
     max_model_len: int = 8192
     max_sequences: int = 256
     max_batch_tokens: int = 1024
+    max_graph_tokens: int = 256
+    """Largest pass of decode roots and draft trees that a GPU replays as a recorded CUDA graph; 0: none."""
     max_tree_nodes: int = 64
     """Draft nodes that one request may send into an iteration."""
     max_draft_tokens: int = 64
@@ -74,6 +76,7 @@ class ExecutorConfig(ServiceConfig):
         require(
             self.max_tree_nodes >= 0 and self.max_draft_tokens >= 0, "max_tree_nodes and max_draft_tokens", "not be negative"
         )
+        require(self.max_graph_tokens >= 0, "max_graph_tokens", "not be negative")
         require(self.kv_cache_tokens >= self.page_size, "kv_cache_tokens", "be at least page_size")
         require(self.max_lora_rank > 0, "max_lora_rank", "be positive")
         require(self.tree_wait_ms >= 0, "tree_wait_ms", "not be negative")

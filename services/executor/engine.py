@@ -29,7 +29,6 @@ from common.messages import (
 )
 from kernels.upload import upload
 from services.executor.assembly import Assembly, Work
-from services.executor.batch import build_batch
 from services.executor.commit import Moves, commit, verify
 from services.executor.device import is_out_of_memory
 from services.executor.draws import WorkDraws, drawn_by
@@ -39,6 +38,7 @@ from services.executor.logits import processor_of
 from services.executor.lora import LoraAdapter
 from services.executor.model import Decoder, KvCache
 from services.executor.pages import PageAllocator
+from services.executor.passes import Passes
 from services.executor.prefix import PageDigests
 from services.executor.requests import refusal
 from services.executor.sampling import Draws, NonFiniteLogitsError
@@ -88,12 +88,14 @@ class Engine:
         max_tree_nodes: int,
         max_draft_tokens: int,
         prefix_cache: bool = True,
+        max_graph_tokens: int = 0,
         sharing: Sharing = TOKEN,
         executor_id: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.decoder = decoder
         self.cache = KvCache(decoder.config, num_pages * page_size, decoder.dtype, decoder.device)
+        self.passes = Passes(decoder, self.cache, max_graph_tokens)
         self.pages = PageAllocator(num_pages, page_size)
         self.training = Training(decoder, self.cache, self.pages)
         self._assembly = Assembly(self.pages)
@@ -202,23 +204,22 @@ class Engine:
         started_at = time.perf_counter()
         num_training = sum(len(window.segment.tokens) for window in windows)
         try:
-            batch = build_batch(segments, self.decoder.device)
             features = PassFeatures(self.feature_wish)
-            hidden_TH = self.decoder.forward(batch, self.cache, features)
-            features.keep(self.decoder.config.num_layers, hidden_TH)
-            features.gather(batch.starts, [len(each.segment.tokens) for each in works], [each.is_decode for each in works])
-            self.training.heads(windows, hidden_TH[len(hidden_TH) - num_training :])
-            draws = Draws(self.decoder.logits(hidden_TH[batch.logit_rows])) if len(batch.logit_rows) else None
+            ran = self.passes.run(segments, features)
+            features.gather(ran.starts, [len(each.segment.tokens) for each in works], [each.is_decode for each in works])
+            self.training.heads(windows, ran.hidden_TH[len(ran.hidden_TH) - num_training :])
+            draws = None if ran.logits_RV is None else Draws(ran.logits_RV)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or not self._shrink(plan.num_tokens):
                 raise
             return self._finish_iteration([], [], plan, 0, PassFeatures(FeatureWish()))
-        drawn = drawn_by(works, draws, batch.starts, hidden_TH, self.decoder.logits)
+        drawn = drawn_by(works, draws, ran.starts, ran.hidden_TH, self.decoder.logits)
         drawn_at = time.perf_counter()
         iteration = self._finish_iteration(works, drawn, plan, num_training, features)
         self.counters["verify_ms"] += (drawn_at - started_at) * 1e3  # type: ignore[assignment]
         self.counters["commit_ms"] += (time.perf_counter() - drawn_at) * 1e3  # type: ignore[assignment]
-        if len(batch.tokens_T) == plan.num_tokens:  # else pages were short, and the prediction was for another pass
+        self.counters["graph_replays"] += ran.is_replay
+        if len(ran.hidden_TH) == plan.num_tokens:  # else pages were short, and the prediction was for another pass
             self.profile = corrected(self.profile, plan.rows, (self._clock() - now) * 1e3)
         return iteration
 

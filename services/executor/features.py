@@ -84,6 +84,15 @@ class PassFeatures:
         self._starts: list[int] = []
         self._rows: Rows | None = None
 
+    @property
+    def states(self) -> list[Tensor]:
+        """What was kept so far, by layer."""
+        return self._states
+
+    def adopt(self, states: Sequence[Tensor]) -> None:
+        """Take the states of a recorded pass as this one's."""
+        self._states = list(states)
+
     def keep(self, layer: int, x_TH: Tensor) -> None:
         """The state after this many layers; layers come in their order."""
         if layer in self.wish.layers:

@@ -49,11 +49,14 @@ async def make_engine(config: ExecutorConfig, model: str, profiles: ProfileStore
     profile = await profiles.recall(key)
     if profile is None:
         scratch = KvCache(decoder.config, NUM_SLOTS, dtype, device)
-        profile = await on_device(lambda: measure_profile(decoder, scratch, config.max_batch_tokens))
+        profile = await on_device(lambda: measure_profile(decoder, scratch, config.max_batch_tokens, config.max_graph_tokens))
         await profiles.keep(key, profile)
     log.info("executor.profile", key=key, profile=msgspec.to_builtins(profile))
     with _out_of_memory_is(f"{_pool(shape, config.kv_cache_tokens, dtype)} beside the weights: lower {POOL_SETTING}"):
-        return _engine(config, decoder, profile)
+        engine = _engine(config, decoder, profile)
+        if num_graphs := await on_device(engine.passes.record_all):
+            log.info("executor.graphs", recorded=num_graphs)
+        return engine
 
 
 async def claim_threads(num_threads: int, on_device: OnDevice) -> int:
@@ -111,6 +114,7 @@ def _engine(config: ExecutorConfig, decoder: Decoder, profile: LatencyProfile) -
         max_tree_nodes=config.max_tree_nodes,
         max_draft_tokens=config.max_draft_tokens,
         prefix_cache=config.prefix_cache,
+        max_graph_tokens=config.max_graph_tokens,
         sharing=parse_sharing(config.finetune_sharing),
         executor_id=config.instance_id,
     )
