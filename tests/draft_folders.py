@@ -25,7 +25,7 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-def near_model_folder(folder: Path, noise: float = 0.02, **changes: Any) -> Path:
+def near_model_folder(folder: Path, noise: float = 0.005, **changes: Any) -> Path:
     """A draft model of the same vocabulary: the tiny model with noise on its weights, often right and often not."""
     model = copy.deepcopy(tiny_pair()[0]) if not changes else tiny_pair(**changes)[0]
     torch.manual_seed(5)

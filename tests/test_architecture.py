@@ -27,7 +27,10 @@ CONVERTERS = {CONVERTER, CONVERTER.with_name("gguf_extras.py")}
 """Where a model is converted, with libraries that nothing else of the control plane needs."""
 DISTILLERS = set((ROOT / "services" / "cli").glob("distill_*.py"))
 """Where a drafter is trained: `distill.py` imports them when it is asked to."""
-NEURAL_DRAFTERS = {ROOT / "services" / "planner" / name for name in ("drafters.py", "features.py", "features_head.py")}
+NEURAL_DRAFTERS = {
+    ROOT / "services" / "planner" / name
+    for name in ("drafters.py", "features.py", "features_head.py", "model.py", "draft_model.py")
+}
 """Drafters with weights: a planner imports them if it has such weights."""
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60

@@ -23,9 +23,12 @@ class PlannerConfig(ServiceConfig):
     continues earlier occurrences of the last tokens, model:FOLDER is a small model of the same vocabulary, features:FOLDER a
     head on the target's hidden states. Their candidates are mixed in one tree."""
     model_dir: str = ""
-    """The served model's folder, which tells what drafter was trained for it; empty: auto means n-grams alone."""
+    """The served model's folder, which tells what drafter was trained for it, and its vocabulary; empty: auto means n-grams
+    alone, and there can be no draft model."""
     draft_threads: int = 1
     """Threads of a neural drafter on a CPU, not more than there are cores."""
+    draft_kv_bytes: int = 268_435_456
+    """Keys and values of a draft model, for all sequences together."""
     min_depth: int = 2
     max_depth: int = 12
     max_width: int = 3
@@ -58,6 +61,7 @@ class PlannerConfig(ServiceConfig):
         require(1 <= self.min_depth <= self.max_depth, "min_depth", "be at least 1 and at most max_depth")
         require(self.max_width >= 1, "max_width", "be at least 1")
         require(self.draft_threads >= 1, "draft_threads", "be at least 1")
+        require(self.draft_kv_bytes >= 1, "draft_kv_bytes", "be at least 1")
         require(self.draft_tokens >= 1, "draft_tokens", "be at least 1")
         require(self.depth_offset >= 0, "depth_offset", "not be negative")
         require(0 < self.min_prob < 1, "min_prob", "be between 0 and 1")

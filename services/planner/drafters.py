@@ -17,9 +17,11 @@ from services.planner.config import PlannerConfig
 from services.planner.drafter import Drafter, FeatureNeed
 from services.planner.mixed import MixedDrafter
 from services.planner.ngram import NgramDrafter, Traffic
+from services.planner.vocabulary import check_same_vocabulary
 
 if TYPE_CHECKING:
     from services.planner.features import FeaturesDrafter
+    from services.planner.model import ModelDrafter
 
 SHIPPED = Path(__file__).with_name("weights")
 """Drafters that come with Heddle: one folder for each model."""
@@ -45,8 +47,8 @@ def make_drafter(config: PlannerConfig, *, is_calibrated: bool) -> MixedDrafter:
             features = _features(folder, config)
             drafters.append(features)
             needs.append(features.need)
-        elif spec.kind != AUTO:
-            raise ConfigError(f"draft {spec} is not here yet")
+        elif spec.kind == "model":
+            drafters.append(_model(Path(spec.folder), config))
     if len(set(needs)) > 1:
         raise ConfigError(f"draft {config.draft}: one drafter on features at a time")
     return MixedDrafter(drafters, forgetting=config.forgetting, is_frozen=not is_calibrated, need=needs[0] if needs else None)
@@ -63,6 +65,19 @@ def shipped_for(model_dir: str) -> Path | None:
         if json.loads(path.read_text())["fingerprint"] == name:
             return path.parent
     return None
+
+
+def _model(folder: Path, config: PlannerConfig) -> ModelDrafter:
+    if not config.model_dir:
+        raise ConfigError(f"model_dir must name the served model's folder: draft model:{folder} needs its vocabulary")
+    check_same_vocabulary(folder, Path(config.model_dir))
+    import torch
+
+    from services.planner.draft_model import DraftModel
+    from services.planner.model import ModelDrafter
+
+    torch.set_num_threads(min(config.draft_threads, os.cpu_count() or 1))
+    return ModelDrafter(DraftModel(folder, kv_bytes=config.draft_kv_bytes), min_prob=config.min_prob)
 
 
 def _features(folder: Path, config: PlannerConfig) -> FeaturesDrafter:

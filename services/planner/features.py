@@ -14,11 +14,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from services.planner.beams import MAX_CHILDREN, Beam, expand, gain
 from services.planner.drafter import DraftOrder, FeatureNeed, Key, Pool
 from services.planner.features_head import FeaturesHead
 
-MAX_CHILDREN = 6
-"""Candidates below one node."""
 MAX_BEAM_SLOTS = 64
 """Rows of one draft, per sequence."""
 
@@ -37,17 +36,6 @@ class _Followed:
     last_features: bytes = b""
     last_token: int | None = None
     """The row before `end`, to draft from it once more."""
-
-
-@dataclasses.dataclass(slots=True)
-class _Beam:
-    """A node that is continued: its place in its order's pool, its parent's row among the last ones, its ancestors' slots."""
-
-    order: int
-    node: int
-    log_prob: float
-    row: int
-    slots: list[int]
 
 
 class FeaturesDrafter:
@@ -108,10 +96,12 @@ class FeaturesDrafter:
             return pools
         self.head.reserve(self._num_slots, max(each.length for each in self._followed.values()) + self.head.max_depth + 1)
         out_RH, log_probs_RV = self._read(roots)
-        beams = [_Beam(order, -1, 0.0, row, []) for row, (order, _) in enumerate(roots)]
+        beams = [Beam(order, -1, 0.0, row, []) for row, (order, _) in enumerate(roots)]
+        depths = [order.depth for order in orders]
         for depth in range(1, self.head.max_depth + 1):
-            beams = self._expand(beams, log_probs_RV, [order.depth for order in orders], depth, width, pools)
-            if not beams or depth == self.head.max_depth or sum(math.exp(beam.log_prob) for beam in beams) < self._min_gain:
+            guesses = self._guesses(log_probs_RV)
+            beams = expand(beams, guesses, pools, depths, depth=depth, width=width, min_log_prob=self._min_log_prob)
+            if not beams or depth == self.head.max_depth or gain(beams) < self._min_gain:
                 break
             out_RH, log_probs_RV = self._step(beams, out_RH, orders, pools, depth)
         return pools
@@ -183,24 +173,17 @@ class FeaturesDrafter:
 
     # --- beams -----------------------------------------------------------------------------------------------------
 
-    def _expand(
-        self, beams: Sequence[_Beam], log_probs_RV: Tensor, depths: Sequence[int], depth: int, width: int, pools: Sequence[Pool]
-    ) -> list[_Beam]:
-        """Children of all beams become candidates, in the beams' order; the best `width` of each sequence are continued."""
+    def _guesses(self, log_probs_RV: Tensor) -> list[list[tuple[int, float]]]:
+        """The likeliest tokens after each row, of those that the head has a name for."""
         values, places = (top.tolist() for top in log_probs_RV.topk(min(MAX_CHILDREN, self.head.other), dim=1))
-        children: list[list[_Beam]] = [[] for _ in pools]
-        for row, beam in enumerate(beams):
-            for value, place in zip(values[row], places[row], strict=True):
-                log_prob = beam.log_prob + min(value, -1e-3)  # nothing is certain: probabilities fall along a path
-                if place == self.head.other or log_prob < self._min_log_prob or depth > depths[beam.order]:
-                    continue
-                node = pools[beam.order].add(self.head.vocabulary[place], beam.node, depth, math.exp(log_prob))
-                children[beam.order].append(_Beam(beam.order, node, log_prob, row, beam.slots))
-        kept = [sorted(sorted(own, key=lambda beam: -beam.log_prob)[:width], key=lambda beam: beam.node) for own in children]
-        return [beam for own, most in zip(kept, depths, strict=True) if depth < most for beam in own]
+        vocabulary, other = self.head.vocabulary, self.head.other
+        return [
+            [(vocabulary[place], value) for value, place in zip(*row, strict=True) if place != other]
+            for row in zip(values, places, strict=True)
+        ]
 
     def _step(
-        self, beams: Sequence[_Beam], out_RH: Tensor, orders: Sequence[DraftOrder], pools: Sequence[Pool], depth: int
+        self, beams: Sequence[Beam], out_RH: Tensor, orders: Sequence[DraftOrder], pools: Sequence[Pool], depth: int
     ) -> tuple[Tensor, Tensor]:
         """One row for each beam: its parent's output and its token."""
         used: Counter[int] = Counter()
