@@ -62,7 +62,7 @@ class ExecutorActor:
         self._dropped: list[str] = []
         """Requests that ended outside of a pass, which the planner is still to hear of."""
         self._gateways = GatewayWatch(config.heartbeat_s, self._on_lost_gateway)
-        self._planner = PlannerLink(config.instance_id, self._model, config.tree_wait_ms / 1e3)
+        self._planner = PlannerLink(config.instance_id, self._model, config.tree_wait_ms / 1e3, config.cohorts)
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class ExecutorActor:
         self._engine.counters["send_ms"] += (sent_at - passed_at) * 1e3  # type: ignore[assignment]
         self._note(iteration, work, elapsed_ms)
         await self._training.publish(work.events)
-        trees = await self._planner.trees(iteration.number)
+        trees = await self._planner.trees(self._engine.cohorts.awaited(self._decoding(), iteration.number))
         self._engine.counters["wait_ms"] = self._planner.wait_ms  # type: ignore[assignment]
         self._inbox.apply()
         if trees is not None:
@@ -244,6 +244,9 @@ class ExecutorActor:
         opened = tuple(s.opened() for s in decoding if everyone or s.request_id in fresh)
         self._unknown = frozenset()
         profile = self._engine.profile
+        next_pass = self._engine.cohorts.next_pass(self._decoding())
+        contexts = [s.num_computed for s in decoding if s.request_id in next_pass]
+        turns = 1 if len(contexts) == len(decoding) else 2
         known = {sequence.request_id for sequence in opened}
         await self._planner.report(
             iteration.number,
@@ -251,10 +254,13 @@ class ExecutorActor:
             closed=closed,
             progress=tuple(step for step in iteration.progress if step.request_id not in known),
             token_budget=min(self._config.max_draft_tokens, self._config.max_batch_tokens - len(decoding)),
-            base_tokens=len(decoding),
-            plain_ms=self._other_ms + predict_ms(profile, root_rows(s.num_computed for s in decoding)),
+            base_tokens=len(next_pass),
+            plain_ms=turns * (self._other_ms + predict_ms(profile, root_rows(contexts))),
             latency=profile,
         )
+
+    def _decoding(self) -> list[str]:
+        return [sequence.request_id for sequence in self._engine.sequences.values() if sequence.is_decoding]
 
     def _note(self, iteration: Iteration, work: BackwardWork, elapsed_ms: float) -> None:
         if self._config.log_iterations:

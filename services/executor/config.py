@@ -38,6 +38,9 @@ class ExecutorConfig(ServiceConfig):
     max_draft_tokens: int = 64
     """Draft nodes of all requests in one iteration (AdaServe's budget B)."""
     speculation: bool = True
+    cohorts: int = 1
+    """2: one half of the decoding requests verifies while drafts for the other half are made. Pays only where drafting takes
+    longer than a pass of half the requests does."""
     tree_wait_ms: float = 25.0
     """Longest that an iteration waits for its draft trees; a late tree costs only itself."""
     finetune_weight: float = 0.25
@@ -79,6 +82,7 @@ class ExecutorConfig(ServiceConfig):
         require(self.max_graph_tokens >= 0, "max_graph_tokens", "not be negative")
         require(self.kv_cache_tokens >= self.page_size, "kv_cache_tokens", "be at least page_size")
         require(self.max_lora_rank > 0, "max_lora_rank", "be positive")
+        require(self.cohorts in (1, 2), "cohorts", "be 1 or 2")
         require(self.tree_wait_ms >= 0, "tree_wait_ms", "not be negative")
         cores = os.cpu_count() or 1
         require(self.threads <= cores, "threads", f"not be more than this machine's {cores} cores")

@@ -29,6 +29,7 @@ from common.messages import (
 )
 from kernels.upload import upload
 from services.executor.assembly import Assembly, Work
+from services.executor.cohorts import Cohorts
 from services.executor.commit import Moves, commit, verify
 from services.executor.device import is_out_of_memory
 from services.executor.draws import WorkDraws, drawn_by
@@ -90,6 +91,7 @@ class Engine:
         prefix_cache: bool = True,
         max_graph_tokens: int = 0,
         sharing: Sharing = TOKEN,
+        num_cohorts: int = 1,
         executor_id: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -112,6 +114,7 @@ class Engine:
         self.feature_wish = FeatureWish()
         """The hidden states that the planner wants."""
         self.num_iterations = 0
+        self.cohorts = Cohorts(num_cohorts)
         self._prefix_cache = prefix_cache
         self._executor_id = executor_id
         self._clock = clock
@@ -193,6 +196,7 @@ class Engine:
         """Plan the iteration and run its one fused forward pass."""
         now = self._clock()
         views = [sequence.view(now) for sequence in self._assembly.runnable(self.sequences.values())]
+        views = self.cohorts.take_turns(views, self.num_iterations + 1)
         plan, self._turns = plan_turn(now, views, self.training.views(), self.profile, self.limits, self._turns)
         works = self._assembly.work(plan, self.sequences.values())
         windows = self.training.windows(plan.forward)

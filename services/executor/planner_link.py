@@ -34,7 +34,7 @@ MISSES_UNTIL_IMPATIENT = 3
 class PlannerLink:
     """Claims a planner, reports iterations to it and collects its trees."""
 
-    def __init__(self, executor_id: str, model: str, max_wait_s: float) -> None:
+    def __init__(self, executor_id: str, model: str, max_wait_s: float, num_cohorts: int = 1) -> None:
         self.fingerprint = ""
         """Of the base model, for drafters that are trained for one."""
         self.granted: PlannerGranted | None = None
@@ -50,14 +50,14 @@ class PlannerLink:
         self._max_wait_s = max_wait_s
         self._fleet = Fleet()
         self._reopen = False
-        self._reported = 0
         self._reported_at: dict[int, float] = {}
-        """When the last iteration was reported, and those before it whose trees would still be on time."""
+        """When the last iterations were reported, and those before them whose trees would still be on time."""
+        self._num_cohorts = num_cohorts
         self._report_ms = 0.0
         self._resting_until = 0
         """The planner announced no drafts for the iterations up to this one."""
         self._misses = 0
-        self._trees: DraftTrees | None = None
+        self._answers: dict[int, DraftTrees] = {}
         self._arrived = asyncio.Event()
 
     async def start(self, bus: Bus, tasks: asyncio.TaskGroup) -> None:
@@ -100,10 +100,10 @@ class PlannerLink:
             wait_ms=self.mean_wait_ms,
             latency=latency,
         )
-        recent = {number: at for number, at in self._reported_at.items() if now - at <= self._max_wait_s}
-        self._reported, self._reported_at = iteration, recent | {iteration: now}
-        self._trees = None
-        self._arrived.clear()
+        last = set(list(self._reported_at)[len(self._reported_at) + 1 - self._num_cohorts :])
+        kept = {number: at for number, at in self._reported_at.items() if number in last or now - at <= self._max_wait_s}
+        self._reported_at = kept | {iteration: now}
+        self._answers = {number: trees for number, trees in self._answers.items() if number in kept}
         try:
             await self._bus.publish(subjects.planner_report(self.planner_id), report)
         except (BusError, NatsError) as error:
@@ -112,21 +112,24 @@ class PlannerLink:
 
     async def trees(self, iteration: int) -> DraftTrees | None:
         """The trees that answer the report of this iteration, waiting for them a little; None if they are late."""
-        if self.planner_id is None or self._reported != iteration:
+        if self.planner_id is None or iteration not in self._reported_at:
             return None
         if iteration <= self._resting_until:
-            return self._trees
+            return self._answers.get(iteration)
         started_at = time.perf_counter()
-        if self._trees is None and self._misses < MISSES_UNTIL_IMPATIENT:
+        if iteration not in self._answers and self._misses < MISSES_UNTIL_IMPATIENT:
             left_s = self._reported_at[iteration] + self._max_wait_s - time.perf_counter()
             try:
-                await asyncio.wait_for(self._arrived.wait(), max(left_s, 0.0))
+                async with asyncio.timeout(max(left_s, 0.0)):
+                    while iteration not in self._answers:
+                        self._arrived.clear()
+                        await self._arrived.wait()
             except TimeoutError:
                 self._misses += 1
         waited_ms = self._report_ms + (time.perf_counter() - started_at) * 1e3
         self.wait_ms += waited_ms
         self.mean_wait_ms += 0.1 * (waited_ms - self.mean_wait_ms)
-        return self._trees
+        return self._answers.get(iteration)
 
     async def _on_trees(self, message: DraftTrees) -> None:
         reported_at = self._reported_at.get(message.iteration)
@@ -137,9 +140,7 @@ class PlannerLink:
         if turnaround_ms <= self._max_wait_s * 1e3:
             self._misses = 0  # also when a short iteration did not wait for them: the next one will
         self.mean_turnaround_ms += 0.1 * (turnaround_ms - self.mean_turnaround_ms)
-        if message.iteration != self._reported:
-            return
-        self._trees = message
+        self._answers[message.iteration] = message
         self._arrived.set()
 
     async def _on_beat(self, beat: Beat) -> None:

@@ -70,6 +70,8 @@ class SequenceView:
     """Mean of its decode iterations so far; what drafts may be hoped to bring."""
     tree_probs: tuple[float, ...] = ()
     num_required: int = 0
+    is_resting: bool = False
+    """It decodes, but not in this iteration: the other half does (see cohorts)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,11 +114,12 @@ def plan_iteration(
 
     `num_starved` is the last plan's.
     """
-    decoding = [view for view in sequences if view.is_decoding]
+    decoding = [view for view in sequences if view.is_decoding and not view.is_resting]
+    resting = [view for view in sequences if view.is_resting]
     waiting = sorted((view for view in sequences if not view.is_decoding), key=_prefill_order)
     rows = root_rows(view.context_tokens for view in decoding)
     base_ms = predict_ms(profile, rows if decoding else Rows(1))
-    limit_ms, prefill_ms, is_behind = iteration_limits_ms(now, decoding, waiting, base_ms, limits)
+    limit_ms, prefill_ms, is_behind = iteration_limits_ms(now, decoding, waiting, base_ms, limits, resting)
     capacity = rows.tokens + max_rows(profile, limit_ms, limits.max_batch_tokens - rows.tokens, rows)
     reserve = 0 if is_behind or not jobs else int(limits.min_finetune_share * capacity)
     required = _required_nodes(decoding, limits.max_batch_tokens - len(decoding))
@@ -155,14 +158,24 @@ def root_rows(contexts: Iterable[int]) -> Rows:
 
 
 def iteration_limits_ms(
-    now: float, decoding: Seq[SequenceView], waiting: Seq[SequenceView], base_ms: float, limits: Limits
+    now: float,
+    decoding: Seq[SequenceView],
+    waiting: Seq[SequenceView],
+    base_ms: float,
+    limits: Limits,
+    resting: Seq[SequenceView] = (),
 ) -> tuple[float, float, bool]:
-    """(T*, the same for prompts, whether some decoding request that can still recover is behind its target)."""
-    slacks = [slack for view in decoding if (slack := slack_ms(view, base_ms, limits)) is not None]
+    """(T*, the same for prompts, whether some decoding request that can still recover is behind its target).
+
+    While some rest, what anyone gets next comes within two iterations: each may take half of the slack.
+    """
+    turns = 2 if resting else 1
+    everyone = (*decoding, *resting)
+    slacks = [slack / turns for view in everyone if (slack := slack_ms(view, base_ms * turns, limits)) is not None]
     is_behind = bool(slacks) and min(slacks) < base_ms
     slacks += [left for view in waiting if (left := first_token_slack_ms(now, view, limits)) is not None and left >= base_ms]
     usual_ms = limits.max_iteration_ms if decoding or waiting else limits.idle_iteration_ms
-    has_target = any(view.tpot_ms is not None for view in decoding)
+    has_target = any(view.tpot_ms is not None for view in everyone)
     prefill_ms = usual_ms if has_target else max(usual_ms, limits.max_prefill_ms)
     return max(min([*slacks, usual_ms]), base_ms), max(min([*slacks, prefill_ms]), base_ms), is_behind
 

@@ -115,6 +115,7 @@ def _engine(config: ExecutorConfig, decoder: Decoder, profile: LatencyProfile) -
         max_draft_tokens=config.max_draft_tokens,
         prefix_cache=config.prefix_cache,
         max_graph_tokens=config.max_graph_tokens,
+        num_cohorts=config.cohorts,
         sharing=parse_sharing(config.finetune_sharing),
         executor_id=config.instance_id,
     )
