@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,48 @@ async def test_metrics_have_vllms_names(connect: Connect, model_dir: Path) -> No
             model | {("target", "tpot"), ("attained", "true")}: 1,
             model | {("target", "ttft"), ("attained", "false")}: 1,
         }
+
+
+def read_by_bench_serve(text: str) -> tuple[Counter[str], Counter[int]]:
+    """Counters and accepted tokens by position, as `vllm bench serve` (0.32) reads them for its speculation report: from lines
+    of which the name begins with vllm:spec_decode and ends with _total, the value comes after the first space, and the
+    position, a whole number, is in a label `position` in double quotes. It adds up what has the same name.
+    """
+    totals, by_position = Counter[str](), Counter[int]()
+    for line in text.splitlines():
+        name, _, value = line.partition(" ")
+        kind = name.partition("{")[0]
+        if not kind.startswith("vllm:spec_decode") or not kind.endswith("_total"):
+            continue
+        if "num_accepted_tokens_per_pos" in kind:
+            by_position[int(name.partition('position="')[2].partition('"')[0])] += int(float(value))
+        else:
+            (key,) = [key for key in ("num_drafts", "num_draft_tokens", "num_accepted_tokens") if kind.endswith(f"{key}_total")]
+            totals[key] += int(float(value))
+    return totals, by_position
+
+
+async def test_vllm_bench_serve_finds_its_speculation_report(connect: Connect, model_dir: Path) -> None:
+    """Of two executors, before anything was drafted and after; each label set is vLLM's."""
+    counters = {"drafts": 10.0, "draft_tokens": 40.0, "accepted_tokens": 25.0}
+    counters |= {"accepted_tokens_at_0": 15.0, "accepted_tokens_at_1": 9.0, "accepted_tokens_at_10": 1.0}
+    async with staged(connect, model_dir) as stage:
+        other = FakeExecutor(await connect(), (1, 2), executor_id="executor-2")
+        await other.start()
+        before = read_by_bench_serve((await stage.http.get("/metrics")).text)
+        assert before == (Counter(num_drafts=0, num_draft_tokens=0, num_accepted_tokens=0), Counter())
+        for executor in (stage.executor, other):
+            executor.counters = counters
+            await executor.beat()
+        while (after := read_by_bench_serve((await stage.http.get("/metrics")).text))[0]["num_drafts"] != 20:
+            await executor.beat()
+        assert after == (Counter(num_drafts=20, num_draft_tokens=80, num_accepted_tokens=50), Counter({0: 30, 1: 18, 10: 2}))
+        found = await samples(stage)
+        for name, labels in {name: {frozenset(dict(each)) for each in found[name]} for name in found}.items():
+            if name.startswith("vllm:spec_decode"):
+                extra = {"position"} if "per_pos" in name else set()
+                assert labels == {frozenset({"model_name", "engine"} | extra)}, name
+        await other.kill()
 
 
 def test_a_counter_and_a_gauge_of_one_name_do_not_mix() -> None:
