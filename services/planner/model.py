@@ -19,7 +19,7 @@ from services.planner.draft_model import DraftModel
 from services.planner.drafter import DraftOrder, Key, Pool
 
 PAGE_SIZE = 16
-MAX_ROWS = 512
+MAX_ROWS = 128
 """Committed tokens that one draft reads, of all sequences: a long prompt is read over several reports, and drafted for then."""
 
 MIN_GAIN = 0.3

@@ -28,7 +28,8 @@ Cursor = tuple[list[int], int, int, float, int]
 class NgramIndex:
     """The tokens of a sequence, and for each position the previous one that ends the same n-gram.
 
-    Appending a token costs O(1) per level, and so does finding the latest earlier occurrence of the last n-gram.
+    Appending a token costs O(1) per level, and so does finding the latest earlier occurrence of the last n-gram. A suffix
+    automaton knows one occurrence of each suffix, the longest among them; several of one length guess better together.
     """
 
     def __init__(self, tokens: Sequence[int] = ()) -> None:
