@@ -39,8 +39,9 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def whatever_it_brings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random model is never sure of anything."""
+    """A random model is never sure of anything; and prompts are read at once, but where a test says otherwise."""
     monkeypatch.setattr(subject, "MIN_GAIN", 0.0)
+    monkeypatch.setattr(subject, "MAX_ROWS", 512)
 
 
 @pytest.fixture(scope="module")
