@@ -1,7 +1,7 @@
 """SIGKILL of trainer, executor or NATS server in the middle of a job: real processes, the same curve to the bit.
 
-To the bit where sums have one order: a sequence per step, forward and backward in one piece. How a sequence is cut, and
-which of a step's sequences go back together, depends on time; that changes last bits.
+Steps of several sequences, in iterations so short that time cuts these in pieces: tests/test_finetune_bitwise.py has the proof
+that this changes no bit, here it is one of the things that differ between two runs.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from tests.trainer_world import World
 
 pytestmark = pytest.mark.timeout(240)
 
-DATA = b"".join(example("answer " * (i % 5 + 1), question=str(i)) for i in range(4))
-KILL_AT = 5
+DATA = b"".join(example("answer " * (5 * i % 7 + 1), question=str(i)) for i in range(7))
+NUM_STEPS = 9
+KILL_AT = 4
 """The step (from 0) whose end is the sign to kill: in the second of three epochs."""
+SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
 SETTINGS = {
-    "HEDDLE_EXECUTOR_IDLE_ITERATION_MS": "1000000",
-    "HEDDLE_EXECUTOR_MAX_ITERATION_MS": "1000000",
+    "HEDDLE_EXECUTOR_IDLE_ITERATION_MS": "5",
     "HEDDLE_SERVED_MODEL_NAME": MODEL,
     "HEDDLE_HEARTBEAT_S": "0.2",
     "HEDDLE_EXECUTOR_DTYPE": "float32",
@@ -46,12 +47,16 @@ SETTINGS = {
 }
 
 
+undisturbed: list[tuple[list[tuple[int, float]], bytes]] = []
+"""The outcome of the job that nothing disturbed: of other processes than most of those that it is compared with."""
+
+
 class Processes:
     """A NATS server, a trainer and an executor, each killed and started again at will."""
 
     def __init__(self, folder: Path) -> None:
         self.model_dir = write_model_dir(folder / "model")
-        tiny_model(vocab_size=260, max_position_embeddings=512).save_pretrained(self.model_dir)
+        tiny_model(vocab_size=260, max_position_embeddings=512, **SHAPE).save_pretrained(self.model_dir)
         self.server = NatsServer(folder / "nats")
         self._folder = folder
         self._running: dict[str, asyncio.subprocess.Process] = {}
@@ -98,10 +103,12 @@ async def processes(tmp_path: Path) -> AsyncIterator[Processes]:
         await made.end()
 
 
-async def create(world: World) -> FineTuningJob:
-    """A job of three epochs of four steps, with dropout, as soon as there is a trainer and an executor."""
-    hyperparameters = {"n_epochs": 3, "batch_size": 1}
-    lora = {"rank": 4, "dropout": 0.2, "learning_rate": 0.01}
+WITH_DROPOUT = {"rank": 4, "dropout": 0.2, "learning_rate": 0.01}
+
+
+async def create(world: World, lora: dict[str, Any] = WITH_DROPOUT) -> FineTuningJob:
+    """A job of three epochs of three steps, as soon as there is a trainer and an executor."""
+    hyperparameters = {"n_epochs": 3, "batch_size": 3}
     async with asyncio.timeout(120):
         while True:
             with contextlib.suppress(BusError, TimeoutError):
@@ -131,16 +138,15 @@ async def outcome(world: World, job: FineTuningJob) -> tuple[list[tuple[int, flo
     return await world.losses(job.id), await read_object(store, record.artifact, 10.0)
 
 
-@pytest.mark.parametrize(
-    "victim", ["executor", pytest.param("trainer", marks=pytest.mark.slow), pytest.param("nats", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("victim", ["executor", pytest.param("trainer", marks=pytest.mark.slow), "nats"])
 async def test_a_killed_process_changes_no_bit_of_the_curve(processes: Processes, victim: str) -> None:
     bus = await Bus.connect(processes.server.url, "test")
     try:
-        world = World(_no_more, bus, processes.model_dir)
+        world = World(no_more, bus, processes.model_dir)
         await world.upload(DATA)
-        expected = await outcome(world, await create(world))
-        assert [step for step, _ in expected[0]] == list(range(1, 13))
+        if not undisturbed:
+            undisturbed.append(await outcome(world, await create(world)))
+            assert [step for step, _ in undisturbed[0][0]] == list(range(1, NUM_STEPS + 1))
         reached = asyncio.Event()
 
         async def on_progress(progress: Any) -> None:
@@ -151,16 +157,18 @@ async def test_a_killed_process_changes_no_bit_of_the_curve(processes: Processes
         await bus.subscribe(subjects.job_progress(job.id), StepDone, on_progress)
         async with asyncio.timeout(60):
             await reached.wait()
+        assert (await world.ask("get", job.id)).status == "running", "the job was over before the kill"
         await processes.kill(victim)
         await processes.restart(victim)
         actual = await outcome(world, job)
-        assert actual[0] == expected[0]
-        assert actual[1] == expected[1]
+        assert actual == undisturbed[0]
         told = [event.message for event in (await world.ask("events", job.id, limit=100)).data]
-        assert any("continues after step" in message for message in told), "the job was over before the kill"
+        if victim != "nats":  # without it for a moment, trainer and executor may go on where they were
+            assert any("continues after step" in message for message in told)
     finally:
         await bus.client.close()
 
 
-async def _no_more() -> Bus:
+async def no_more() -> Bus:
+    """What a World of processes may ask for."""
     raise AssertionError("the processes have connections of their own")

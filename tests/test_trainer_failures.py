@@ -123,11 +123,24 @@ async def test_progress_under_an_old_lease_is_ignored(world: World, tmp_path: Pa
     assert len(executor.opened) == 1
 
 
+@pytest.mark.parametrize("lost", [{0}, {1, 2}, {0, 3}], ids=str)
+async def test_what_was_lost_on_the_way_is_told_when_a_checkpoint_is_written(world: World, lost: set[int]) -> None:
+    await world.trainer(stall_s=0.2)
+    executor = await world.executor()
+    executor.lose_steps = lost
+    job = await world.create()
+    await world.until_status(job.id, "succeeded")
+    assert len(executor.opened) == 1
+    assert [step for step, _ in await world.losses(job.id)] == [1, 2, 3, 4, 5, 6]
+    assert all(event.level == "info" for event in (await world.ask("events", job.id, limit=100)).data)
+
+
 async def test_lost_progress_is_found_by_asking(world: World) -> None:
     """Steps 2 and 3 (from 1) are never reported: the end of the epoch is only known because it is asked for."""
     await world.trainer(stall_s=0.2)
     executor = await world.executor()
     executor.lose_steps = {1, 2}
+    executor.forgets_steps = True
     job = await world.create()
     await world.until_status(job.id, "succeeded")
     assert len(executor.opened) == 1

@@ -89,6 +89,8 @@ class FakeExecutor:
         self.refusal: Rejected | None = None
         self.num_refused = 0
         self.lose_steps: set[int] = set()
+        self.forgets_steps = False
+        self.done: dict[str, list[StepDone]] = {}
         self.repeat_steps = False
         self.lose_answers = 0
         self.evaluated: list[tuple[int, int]] = []
@@ -242,6 +244,7 @@ class FakeExecutor:
             job_id=job_id, lease=batch[0].lease, step=step, loss=1.0 / (step + 1), grad_norm=0.5, num_correct=tokens // 2,
             num_tokens=tokens, num_sequence_tokens=sum(len(item.tokens) for item in batch), elapsed_ms=10.0,
         )  # fmt: skip
+        self.done.setdefault(job_id, []).append(done)
         if step in self.lose_steps:
             return
         for _ in range(2 if self.repeat_steps else 1):
@@ -254,7 +257,8 @@ class FakeExecutor:
         store = await self.bus.object_store(subjects.ARTIFACTS_STORE)
         await store.put(order.artifact + ".optimizer", data)
         await store.put(order.artifact, data)
-        return CheckpointWritten(job_id=order.job_id, artifact=order.artifact, step=step, num_bytes=len(data))
+        steps = () if self.forgets_steps else tuple(self.done.get(order.job_id, ()))
+        return CheckpointWritten(job_id=order.job_id, artifact=order.artifact, step=step, num_bytes=len(data), steps=steps)
 
 
 def trained(state: bytes, batch: list[TrainingSlice]) -> bytes:

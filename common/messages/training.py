@@ -149,12 +149,16 @@ class WriteCheckpoint(msgspec.Struct, frozen=True, kw_only=True, tag="write_chec
 
 
 class CheckpointWritten(msgspec.Struct, frozen=True, kw_only=True, tag="checkpoint_written.1"):
-    """The artifact is stored; it holds the state before step `step`."""
+    """The artifact is stored; it holds the state before step `step`. `steps` are the last ones before it, newest last.
+
+    Who asks may have missed some of them while the server was away.
+    """
 
     job_id: str
     artifact: str
     step: int
     num_bytes: int
+    steps: tuple[StepDone, ...] = ()
 
 
 class CloseJob(msgspec.Struct, frozen=True, kw_only=True, tag="close_job.1"):

@@ -18,6 +18,10 @@ from common.latency import Rows, max_rows, predict_ms
 from common.messages import LatencyProfile
 from services.executor.finetune_share import JobView, share_out
 
+LEAST_IDLE_PASSES = 2.0
+"""An iteration of finetuning alone may take so many passes of one row, however slow these are: where reading the weights takes
+longer than `idle_iteration_ms`, it would else have a row per pass, though many cost hardly more. Half of it goes into rows."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -174,7 +178,8 @@ def iteration_limits_ms(
     slacks = [slack / turns for view in everyone if (slack := slack_ms(view, base_ms * turns, limits)) is not None]
     is_behind = bool(slacks) and min(slacks) < base_ms
     slacks += [left for view in waiting if (left := first_token_slack_ms(now, view, limits)) is not None and left >= base_ms]
-    usual_ms = limits.max_iteration_ms if decoding or waiting else limits.idle_iteration_ms
+    idle_ms = max(limits.idle_iteration_ms, LEAST_IDLE_PASSES * base_ms)
+    usual_ms = limits.max_iteration_ms if decoding or waiting else idle_ms
     has_target = any(view.tpot_ms is not None for view in everyone)
     prefill_ms = usual_ms if has_target else max(usual_ms, limits.max_prefill_ms)
     return max(min([*slacks, usual_ms]), base_ms), max(min([*slacks, prefill_ms]), base_ms), is_behind

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -29,6 +30,8 @@ from services.executor.training_sequence import InvalidSliceError, TrainingSeque
 MAX_POOL_SHARE = 0.25
 """Training sequences hold at most this share of the pages, so that inference is never starved of them."""
 MAX_QUEUED_SLICES = 64
+NUM_REMEMBERED_STEPS = 64
+"""Steps of a job that can be told again: at least as many as a trainer has in flight."""
 
 
 class TooManySlicesError(Exception):
@@ -71,6 +74,7 @@ class _Entry:
     lease: int
     table: PageTable
     num_queued: int = 0
+    steps: deque[TrainingEvent] = dataclasses.field(default_factory=lambda: deque(maxlen=NUM_REMEMBERED_STEPS))
     step_started_at: float = dataclasses.field(default_factory=time.perf_counter)
 
 
@@ -111,6 +115,11 @@ class Training:
         """The job, if it is open under this lease."""
         entry = self._entries.get(job_id)
         return entry.job if entry is not None and entry.lease == lease else None
+
+    def last_steps(self, job_id: str) -> tuple[TrainingEvent, ...]:
+        """A job's last steps, newest last; none of an unknown job."""
+        entry = self._entries.get(job_id)
+        return () if entry is None else tuple(entry.steps)
 
     def open(self, job: FinetuneJob, lease: int) -> None:
         """Hold a job, in place of what was held of it under an older lease."""
@@ -250,7 +259,8 @@ class Training:
             return None
         now = time.perf_counter()
         elapsed_ms, entry.step_started_at = (now - entry.step_started_at) * 1e3, now
-        return TrainingEvent(job_id=job_id, lease=entry.lease, step=result.step, elapsed_ms=elapsed_ms)
+        entry.steps.append(TrainingEvent(job_id=job_id, lease=entry.lease, step=result.step, elapsed_ms=elapsed_ms))
+        return entry.steps[-1]
 
     def _fail(self, job_id: str, error: Exception) -> None:
         """Give a job up: its gradients may be half written."""

@@ -29,7 +29,7 @@ from common.messages import (
     WriteCheckpoint,
 )
 from services.executor.config import ExecutorConfig
-from services.executor.finetune import FinetuneJob, OutOfOrderSliceError, new_job
+from services.executor.finetune import FinetuneJob, OutOfOrderSliceError, StepResult, new_job
 from services.executor.inbox import Inbox
 from services.executor.lora import InvalidAdapterError
 from services.executor.startup import OnDevice
@@ -167,11 +167,14 @@ class TrainingLink:
         if job is None:
             return Rejected(reason="not_found", message=f"job {order.job_id} is not open here any more")
         # On the device's thread no step can change the job meanwhile, and the event loop goes on.
-        adapter, state, step = await self._on_device(lambda: (job.adapter.to_safetensors(), job.checkpoint(), job.step))
+        adapter, state, step, last = await self._on_device(
+            lambda: (job.adapter.to_safetensors(), job.checkpoint(), job.step, self._training.last_steps(order.job_id))
+        )
         store = await self._bus.object_store(subjects.ARTIFACTS_STORE)
         await store.put(optimizer_object(order.artifact), state)
         await store.put(order.artifact, adapter)
-        return CheckpointWritten(job_id=order.job_id, artifact=order.artifact, step=step, num_bytes=len(adapter))
+        steps = tuple(_step_done(event, event.step) for event in last if event.step is not None and event.step.step < step)
+        return CheckpointWritten(job_id=order.job_id, artifact=order.artifact, step=step, num_bytes=len(adapter), steps=steps)
 
 
 def optimizer_object(artifact: str) -> str:
@@ -184,7 +187,10 @@ def _progress(event: TrainingEvent) -> StepDone | SequenceEvaluated | JobFailed:
         return SequenceEvaluated(job_id=event.job_id, lease=event.lease, **dataclasses.asdict(event.score))
     if event.step is None:
         return JobFailed(job_id=event.job_id, lease=event.lease, message=event.failure)
-    step = event.step
+    return _step_done(event, event.step)
+
+
+def _step_done(event: TrainingEvent, step: StepResult) -> StepDone:
     return StepDone(
         job_id=event.job_id,
         lease=event.lease,

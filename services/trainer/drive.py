@@ -90,6 +90,7 @@ class Drive:
         self._saved_at = 0.0
         self._saved = 0
         self._num_saves = 0
+        self._told = 0
         self._scores: Scores | None = None
 
     async def run(self, step: int, checkpointed: int) -> Literal["finish", "stop"]:
@@ -98,6 +99,7 @@ class Drive:
         Raises ExecutorLostError, JobRejectedError, and what the owner's check raises.
         """
         self._position = Position(step, step, checkpointed)
+        self._told = step
         self._progressed_at = self._saved_at = time.monotonic()
         self._saved = step
         while True:
@@ -126,19 +128,31 @@ class Drive:
         )
 
     async def _absorb(self) -> None:
-        """Take in the progress that has arrived; a step told twice is simply told again."""
+        """Take in the progress that has arrived."""
         while self._session.inbox:
             progress = self._session.inbox.popleft()
             match progress:
                 case StepDone():
-                    self._reached(progress.step + 1)
-                    await self._owner.step_done(progress)
+                    await self._take_step(progress)
                 case SequenceEvaluated():
                     self._progressed_at = time.monotonic()
                     if self._scores is not None:
                         self._scores.take(progress)
                 case _:
                     raise JobRejectedError(progress.message)
+
+    async def _take_step(self, done: StepDone) -> None:
+        """Tell of a step; if one before it was lost on the way, of that one first: who writes a checkpoint has both."""
+        self._reached(done.step + 1)
+        if done.step > self._told:
+            await self._save()
+        await self._tell(done)
+
+    async def _tell(self, done: StepDone) -> None:
+        """Tell of a step, once."""
+        if done.step >= self._told:
+            self._told = done.step + 1
+            await self._owner.step_done(done)
 
     async def _send_step(self, step: int) -> None:
         for item in self._course.slices(step, self._session.order.lease):
@@ -215,11 +229,14 @@ class Drive:
     async def _save(self) -> int:
         """Have the executor store what it has, whichever step that is by now: the steps in flight go on. Returns the step."""
         artifact = naming.interim_name(self._course.job_id, self._session.order.lease, self._num_saves)
-        step = (await self._patiently(lambda: self._session.checkpoint(artifact))).step
-        await self._owner.saved(artifact, step)
+        written = await self._patiently(lambda: self._session.checkpoint(artifact))
+        for done in written.steps:  # before anybody can resume behind them
+            self._reached(done.step + 1)
+            await self._tell(done)
+        await self._owner.saved(artifact, written.step)
         self._num_saves += 1
-        self._saved, self._saved_at = step, time.monotonic()
-        return step
+        self._saved, self._saved_at = written.step, time.monotonic()
+        return written.step
 
     def _reached(self, done: int) -> None:
         """At least so many steps are done; whoever did them was sent them."""
