@@ -8,7 +8,7 @@ PEER ?= .venv-vllm
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: up test test-slow test-gpu bench bench-adapters bench-coserving bench-decode bench-gpu bench-speculation lint check format model lock clean help
+.PHONY: up test test-slow test-gpu bench bench-adapters bench-coserving bench-curve bench-decode bench-gpu bench-speculation lint check format model lock clean help
 
 up: $(INSTALLED)  ## start everything; options in ARGS="--port 8123"
 	@exec $(BIN)/heddle up $(ARGS)
@@ -30,6 +30,9 @@ bench-adapters: $(INSTALLED) model  ## 32 LoRA adapters in one batch beside one,
 
 bench-coserving: $(VENV)/.bench model  ## finetuning beside peft: speed and memory; ARGS="--quick" for one step
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_coserving $(ARGS)
+
+bench-curve: $(VENV)/.bench model  ## 200 steps beside peft, losses compared; ARGS="--small --dtype float32" for a quick look
+	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_curve $(ARGS)
 
 bench-decode: $(VENV)/.bench $(PEER)/bin/vllm model  ## Heddle beside vLLM; about 12 minutes, ARGS="--quick" for one round
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_decode --peer $(PEER) $(ARGS)

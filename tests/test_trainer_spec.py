@@ -49,6 +49,21 @@ def test_the_deprecated_place_of_hyperparameters_and_auto_work() -> None:
     assert parse_create({**BODY, "lora": {"target_modules": "all-linear"}}, 0).lora == LoraSpec()
 
 
+def test_ia3_has_vectors_in_place_of_ranks() -> None:
+    usual = parse_create({**BODY, "lora": {"method": "ia3"}}, 0)
+    targets = ("k_proj", "v_proj", "down_proj")
+    assert usual.lora == LoraSpec(method="ia3", target_modules=targets, feedforward_modules=("down_proj",))
+    assert usual.learning_rate == 3e-3
+    shown = job_lora(usual)
+    assert (shown["method"], shown["feedforward_modules"]) == ("ia3", ["down_proj"])
+    assert not {"rank", "alpha", "dropout"} & shown.keys()
+    asked = {"method": "ia3", "target_modules": ["o_proj", "q_proj"], "feedforward_modules": ["o_proj"], "learning_rate": 0.1}
+    spec = parse_create({**BODY, "lora": asked}, 0)
+    assert spec.lora == LoraSpec(method="ia3", target_modules=("q_proj", "o_proj"), feedforward_modules=("o_proj",))
+    assert parse_create({**BODY, "lora": {"method": "ia3", "target_modules": ["q_proj"]}}, 0).lora.feedforward_modules == ()
+    assert len(parse_create({**BODY, "lora": {"method": "ia3", "target_modules": "all-linear"}}, 0).lora.target_modules) == 7
+
+
 def nested(**hyperparameters: Any) -> dict[str, Any]:
     return {"method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}}
 
@@ -94,6 +109,12 @@ def nested(**hyperparameters: Any) -> dict[str, Any]:
         ({"lora": {"scheduler": "step"}}, "lora.scheduler"),
         ({"lora": {"method": "dora"}}, "lora.method"),
         ({"lora": {"dropout": 1.0}}, "lora.dropout"),
+        ({"lora": {"method": "ia3", "rank": 8}}, "lora.rank"),
+        ({"lora": {"method": "ia3", "alpha": 8}}, "lora.alpha"),
+        ({"lora": {"method": "ia3", "dropout": 0}}, "lora.dropout"),
+        ({"lora": {"method": "ia3", "feedforward_modules": ["o_proj"]}}, "lora.feedforward_modules"),
+        ({"lora": {"method": "ia3", "feedforward_modules": ["q_proj"]}}, "lora.feedforward_modules[0]"),
+        ({"lora": {"feedforward_modules": ["down_proj"]}}, "lora.feedforward_modules"),
         ({"lora": {"optimizer": "lion"}}, "lora.optimizer"),
         ({"lora": {"momentum": 0.9}}, "lora.momentum"),
         ({"lora": {"warmup_steps": -1}}, "lora.warmup_steps"),

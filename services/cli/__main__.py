@@ -32,8 +32,8 @@ EXPECTED = (
     DistillError, ExplainError, FinetuneError,
 )  # fmt: skip
 LORA_OPTIONS = (
-    "method", "rank", "alpha", "dropout", "target_modules", "learning_rate", "scheduler", "warmup_steps", "optimizer",
-    "weight_decay", "max_grad_norm",
+    "method", "rank", "alpha", "dropout", "target_modules", "feedforward_modules", "learning_rate", "scheduler",
+    "warmup_steps", "optimizer", "weight_decay", "max_grad_norm",
 )  # fmt: skip
 """Options of `heddle finetune` that go into the job's `lora` block."""
 KEY_VARIABLES = ("HEDDLE_GATEWAY_API_KEY", "HEDDLE_API_KEY")
@@ -89,7 +89,8 @@ async def _with_bus(nats_url: str, options: argparse.Namespace) -> None:
             return
         if options.action == "import":
             record = await import_folder(bus, options.dir, options.name, options.base_model)
-            print(f"{record.name}: served as an adapter of {record.base_model}, rank {record.lora.rank}")
+            kind = "(IA)3" if record.lora.method == "ia3" else f"rank {record.lora.rank}"
+            print(f"{record.name}: served as an adapter of {record.base_model}, {kind}")
             return
         if options.action == "delete":
             print(f"{(await delete(bus, options.name)).name}: deleted")

@@ -44,7 +44,8 @@ def show_adapters(records: list[AdapterRecord]) -> None:
     for record in records:
         created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created_at))
         lora = record.lora
-        table.add_row(record.name, record.base_model, str(lora.rank), f"{lora.alpha:g}", created, record.job_id)
+        sizes = ("(IA)3", "") if lora.method == "ia3" else (str(lora.rank), f"{lora.alpha:g}")
+        table.add_row(record.name, record.base_model, *sizes, created, record.job_id)
     wide_console().print(table if records else "no adapters yet")
 
 

@@ -262,11 +262,12 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--weight-decay", type=float, metavar="X")
     training.add_argument("--max-grad-norm", type=float, metavar="X", help="gradients are clipped to it; 0: never")
     adapter = parser.add_argument_group("adapter")
-    adapter.add_argument("--method", choices=["lora", "rslora"])
+    adapter.add_argument("--method", choices=["lora", "rslora", "ia3"])
     adapter.add_argument("--rank", type=_within(1), metavar="N")
     adapter.add_argument("--alpha", type=float, metavar="X")
     adapter.add_argument("--dropout", type=float, metavar="P", help="of the adapter's inputs")
     adapter.add_argument("--target-modules", nargs="+", metavar="NAME", help="q_proj, k_proj, ...; all-linear")
+    adapter.add_argument("--feedforward-modules", nargs="*", metavar="NAME", help="of ia3: targets whose input is scaled")
     parser.add_argument("--url", default=DEFAULT_URL, help="a gateway")
     _add_api_key(parser)
 

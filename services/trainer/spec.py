@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from common.messages import ErrorReply, LoraSpec
 
+T = TypeVar("T")
 Auto = Literal["auto"]
 Scheduler = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "sgd"]
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+ScaledInput = Literal["o_proj", "down_proj"]
+
 ALL_LINEAR = LoraSpec().target_modules
+IA3_TARGETS, IA3_FEEDFORWARD = ("k_proj", "v_proj", "down_proj"), ("down_proj",)
+"""What (IA)3 scales by default, as in its paper (Liu et al. 2022) and in PEFT."""
 DEFAULT_EPOCHS = 3
 DEFAULT_BATCH_SIZE = 4
 DEFAULT_LEARNING_RATE = 2e-4
 """Multiplied by learning_rate_multiplier, whose "auto" is 1."""
+DEFAULT_IA3_LEARNING_RATE = 3e-3
+"""Of its paper: a vector is far from where it must go, and there are few of them."""
 
 
 class ApiError(Exception):
@@ -73,14 +81,17 @@ class _Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class _Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`method` rslora scales by alpha / sqrt(rank); `momentum` is of the optimizer sgd."""
+    """`method` rslora scales by alpha / sqrt(rank); ia3 has `feedforward_modules`, but no rank, alpha or dropout; `momentum` is
+    of the optimizer sgd.
+    """
 
-    method: Literal["lora", "rslora"] = "lora"
-    rank: Annotated[int, Meta(ge=1, le=256)] = 16
-    alpha: Annotated[float, Meta(gt=0, le=100_000)] = 32.0
-    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    target_modules: Annotated[list[TargetModule], Meta(min_length=1)] | Literal["all-linear"] = "all-linear"
-    learning_rate: Annotated[float, Meta(gt=0, le=10)] = DEFAULT_LEARNING_RATE
+    method: Literal["lora", "rslora", "ia3"] = "lora"
+    rank: Annotated[int, Meta(ge=1, le=256)] | UnsetType = UNSET
+    alpha: Annotated[float, Meta(gt=0, le=100_000)] | UnsetType = UNSET
+    dropout: Annotated[float, Meta(ge=0, lt=1)] | UnsetType = UNSET
+    target_modules: Annotated[list[TargetModule], Meta(min_length=1)] | Literal["all-linear"] | UnsetType = UNSET
+    feedforward_modules: list[ScaledInput] | UnsetType = UNSET
+    learning_rate: Annotated[float, Meta(gt=0, le=10)] | UnsetType = UNSET
     optimizer: Optimizer = "adamw"
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     scheduler: Scheduler = "linear"
@@ -117,12 +128,15 @@ def parse_create(body: dict[str, Any], new_seed: int) -> JobSpec:
 
 def job_lora(spec: JobSpec) -> dict[str, Any]:
     """The resolved `lora` block, as a job shows it."""
+    lora = spec.lora
+    adapter: dict[str, Any] = {"method": "rslora" if lora.use_rslora else lora.method}
+    if lora.method == "ia3":
+        adapter["feedforward_modules"] = list(lora.feedforward_modules)
+    else:
+        adapter |= {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout}
     return {
-        "method": "rslora" if spec.lora.use_rslora else "lora",
-        "rank": spec.lora.rank,
-        "alpha": spec.lora.alpha,
-        "dropout": spec.lora.dropout,
-        "target_modules": list(spec.lora.target_modules),
+        **adapter,
+        "target_modules": list(lora.target_modules),
         "learning_rate": spec.base_learning_rate,
         "optimizer": spec.optimizer,
         "momentum": spec.momentum,
@@ -143,8 +157,6 @@ def job_hyperparameters(spec: JobSpec) -> dict[str, Any]:
 
 
 def _resolve(asked: _CreateBody, hyper: _Hyperparameters, lora: _Lora, new_seed: int) -> JobSpec:
-    chosen = ALL_LINEAR if lora.target_modules == "all-linear" else lora.target_modules
-    targets = tuple(name for name in ALL_LINEAR if name in chosen)
     if lora.momentum and lora.optimizer != "sgd":
         raise ApiError(400, "lora.momentum: belongs to the optimizer sgd", "invalid_value", "lora.momentum")
     return JobSpec(
@@ -157,14 +169,10 @@ def _resolve(asked: _CreateBody, hyper: _Hyperparameters, lora: _Lora, new_seed:
         n_epochs=DEFAULT_EPOCHS if hyper.n_epochs == "auto" else hyper.n_epochs,
         batch_size=DEFAULT_BATCH_SIZE if hyper.batch_size == "auto" else hyper.batch_size,
         learning_rate_multiplier=1.0 if hyper.learning_rate_multiplier == "auto" else hyper.learning_rate_multiplier,
-        lora=LoraSpec(
-            rank=lora.rank,
-            alpha=lora.alpha,
-            target_modules=targets,
-            use_rslora=lora.method == "rslora",
-            dropout=lora.dropout,
+        lora=_ia3(lora) if lora.method == "ia3" else _low_rank(lora),
+        base_learning_rate=_given(
+            lora.learning_rate, DEFAULT_IA3_LEARNING_RATE if lora.method == "ia3" else DEFAULT_LEARNING_RATE
         ),
-        base_learning_rate=lora.learning_rate,
         optimizer=lora.optimizer,
         momentum=lora.momentum,
         scheduler=lora.scheduler,
@@ -172,6 +180,44 @@ def _resolve(asked: _CreateBody, hyper: _Hyperparameters, lora: _Lora, new_seed:
         max_grad_norm=lora.max_grad_norm,
         weight_decay=lora.weight_decay,
     )
+
+
+def _given(value: T | UnsetType, default: T) -> T:
+    return default if value is UNSET else value
+
+
+def _targets(asked: Sequence[str] | UnsetType, default: tuple[str, ...]) -> tuple[str, ...]:
+    chosen = ALL_LINEAR if asked == "all-linear" else _given(asked, default)
+    return tuple(name for name in ALL_LINEAR if name in chosen)
+
+
+def _low_rank(lora: _Lora) -> LoraSpec:
+    if lora.feedforward_modules is not UNSET:
+        raise _misplaced("feedforward_modules", "belongs to the method ia3")
+    usual = LoraSpec()
+    return LoraSpec(
+        rank=_given(lora.rank, usual.rank),
+        alpha=_given(lora.alpha, usual.alpha),
+        target_modules=_targets(lora.target_modules, ALL_LINEAR),
+        use_rslora=lora.method == "rslora",
+        dropout=_given(lora.dropout, usual.dropout),
+    )
+
+
+def _ia3(lora: _Lora) -> LoraSpec:
+    for field in ("rank", "alpha", "dropout"):
+        if getattr(lora, field) is not UNSET:
+            raise _misplaced(field, "does not belong to the method ia3")
+    targets = _targets(lora.target_modules, IA3_TARGETS)
+    usual = tuple(name for name in IA3_FEEDFORWARD if name in targets)
+    scaled = _targets(lora.feedforward_modules, usual)
+    if missing := sorted(set(scaled) - set(targets)):
+        raise _misplaced("feedforward_modules", f"must be among target_modules; {', '.join(missing)} is not")
+    return LoraSpec(method="ia3", target_modules=targets, feedforward_modules=scaled)
+
+
+def _misplaced(field: str, problem: str) -> ApiError:
+    return ApiError(400, f"lora.{field}: {problem}", "invalid_value", f"lora.{field}")
 
 
 def _hyperparameters(asked: _CreateBody) -> _Hyperparameters:
