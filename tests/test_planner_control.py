@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -25,6 +26,7 @@ from services.planner.control import (
     quota_limit,
     token_debt,
     useful_depth,
+    useful_width,
 )
 
 WAIT_MS = 5.0
@@ -201,6 +203,15 @@ def test_depth_ends_where_even_the_best_path_is_worth_less_than_it_costs() -> No
     assert useful_depth(0.9, 0.0, 12) == useful_depth(1.0, 0.5, 12) == 12
     assert useful_depth(0.9, 2.0, 12) == 1
     assert useful_depth(0.9, 0.02, 0) == 0
+
+
+def test_a_level_is_as_wide_as_its_nodes_can_pay() -> None:
+    for rate, worth in itertools.product((0.0, 0.3, 0.72, 0.95, 1.0), (0.02, 0.1, 0.3)):
+        width = useful_width(rate, worth, 50)
+        others = [(1.0 - rate) / k for k in range(1, 50)]
+        assert width == 1 + sum(prob >= worth - 1e-12 for prob in others)
+    assert useful_width(0.5, 0.0, 3) == useful_width(0.2, 0.01, 3) == 3
+    assert [useful_width(rate, 0.1, 4) for rate in (0.95, 0.85, 0.4)] == [1, 2, 4]
 
 
 def test_a_node_is_worth_what_its_row_and_its_level_cost_in_tokens() -> None:

@@ -21,7 +21,7 @@ def drafter(**options: Any) -> NgramDrafter:
 def draft(tokens: list[int], depth: int = 8, width: int = 3, **options: float) -> Pool:
     ours = drafter(**options)
     ours.open(KEY, tokens)
-    (pool,) = ours.draft([DraftOrder(KEY, depth)], width)
+    (pool,) = ours.draft([DraftOrder(KEY, depth, width)])
     return pool
 
 
@@ -122,14 +122,14 @@ def test_depth_zero_and_a_closed_sequence() -> None:
     ours.close(KEY)
     ours.close(KEY)
     with pytest.raises(KeyError):
-        ours.draft([DraftOrder(KEY, 1)], 1)
+        ours.draft([DraftOrder(KEY, 1, 1)])
 
 
 def test_what_is_committed_can_be_drafted_next() -> None:
     ours = drafter()
     ours.open(KEY, [1, 2, 3])
     ours.extend(KEY, [4, 1, 2])
-    (pool,) = ours.draft([DraftOrder(KEY, 2)], 3)
+    (pool,) = ours.draft([DraftOrder(KEY, 2, 3)])
     assert path(pool, len(pool) - 1) == [3, 4]
 
 
@@ -144,7 +144,7 @@ def test_an_iteration_costs_as_much_after_a_long_prompt_as_after_a_short_one() -
         for _ in range(50):
             start = time.perf_counter()
             ours.extend(KEY, [7, 8])
-            ours.draft([DraftOrder(KEY, 8)], 3)
+            ours.draft([DraftOrder(KEY, 8, 3)])
             times.append(time.perf_counter() - start)
         medians.append(float(np.median(times)))
     assert medians[1] < 8 * medians[0] + 1e-3
@@ -159,7 +159,7 @@ def test_ended_sequences_help_others_of_their_tenant_alone() -> None:
 
     def drafts() -> dict[str, list[int]]:
         names = ("second", "other")
-        pools = ours.draft([DraftOrder(("e", name), 4) for name in names], 3)
+        pools = ours.draft([DraftOrder(("e", name), 4, 3) for name in names])
         return {name: pool.tokens for name, pool in zip(names, pools, strict=True)}
 
     assert drafts() == {"second": [], "other": []}
@@ -173,7 +173,7 @@ def test_a_draft_from_traffic_ends_where_its_text_ended() -> None:
     traffic.add("a", [4, 5, 6])
     ours = drafter(traffic=traffic)
     ours.open(KEY, [9, 1, 2], tenant="a")
-    (pool,) = ours.draft([DraftOrder(KEY, 8)], 3)
+    (pool,) = ours.draft([DraftOrder(KEY, 8, 3)])
     assert pool.tokens == [3]
 
 

@@ -112,7 +112,7 @@ def test_every_candidate_is_as_probable_as_the_trained_head_says(
 ) -> None:
     tokens, rows = TOKENS[:num_tokens], random_rows(num_tokens - 1)
     drafter.open(("e", "r"), tokens, features=as_bytes(rows[-SHAPE.window :]))
-    (pool,) = drafter.draft([DraftOrder(("e", "r"), MAX_DEPTH)], 3)
+    (pool,) = drafter.draft([DraftOrder(("e", "r"), MAX_DEPTH, 3)])
     check(pool, trained, rows, tokens, depth=MAX_DEPTH)
     assert pool.depths.count(1) > 3, "all children are candidates"
 
@@ -121,11 +121,11 @@ def test_sequences_are_drafted_together_and_extended(drafter: FeaturesDrafter, t
     rows = {name: random_rows(len(TOKENS) + 3, seed) for seed, name in enumerate("abc")}
     for name, num_tokens in zip("abc", (3, 9, 6), strict=True):
         drafter.open(("e", name), TOKENS[:num_tokens], features=as_bytes(rows[name][: num_tokens - 1][-SHAPE.window :]))
-    drafter.draft([DraftOrder(("e", name), 2) for name in "abc"], 2)
+    drafter.draft([DraftOrder(("e", name), 2, 2) for name in "abc"])
     drafter.extend(("e", "b"), [33, 36], features=as_bytes(rows["b"][8:10]))
     drafter.close(("e", "c"))
     drafter.open(("e", "c"), TOKENS[:5], features=as_bytes(rows["c"][:4]))
-    pools = drafter.draft([DraftOrder(("e", name), depth) for name, depth in zip("abc", (4, 3, 0), strict=True)], 2)
+    pools = drafter.draft([DraftOrder(("e", name), depth, 2) for name, depth in zip("abc", (4, 3, 0), strict=True)])
     check(pools[0], trained, rows["a"][:2], TOKENS[:3], depth=4)
     check(pools[1], trained, rows["b"][:10], [*TOKENS[:9], 33, 36], depth=3)
     assert len(pools[2]) == 0
@@ -134,18 +134,18 @@ def test_sequences_are_drafted_together_and_extended(drafter: FeaturesDrafter, t
 def test_missing_rows_cost_only_themselves(drafter: FeaturesDrafter, trained: DraftHead) -> None:
     rows, key = random_rows(20), ("e", "r")
     drafter.open(key, TOKENS[:4])
-    assert len(drafter.draft([DraftOrder(key, 3)], 2)[0]) == 0
+    assert len(drafter.draft([DraftOrder(key, 3, 2)])[0]) == 0
     drafter.extend(key, [3, 6], features=as_bytes(rows[3:5]))
     drafter.extend(key, [9], features=b"odd")
-    assert len(drafter.draft([DraftOrder(key, 3)], 2)[0]) == 0
+    assert len(drafter.draft([DraftOrder(key, 3, 2)])[0]) == 0
     drafter.extend(key, [12, 15], features=as_bytes(rows[6:8]))
-    (pool,) = drafter.draft([DraftOrder(key, 3)], 2)
+    (pool,) = drafter.draft([DraftOrder(key, 3, 2)])
     tail = [9, 12, 15]  # the rows before the gap are forgotten; only distances between positions matter
     check(pool, trained, rows[6:8], tail, depth=3)
     assert drafter.counters == {"rows_missing": 1}
     drafter.open(key, TOKENS[:4], features=as_bytes(rows[:9]))
     assert drafter.counters["rows_malformed"] == 1
-    assert len(drafter.draft([DraftOrder(key, 3)], 2)[0]) == 0
+    assert len(drafter.draft([DraftOrder(key, 3, 2)])[0]) == 0
 
 
 def test_a_folder_that_holds_no_head_is_an_error(folder: Path, tmp_path: Path) -> None:

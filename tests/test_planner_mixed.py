@@ -33,7 +33,7 @@ class TableDrafter:
     def close(self, key: Key) -> None:
         self.seen.append(("close", (), "", b""))
 
-    def draft(self, orders: Sequence[DraftOrder], width: int) -> list[Pool]:
+    def draft(self, orders: Sequence[DraftOrder]) -> list[Pool]:
         return [self._pool(order.depth) for order in orders]
 
     def _pool(self, max_depth: int) -> Pool:
@@ -76,7 +76,7 @@ def random_table(rng: np.random.Generator, max_depth: int) -> dict[tuple[int, ..
 def test_a_mix_holds_every_path_of_every_drafter_once_in_bfs_order(seed: int) -> None:
     rng = np.random.default_rng(seed)
     drafters = [TableDrafter(random_table(rng, 4)) for _ in range(int(rng.integers(1, 4)))]
-    (pool,) = mixed(*drafters).draft([DraftOrder(KEY, 4)], 3)
+    (pool,) = mixed(*drafters).draft([DraftOrder(KEY, 4, 3)])
     single = [paths(drafter._pool(4)) for drafter in drafters]
     assert paths(pool).keys() == set().union(*single)
     assert pool.parents == sorted(pool.parents)
@@ -92,7 +92,7 @@ def test_a_mix_holds_every_path_of_every_drafter_once_in_bfs_order(seed: int) ->
 
 def test_probabilities_of_a_mix_are_combined_along_the_path() -> None:
     ours = mixed(TableDrafter({(): {1: 0.5, 2: 0.2}, (1,): {3: 0.4}}), TableDrafter({(): {1: 0.4}, (1,): {4: 0.1}}))
-    (pool,) = ours.draft([DraftOrder(KEY, 2)], 3)
+    (pool,) = ours.draft([DraftOrder(KEY, 2, 3)])
     assert paths(pool) == pytest.approx({(1,): 0.7, (2,): 0.2, (1, 3): 0.7 * 0.4, (1, 4): 0.7 * 0.1})
 
 
@@ -135,7 +135,7 @@ class Stream:
                 token = truth[level] if is_right else (truth[level] + int(rng.integers(1, 4))) % 4
                 drafter.table[path] = {token: odds / (1 + odds)}
                 path = (*path, token)
-        (pool,) = self.ours.draft([DraftOrder(KEY, depth)], 3)
+        (pool,) = self.ours.draft([DraftOrder(KEY, depth, 3)])
         self.ours.choose(KEY, range(len(pool)))
         self.num_verified += len(pool)
         known = set(paths(pool))
@@ -163,7 +163,7 @@ def test_after_2000_verified_nodes_predictions_are_reliable_within_5_percent(see
 def test_frozen_probabilities_do_not_move() -> None:
     ours = mixed(TableDrafter({(): {1: 0.5}}), is_frozen=True)
     for _ in range(50):
-        assert ours.draft([DraftOrder(KEY, 1)], 1)[0].probs == [0.5]
+        assert ours.draft([DraftOrder(KEY, 1, 1)])[0].probs == [0.5]
         ours.extend(KEY, [2])
 
 
@@ -188,7 +188,7 @@ def test_the_reliability_error_by_hand() -> None:
 def test_only_nodes_whose_fate_is_known_are_judged() -> None:
     """A tree that was cut on its way tells nothing of what was cut off below the right path."""
     ours = mixed(TableDrafter({(): {1: 0.5}, (1,): {2: 0.5}}))
-    ours.draft([DraftOrder(KEY, 2)], 1)
+    ours.draft([DraftOrder(KEY, 2, 1)])
     ours.choose(KEY, [0, 1])
     ours.extend(KEY, [1])
     assert ours.reliability.error == pytest.approx(0.5), "of the first node alone, which was right"

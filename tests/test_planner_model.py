@@ -100,7 +100,7 @@ def test_candidates_are_those_of_brute_force_whatever_was_accepted(family: str, 
         ours.open(key(name), text)
     depths = {"a": 3, "b": 2, "c": 1}
     for turn in range(3):
-        pools = ours.draft([DraftOrder(key(name), depth) for name, depth in depths.items()], 2)
+        pools = ours.draft([DraftOrder(key(name), depth, 2) for name, depth in depths.items()])
         for (name, depth), pool in zip(depths.items(), pools, strict=True):
             check(pool, model, texts[name], depth, 2)
         drafted = max(paths(pools[0]).items(), key=lambda item: (len(item[0]), item[1]))[0]
@@ -117,7 +117,7 @@ def test_only_new_tokens_are_read_again(folder: Path) -> None:
     ours.open(key("a"), random_prompt(30))
     for new, expected in (((), 30), ((), 31), ((1, 2, 3), 34)):
         ours.extend(key("a"), new)
-        ours.draft([DraftOrder(key("a"), 2)], 2)
+        ours.draft([DraftOrder(key("a"), 2, 2)])
         assert ours.counters["rows_read"] == expected
 
 
@@ -131,7 +131,7 @@ def test_all_orders_of_a_report_share_a_pass_per_level(folder: Path, monkeypatch
     monkeypatch.setattr(DraftModel, "log_probs", counted)
     for i in range(5):
         ours.open(key(str(i)), random_prompt(3 + i))
-    ours.draft([DraftOrder(key(str(i)), 4) for i in range(5)], 2)
+    ours.draft([DraftOrder(key(str(i)), 4, 2) for i in range(5)])
     assert passes == [3 + 4 + 5 + 6 + 7, 10, 10, 10]
 
 
@@ -146,7 +146,7 @@ def test_memory_is_bounded_and_what_was_forgotten_is_read_again(folder: Path, se
     num_drafted = 0
     for _ in range(25):
         names = rng.sample(sorted(texts), 3)
-        pools = ours.draft([DraftOrder(key(name), 2) for name in names], 2)
+        pools = ours.draft([DraftOrder(key(name), 2, 2) for name in names])
         assert ours.num_pages_in_use <= 16
         pages = [page for followed in ours._followed.values() for page in followed.pages] + ours._free
         assert sorted(pages) == list(range(16)), "a page was lost, or is held twice"
@@ -167,9 +167,9 @@ def test_memory_is_bounded_and_what_was_forgotten_is_read_again(folder: Path, se
 def test_a_sequence_larger_than_the_pool_evicts_nobody(folder: Path) -> None:
     ours = drafter_of(folder, num_slots=256)
     ours.open(key("small"), random_prompt(20))
-    assert len(ours.draft([DraftOrder(key("small"), 2)], 2)[0]) > 0
+    assert len(ours.draft([DraftOrder(key("small"), 2, 2)])[0]) > 0
     ours.open(key("large"), random_prompt(250))
-    assert len(ours.draft([DraftOrder(key("large"), 4)], 3)[0]) == 0
+    assert len(ours.draft([DraftOrder(key("large"), 4, 3)])[0]) == 0
     assert (ours.counters["evictions"], ours.counters["sequences_without_room"]) == (0, 1)
 
 
@@ -180,10 +180,10 @@ def test_a_long_prompt_is_read_in_parts_and_holds_nobody_up(folder: Path, monkey
     texts = {"long": random_prompt(90), "short": random_prompt(6, seed=2)}
     for name, text in texts.items():
         ours.open(key(name), text)
-    orders = [DraftOrder(key(name), 2) for name in texts]
+    orders = [DraftOrder(key(name), 2, 2) for name in texts]
     sizes = []
     for _ in range(5):
-        long, short = ours.draft(orders, 2)
+        long, short = ours.draft(orders)
         check(short, model, texts["short"], 2, 2)
         sizes.append(len(long) > 0)
     assert sizes == [False, False, False, True, True], "26, 31, 31 and 2 rows beside the short one's"
@@ -196,13 +196,13 @@ def test_what_the_draft_model_cannot_hold_has_no_candidates(folder: Path) -> Non
     ours.open(key("negative"), [1, -2])
     ours.open(key("long"), random_prompt(SHAPE["max_position_embeddings"] - 3))
     ours.open(key("good"), [1, 2])
-    orders = [DraftOrder(key(name), 4) for name in ("foreign", "negative", "long", "good")]
-    assert [len(pool) > 0 for pool in ours.draft(orders, 2)] == [False, False, False, True]
-    assert len(ours.draft([DraftOrder(key("long"), 3)], 2)[0]) > 0
+    orders = [DraftOrder(key(name), 4, 2) for name in ("foreign", "negative", "long", "good")]
+    assert [len(pool) > 0 for pool in ours.draft(orders)] == [False, False, False, True]
+    assert len(ours.draft([DraftOrder(key("long"), 3, 2)])[0]) > 0
     ours.close(key("good"))
     ours.close(key("good"))
     with pytest.raises(KeyError):
-        ours.draft([DraftOrder(key("good"), 1)], 1)
+        ours.draft([DraftOrder(key("good"), 1, 1)])
 
 
 def test_a_draft_model_that_is_the_target_is_right_at_every_depth(folder: Path) -> None:

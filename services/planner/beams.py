@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from services.planner.drafter import Pool
+from services.planner.drafter import DraftOrder, Pool
 
 MAX_CHILDREN = 6
 """Candidates below one node."""
@@ -29,24 +29,26 @@ def expand(
     beams: Sequence[Beam],
     guesses: Sequence[Sequence[tuple[int, float]]],
     pools: Sequence[Pool],
-    depths: Sequence[int],
+    orders: Sequence[DraftOrder],
     *,
     depth: int,
-    width: int,
     min_log_prob: float,
 ) -> list[Beam]:
-    """The beams of the next level. `guesses` are (token, log probability) of each beam's children; `depths` how far each order
-    goes. All children that are likely enough join their pool, in the beams' order; the best `width` of each order go on.
+    """The beams of the next level. `guesses` are (token, log probability) of each beam's children; `orders` how far and
+    how wide each goes. All children that are likely enough join their pool, in the beams' order; the best of each order go on.
     """
     children: list[list[Beam]] = [[] for _ in pools]
     for row, (beam, found) in enumerate(zip(beams, guesses, strict=True)):
         for token, value in found:
             log_prob = beam.log_prob + min(value, LEAST_LOSS)
-            if log_prob >= min_log_prob and depth <= depths[beam.order]:
+            if log_prob >= min_log_prob and depth <= orders[beam.order].depth:
                 node = pools[beam.order].add(token, beam.node, depth, math.exp(log_prob))
                 children[beam.order].append(Beam(beam.order, node, log_prob, row, beam.slots))
-    kept = [sorted(sorted(own, key=lambda beam: -beam.log_prob)[:width], key=lambda beam: beam.node) for own in children]
-    return [beam for own, most in zip(kept, depths, strict=True) if depth < most for beam in own]
+    best: list[Beam] = []
+    for order, own in zip(orders, children, strict=True):
+        if depth < order.depth:
+            best += sorted(sorted(own, key=lambda beam: -beam.log_prob)[: order.width], key=lambda beam: beam.node)
+    return best
 
 
 def gain(beams: Sequence[Beam]) -> float:

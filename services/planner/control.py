@@ -9,6 +9,7 @@ PRIOR_RATE, PRIOR_TRIALS = 0.8, 4.0
 """What is believed of a new sequence's drafts: deep enough to find out."""
 FORGETTING = 0.9
 """A verify step counts e times less after ten more: text changes its kind."""
+ROUNDING = 1e-9
 GAIN_FORGETTING = 0.99
 """What drafts brought a request counts e times less after a hundred more drafts, of whatever requests."""
 TRUST_FORGETTING = 0.998
@@ -61,6 +62,13 @@ def useful_depth(rate: float, worth: float, most: int) -> int:
     if worth >= 1.0 or rate <= 0.0:
         return min(most, 1)
     return min(most, max(1, math.floor(math.log(worth) / math.log(rate))))
+
+
+def useful_width(rate: float, worth: float, most: int) -> int:
+    """Nodes of a level, from 1 to `most`, that can be accepted with probability `worth`, if its best one is with `rate`: the
+    k-th best has at most a (k - 1)-th of what that leaves.
+    """
+    return most if worth <= 0.0 else min(most, 1 + math.floor((1.0 - rate) / worth + ROUNDING))
 
 
 @dataclasses.dataclass(slots=True)

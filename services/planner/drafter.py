@@ -44,10 +44,11 @@ class FeatureNeed(NamedTuple):
 
 
 class DraftOrder(NamedTuple):
-    """Draft for this sequence, at most `depth` tokens ahead."""
+    """Draft for this sequence, at most `depth` tokens ahead: the best `width` nodes of a level are continued."""
 
     key: Key
     depth: int
+    width: int
 
 
 class Drafter(Protocol):
@@ -69,5 +70,5 @@ class Drafter(Protocol):
     def close(self, key: Key) -> None:
         """Forget the sequence."""
 
-    def draft(self, orders: Sequence[DraftOrder], width: int) -> list[Pool]:
-        """One pool per order: beams of `width` nodes per level are continued, and all their children are candidates."""
+    def draft(self, orders: Sequence[DraftOrder]) -> list[Pool]:
+        """One pool per order: all children of the nodes that are continued are candidates."""

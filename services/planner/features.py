@@ -83,12 +83,12 @@ class FeaturesDrafter:
         key, num_rows = ("", "warm-up"), self.head.window
         self.open(key, [0] * (num_rows + 1), features=bytes(num_rows * self.head.row_bytes))
         min_gain, self._min_gain = self._min_gain, 0.0
-        self.draft([DraftOrder(key, self.head.max_depth)], 3)
+        self.draft([DraftOrder(key, self.head.max_depth, 3)])
         self._min_gain = min_gain
         self.close(key)
 
     @torch.inference_mode()
-    def draft(self, orders: Sequence[DraftOrder], width: int) -> list[Pool]:
+    def draft(self, orders: Sequence[DraftOrder]) -> list[Pool]:
         """See Drafter."""
         pools = [Pool() for _ in orders]
         roots = self._roots(orders)
@@ -97,10 +97,9 @@ class FeaturesDrafter:
         self.head.reserve(self._num_slots, max(each.length for each in self._followed.values()) + self.head.max_depth + 1)
         out_RH, log_probs_RV = self._read(roots)
         beams = [Beam(order, -1, 0.0, row, []) for row, (order, _) in enumerate(roots)]
-        depths = [order.depth for order in orders]
         for depth in range(1, self.head.max_depth + 1):
             guesses = self._guesses(log_probs_RV)
-            beams = expand(beams, guesses, pools, depths, depth=depth, width=width, min_log_prob=self._min_log_prob)
+            beams = expand(beams, guesses, pools, orders, depth=depth, min_log_prob=self._min_log_prob)
             if not beams or depth == self.head.max_depth or gain(beams) < self._min_gain:
                 break
             out_RH, log_probs_RV = self._step(beams, out_RH, orders, pools, depth)

@@ -79,9 +79,9 @@ class MixedDrafter:
             for drafter in self._drafters:
                 drafter.close(key)
 
-    def draft(self, orders: Sequence[DraftOrder], width: int) -> list[Pool]:
+    def draft(self, orders: Sequence[DraftOrder]) -> list[Pool]:
         """See Drafter."""
-        by_drafter = [drafter.draft(orders, width) for drafter in self._drafters]
+        by_drafter = [drafter.draft(orders) for drafter in self._drafters]
         pools = []
         for order, *own in zip(orders, *by_drafter, strict=True):
             draft = self._merge(own) if len(own) > 1 else self._correct(own[0])

@@ -88,22 +88,22 @@ class ModelDrafter:
         """Pages that hold keys and values of committed tokens."""
         return self._num_pages - len(self._free)
 
-    def draft(self, orders: Sequence[DraftOrder], width: int) -> list[Pool]:
+    def draft(self, orders: Sequence[DraftOrder]) -> list[Pool]:
         """See Drafter."""
         pools = [Pool() for _ in orders]
-        readings = self._readings(orders, width)
+        readings = self._readings(orders)
         if readings:
             log_probs_RV = self._read(readings)
             ready = [reading for reading in readings if reading.is_ready]
             if ready:
-                self._search(ready, log_probs_RV, orders, width, pools)
+                self._search(ready, log_probs_RV, orders, pools)
         for reading in readings:
             self._free += reading.scratch
         return pools
 
     # --- committed tokens ------------------------------------------------------------------------------------------
 
-    def _readings(self, orders: Sequence[DraftOrder], width: int) -> list[_Reading]:
+    def _readings(self, orders: Sequence[DraftOrder]) -> list[_Reading]:
         """Those that lack fewest tokens first: a long prompt does not hold up who only decodes."""
         wanted: list[tuple[int, int, _Followed]] = []
         for i, order in enumerate(orders):
@@ -118,7 +118,7 @@ class ModelDrafter:
         room = MAX_ROWS
         for num_missing, i, followed in sorted(wanted, key=lambda each: each[:2]):
             num_rows = min(num_missing, room)
-            num_scratch = _num_pages(width * orders[i].depth) if num_rows == num_missing else 0
+            num_scratch = _num_pages(orders[i].width * orders[i].depth) if num_rows == num_missing else 0
             end = followed.num_read + num_rows
             num_more = _num_pages(end) - len(followed.pages)
             busy = [followed, *(reading.followed for reading in readings)]
@@ -172,17 +172,15 @@ class ModelDrafter:
     # --- beams -----------------------------------------------------------------------------------------------------
 
     def _search(
-        self, ready: Sequence[_Reading], log_probs_RV: Tensor, orders: Sequence[DraftOrder], width: int, pools: Sequence[Pool]
+        self, ready: Sequence[_Reading], log_probs_RV: Tensor, orders: Sequence[DraftOrder], pools: Sequence[Pool]
     ) -> None:
         """One pass for each level of all orders together."""
-        depths = [order.depth for order in orders]
         contexts = {reading.order: reading.followed.slots(reading.end) for reading in ready}
         scratch = {reading.order: iter(_slots(reading.scratch).tolist()) for reading in ready}
         beams = [Beam(reading.order, -1, 0.0, row, []) for row, reading in enumerate(ready)]
-        for depth in range(1, max(depths) + 1):
-            beams = expand(
-                beams, _guesses(log_probs_RV), pools, depths, depth=depth, width=width, min_log_prob=self._min_log_prob
-            )
+        for depth in range(1, max(order.depth for order in orders) + 1):
+            guesses = _guesses(log_probs_RV)
+            beams = expand(beams, guesses, pools, orders, depth=depth, min_log_prob=self._min_log_prob)
             if not beams or gain(beams) < MIN_GAIN:
                 return
             for beam in beams:

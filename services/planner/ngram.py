@@ -165,9 +165,9 @@ class NgramDrafter:
         if followed is not None and self._traffic is not None:
             self._traffic.add(followed[1], followed[0].tokens)
 
-    def draft(self, orders: Sequence[DraftOrder], width: int) -> list[Pool]:
+    def draft(self, orders: Sequence[DraftOrder]) -> list[Pool]:
         """See Drafter."""
-        return [self._draft(*self._followed[order.key], order.depth, width) for order in orders]
+        return [self._draft(*self._followed[order.key], order.depth, order.width) for order in orders]
 
     def _draft(self, index: NgramIndex, tenant: str, depth: int, width: int) -> Pool:
         length, cursors = len(index.tokens), list[Cursor]()

@@ -65,10 +65,11 @@ class Planner:
         if self._mode.has_stop_rule and pacing.rests(len(sequences), int(np.count_nonzero(debts > 1.0))):
             self.counters["rests"] += 1
             return ()
-        depths, width = self._limits(report, self._mode, sequences, debts)
-        orders = [DraftOrder((report.executor_id, name), own) for name, own in zip(sequences, depths, strict=True)]
+        limits = self._limits(report, self._mode, sequences, debts)
+        orders = [DraftOrder((report.executor_id, name), *own) for name, own in zip(sequences, limits, strict=True)]
+        depths = [order.depth for order in orders]
         started_at = self._clock()
-        pools = self._drafter.draft(orders, width)
+        pools = self._drafter.draft(orders)
         drafted_at = self._clock()
         selection, last = self._select(_drafts(report, sequences, depths, pools), self._mode, debts)
         picked = trees.split(selection.chosen.tolist(), pools)
@@ -99,27 +100,29 @@ class Planner:
 
     def _limits(
         self, report: IterationReport, mode: Mode, sequences: dict[str, Sequence], debts: Floats
-    ) -> tuple[list[int], int]:
-        """Depth per request and width for all, by load; where the planner learns, also by how well each request is guessed.
+    ) -> list[tuple[int, int]]:
+        """Depth and width per request, by load; where the planner learns, also by how well each request is guessed.
 
         A request in debt is drafted for at any price.
         """
         shape, num_requests = self._shape, len(sequences)
         if mode.chain_length is not None:
-            return [min(mode.chain_length, sequence.max_depth) for sequence in sequences.values()], 1
+            return [(min(mode.chain_length, sequence.max_depth), 1) for sequence in sequences.values()]
         depth = control.draft_depth(
             report.token_budget, num_requests, offset=shape.depth_offset, least=shape.min_depth, most=shape.max_depth
         )
         width = control.draft_width(shape.draft_tokens, num_requests, offset=shape.width_offset, most=shape.max_width)
         if not mode.is_calibrated:
-            return [min(depth, sequence.max_depth) for sequence in sequences.values()], width
+            return [(min(depth, sequence.max_depth), width) for sequence in sequences.values()]
         base, plain_ms = max(1, report.base_tokens), report.t_spec_ms - report.wait_ms
         level_rows_ms = predict_ms(report.latency, Rows(base + num_requests)) - predict_ms(report.latency, Rows(base))
         worth = max(shape.min_prob, control.least_worth(num_requests, plain_ms, level_rows_ms / num_requests, self._level_ms))
-        return [
-            min(control.useful_depth(each.accepts.rate, shape.min_prob if debt > 1.0 else worth, depth), each.max_depth)
-            for each, debt in zip(sequences.values(), debts.tolist(), strict=True)
-        ], width
+        limits = []
+        for each, debt in zip(sequences.values(), debts.tolist(), strict=True):
+            least, rate = shape.min_prob if debt > 1.0 else worth, each.accepts.rate
+            own_depth = min(control.useful_depth(rate, least, depth), each.max_depth)
+            limits.append((own_depth, control.useful_width(rate, least, width)))
+        return limits
 
     def _select(self, drafts: _Drafts, mode: Mode, plain_debts: Floats) -> tuple[Selection, control.Round]:
         """The selection, and what it is expected to bring."""
