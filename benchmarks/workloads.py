@@ -20,12 +20,13 @@ CHAT_TARGET_MS = 50.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arrival:
-    """One request of a schedule: `at_s` after its start, a user's message, and its target in ms per token."""
+    """One request of a schedule: `at_s` after its start, a user's message, its targets in ms per token and to the first one."""
 
     at_s: float
     workload: str
     prompt: str
     tpot_ms: float
+    ttft_ms: float | None = None
 
 
 def read_json(path: Path) -> Any:
@@ -35,15 +36,16 @@ def read_json(path: Path) -> Any:
 
 def humaneval(path: Path) -> list[str]:
     """The prompts of HumanEval's JSON lines, maybe gzipped."""
-    return [problem["prompt"] for problem in _problems(path)]
+    return [problem["prompt"] for problem in humaneval_problems(path)]
 
 
 def humaneval_solutions(path: Path) -> list[str]:
     """The same with their solutions behind them."""
-    return [problem["prompt"] + problem["canonical_solution"] for problem in _problems(path)]
+    return [problem["prompt"] + problem["canonical_solution"] for problem in humaneval_problems(path)]
 
 
-def _problems(path: Path) -> list[dict[str, str]]:
+def humaneval_problems(path: Path) -> list[dict[str, str]]:
+    """The rows of HumanEval's JSON lines, maybe gzipped."""
     data = path.read_bytes()
     lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().splitlines()
     return [json.loads(line) for line in lines if line]
@@ -79,4 +81,21 @@ def thin(records: Sequence[dict[str, Any]], rate: float, seconds: float, unloade
             tpot_ms=-record["slo_ratio"] if record["slo_ratio"] < 0 else record["slo_ratio"] * unloaded_tpot_ms,
         )
         for record in (early[i] for i in kept)
+    ]
+
+
+def poisson(
+    texts: Sequence[str], rate: float, seconds: float, tpot_ms: float, ttft_ms: float, *, seed: int = 0, workload: str = "chat"
+) -> list[Arrival]:
+    """An open-loop schedule: exponential gaps of mean 1 / `rate` s for `seconds`, prompts in turn, the same ones each time.
+
+    At least one request comes, at the latest in the middle.
+    """
+    source = random.Random(f"{seed}/{rate}")
+    times = [min(source.expovariate(rate), seconds / 2)]
+    while (at := times[-1] + source.expovariate(rate)) < seconds:
+        times.append(at)
+    return [
+        Arrival(at_s=at, workload=workload, prompt=texts[i % len(texts)], tpot_ms=tpot_ms, ttft_ms=ttft_ms)
+        for i, at in enumerate(times)
     ]

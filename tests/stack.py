@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,12 +32,13 @@ def eventually(check: Callable[[], T], timeout_s: float = 30.0) -> T:
 class Stack:
     """`heddle up` on free ports with a state directory of its own."""
 
-    def __init__(self, model_dir: Path, state_dir: Path, *options: str) -> None:
+    def __init__(self, model_dir: Path, state_dir: Path, *options: str, settings: Mapping[str, str] | None = None) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.model_dir = model_dir
         self.state_dir = state_dir
         self._options = options
+        self._environment = {**os.environ, **(settings or {})}
         self._by_hand: list[subprocess.Popen[bytes]] = []
 
     def start(self, timeout_s: float = 90.0) -> Stack:
@@ -49,6 +50,7 @@ class Stack:
                 [*command, "--model", str(self.model_dir), "--served-model-name", "smollm2", *self._options],
                 stdout=sink,
                 stderr=subprocess.STDOUT,
+                env=self._environment,
             )
 
         def is_up() -> bool:

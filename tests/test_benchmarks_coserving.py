@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.bench_coserving import check, rows_of
+from benchmarks.finetune_alone import check, rows_of
 from benchmarks.finetune_sides import HEDDLE, PEFT, PEFT_CHECKPOINTING, HeddleSide, PeftSide, forget_peak, memory_bytes
 from tests.helpers import PEFT_WARNING, tiny_model
 from tests.tiny import random_prompt

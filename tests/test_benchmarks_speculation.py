@@ -94,7 +94,7 @@ def test_requests_are_sent_at_their_times(monkeypatch: pytest.MonkeyPatch) -> No
 
     begun: list[tuple[str, float]] = []
 
-    async def chat(http: object, prompt: str, max_tokens: int, tpot_ms: float | None = None) -> Sample:
+    async def chat(http: object, prompt: str, max_tokens: int, *targets: object) -> Sample:
         begun.append((prompt, asyncio.get_running_loop().time()))
         return answer(1.0)
 

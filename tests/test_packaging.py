@@ -24,9 +24,9 @@ FROM_PLATFORM = {"triton"}
 """What torch asks for on some platforms only; with names that begin like CUDA's libraries, not in the lock."""
 
 
-def locked_versions() -> dict[str, str]:
-    """Name -> version of every line of requirements.lock."""
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
+def locked_versions(lock: str = "requirements.lock") -> dict[str, str]:
+    """Name -> version of every line of a lock."""
+    lines = (ROOT / lock).read_text().splitlines()
     pins = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(name): pinned for name, pinned in pins}
 
@@ -120,8 +120,18 @@ def test_this_environment_is_the_lock() -> None:
     assert different == {}
 
 
-def test_the_lock_names_no_place() -> None:
-    text = (ROOT / "requirements.lock").read_text()
+def test_what_benchmarks_need_is_locked_beside_it() -> None:
+    """Not all that these need in turn: they need not be installed here."""
+    pins = locked_versions("requirements-bench.lock")
+    assert not set(pins) & set(locked_versions())
+    pins |= locked_versions()
+    for requirement in map(Requirement, PROJECT["optional-dependencies"]["bench"]):
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)])
+
+
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-bench.lock"])
+def test_the_locks_name_no_place(lock: str) -> None:
+    text = (ROOT / lock).read_text()
     assert "://" not in text
     assert not [line for line in text.splitlines() if line.startswith("-")]
     assert "+" not in text
