@@ -25,6 +25,10 @@ SMOOTHING = 0.05
 """Weight of the last report in the mean time of an answer."""
 
 
+USEFUL_REPORTS = 2
+"""An executor takes trees for its last report, or with two cohorts for its last two: older ones are drafted for in vain."""
+
+
 class PlannerActor:
     """One of any number of planners; each follows the executors that claimed it."""
 
@@ -35,12 +39,14 @@ class PlannerActor:
         self._mean_answer_ms = 0.0
         self._bus: Bus | None = None
         self._claims: Subscription | None = None
+        self._reports: Subscription | None = None
 
     async def start(self, bus: Bus, tasks: asyncio.TaskGroup) -> None:
         """Listen for reports, then offer to draft."""
         self._bus = bus
         await bus.subscribe(subjects.ALL_BEATS, Beat, self._on_beat)
-        await bus.subscribe(subjects.planner_report(self._config.instance_id), IterationReport, self._on_report)
+        reports = subjects.planner_report(self._config.instance_id)
+        self._reports = await bus.subscribe(reports, IterationReport, self._on_report)
         await bus.client.flush()
         self._claims = await bus.subscribe(subjects.CLAIM, PlannerClaim, self._on_claim, queue="planner")
         await bus.client.flush()
@@ -80,10 +86,14 @@ class PlannerActor:
         return PlannerGranted(planner_id=granted, feature_layers=need.layers, feature_window=need.window)
 
     async def _on_report(self, report: IterationReport) -> None:
-        """The executor waits for this answer."""
+        """The executor waits for this answer. A planner that falls behind, as its drafter is slow, takes old reports in and
+        drafts for the latest: else it would never catch up.
+        """
         assert self._bus is not None
+        assert self._reports is not None
         started_at = time.monotonic()
-        drafted = self._planner.answer(report, started_at)
+        is_stale = self._reports.pending_msgs >= USEFUL_REPORTS * max(1, self._planner.table.num_executors)
+        drafted = self._planner.answer(report, started_at, is_stale=is_stale)
         answer_ms = 1000 * (time.monotonic() - started_at)
         self._mean_answer_ms += SMOOTHING * (answer_ms - self._mean_answer_ms)
         answer = DraftTrees(

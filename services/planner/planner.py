@@ -51,8 +51,8 @@ class Planner:
         self.table = SequenceTable(drafter)
         self.counters: Counter[str] = Counter()
 
-    def answer(self, report: IterationReport, now: float) -> tuple[DraftTree, ...]:
-        """Take the report in and draft for the next iteration."""
+    def answer(self, report: IterationReport, now: float, *, is_stale: bool = False) -> tuple[DraftTree, ...]:
+        """Take the report in and draft for the next iteration, unless that has begun: then the report is stale."""
         self.counters["reports"] += 1
         if self._mode is None:
             return ()
@@ -62,6 +62,9 @@ class Planner:
         debts = _debts(sequences, report.t_spec_ms - report.wait_ms)
         pacing = self.table.pacing(report.executor_id)
         pacing.judge(sum(each.accepted_len for each in report.progress), len(sequences))
+        if is_stale:
+            self.counters["stale_reports"] += 1
+            return ()
         if self._mode.has_stop_rule and pacing.rests(len(sequences), int(np.count_nonzero(debts > 1.0))):
             self.counters["rests"] += 1
             return ()

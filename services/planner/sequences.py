@@ -58,6 +58,11 @@ class SequenceTable:
     def __len__(self) -> int:
         return sum(len(executor.sequences) for executor in self._executors.values())
 
+    @property
+    def num_executors(self) -> int:
+        """Executors that have reported and are not forgotten."""
+        return len(self._executors)
+
     def apply(self, report: IterationReport, now: float) -> dict[str, Sequence]:
         """Take a report in; returns the sequences that decode in the executor's next iteration."""
         executor = self._executors.setdefault(report.executor_id, _Executor())
