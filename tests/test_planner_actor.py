@@ -143,7 +143,7 @@ async def test_a_planner_that_falls_behind_drafts_for_the_last_reports_alone(bus
         answers = [await executor.answer() for _ in range(20)]
         assert [answer.iteration for answer in answers] == list(range(1, 21))
         assert answers[-1].trees[0].length == len(LOOP) + 20
-        assert actor.vitals().counters["stale_reports"] == sum(not answer.trees for answer in answers) > 10
+        assert actor.vitals().counters["stale_reports"] == sum(not answer.trees for answer in answers) > 2
         assert "lost_sequences" not in actor.vitals().counters
 
 
