@@ -21,8 +21,8 @@ import torch
 
 from kernels.cache import cache_dir
 
-SOURCE = Path(__file__).with_name("heddle_backward.c")
-INCLUDED = Path(__file__).with_name("heddle_cpu.c")
+SOURCE = Path(__file__).with_name("heddle_cpu.c")
+"""It includes all the others: one unit, so that they are compiled into one another."""
 FLAGS = ("-O3", "-march=x86-64-v3", "-ffp-contract=fast", "-fPIC", "-fopenmp")
 COMPILE_TIMEOUT_S = 120
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -77,7 +77,8 @@ def compiler() -> str | None:
 
 def file_name() -> str:
     """The library's name; another one for another source."""
-    key = hashlib.sha256(SOURCE.read_bytes() + INCLUDED.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
+    sources = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]")))
+    key = hashlib.sha256(sources + " ".join(FLAGS).encode()).hexdigest()[:16]
     return f"heddle_cpu-{key}.so"
 
 

@@ -1,11 +1,9 @@
-/* The way back through the decoder, beside the way forward that this file includes. Knows pointers, no torch.
+/* The way back through the decoder, as the other files are the way forward. Knows pointers, no torch.
  *
- * A row's gradient is a fixed sequence of operations on this row alone, as in the file below. What is summed over rows (gradients of
+ * A row's gradient is a fixed sequence of operations on this row alone, as there. What is summed over rows (gradients of
  * adapters, of keys and values) is added to what is there already, row after row in the order that the caller gives: so it does not
  * depend on how the rows are divided among calls, only on their order.
  */
-#include "heddle_cpu.c"
-
 #define TILE_ROWS 240 /* rows that share a gathered panel */
 #define DEPTH 2048   /* inputs of a tile of rows that stay in the L2 cache while panels stream by */
 #define CHUNK_ROWS 16 /* rows of a window that go back together */
