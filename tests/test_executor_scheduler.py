@@ -143,6 +143,12 @@ def test_training_advances_on_a_device_where_one_token_takes_longer_than_an_idle
     assert plan(BACKWARD, profile=slow, idle_iteration_ms=120.0).backward["back"] > 0
 
 
+def test_a_window_alone_does_not_shrink_below_what_is_worth_a_pass() -> None:
+    disturbed = LatencyProfile(points=((1, 60.0), (8, 300.0), (1024, 301.0)), backward_ms_per_token=1.0)
+    assert plan(JOB, profile=disturbed).num_tokens == 32
+    assert plan(JOB, decoding(tpot_ms=150.0), profile=disturbed).num_tokens < 8
+
+
 def test_nothing_to_do_is_an_empty_plan() -> None:
     result = plan()
     assert (result.num_tokens, result.backward, result.predicted_ms) == (0, {}, 0.0)

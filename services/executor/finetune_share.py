@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from common.latency import Rows, max_rows, predict_ms
 from common.messages import LatencyProfile
 
+MIN_WINDOW_ALONE = 32
+"""Rows of a window when nothing else is in the pass, whatever it is predicted to cost: while other processes hold the cores,
+small passes take as long as larger ones, and windows that shrink with what was learned of them would never find that out.
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobView:
@@ -35,7 +40,7 @@ def share_out(
     """Forward windows and backward work that fit into `spare_ms` beside `rows`, and the rows then; jobs share it evenly.
 
     Backward work gets at most `back_ms`. When finetuning `is_owed` its share, a window has a row even if that costs more: else
-    a share below it would starve the job.
+    a share below it would starve the job; and MIN_WINDOW_ALONE rows without requests.
     """
     forward: dict[str, int] = {}
     backward: dict[str, float] = {}
@@ -57,7 +62,7 @@ def share_out(
         room = min(max_batch_tokens - rows.tokens, job.forward_tokens)
         tokens = max_rows(profile, spent_ms + share_ms, room, rows, job.context_tokens)
         if is_owed and not any(forward.values()):
-            tokens = max(tokens, min(room, 1))
+            tokens = max(tokens, min(room, MIN_WINDOW_ALONE if is_alone else 1))
         rows = rows.with_segment(tokens, job.context_tokens)
         cost_ms = max(predict_ms(profile, rows) - spent_ms, 0.0)
         forward[job.job_id] = tokens
