@@ -18,7 +18,7 @@ from benchmarks.gpu_model import (
     LLAMA_3_1_8B,
     TINY,
     Load,
-    Passes,
+    LoadedModel,
     context_bytes,
     loads,
     random_decoder,
@@ -38,10 +38,13 @@ def run(device: Device, dtype: torch.dtype, top: Ceilings, results: Results, *, 
     """A row per load, of whole passes: tables, layers, head, and the drawn tokens on the host."""
     config, num_context = (TINY, TINY_CONTEXT) if is_tiny else (LLAMA_3_1_8B, CONTEXT)
     every = loads(TINY_DECODES, 4, TINY_WINDOW) if is_tiny else loads(DECODES, DRAFT_BUDGET, WINDOW)
-    passes = Passes(random_decoder(config, dtype, device.torch), num_context, max(every, key=lambda load: load.num_rows))
+    model = LoadedModel(random_decoder(config, dtype, device.torch), num_context, max(every, key=lambda load: load.num_rows))
     for load in every:
-        call = passes.eager(load)
-        results.add(STAGE, _row("heddle", load, call, config, device, dtype, top, num_context))
+        has_graph = device.torch.type == "cuda" and not load.num_window_rows
+        for is_recorded in (False, True)[: 1 + has_graph]:
+            call = model.call(load, is_recorded=is_recorded)
+            provider = "heddle, graph" if is_recorded else "heddle"
+            results.add(STAGE, _row(provider, load, call, config, device, dtype, top, num_context))
         device.forget()
 
 

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from benchmarks.attention_cases import binary_tree
 from common.messages import LoraSpec, Sampling
-from services.executor.batch import Segment, build_batch
+from services.executor.batch import Segment
+from services.executor.features import FeatureWish, PassFeatures
+from services.executor.graphs import GRAPH_SIZES
 from services.executor.lora import LoraAdapter, LoraWeights
 from services.executor.model import Decoder, KvCache, LayerWeights
 from services.executor.model_config import ModelConfig
 from services.executor.pages import Slots
+from services.executor.passes import Passes
 from services.executor.rope import Llama3Bands, Rope
 from services.executor.sampling import Draws
 from services.executor.tape import ActivationTape
@@ -100,7 +103,7 @@ def context_bytes(config: ModelConfig, load: Load, num_context: int, dtype: torc
     return load.num_decodes * KvCache.num_bytes(config, num_context, dtype)
 
 
-class Passes:
+class LoadedModel:
     """A decoder with room for the largest load, and whole passes over loads: tables, all layers, tokens on the host."""
 
     def __init__(self, decoder: Decoder, num_context: int, most: Load) -> None:
@@ -108,6 +111,7 @@ class Passes:
         pages = self._pages(1 + most.num_drafts)
         num_pages = most.num_decodes * pages + self._pages(most.num_window_rows) + 1
         self.cache = KvCache(decoder.config, num_pages * PAGE, decoder.dtype, decoder.device)
+        self._eager, self._recorded = (Passes(decoder, self.cache, size) for size in (0, GRAPH_SIZES[-1]))
         self._order = np.random.default_rng(0).permutation(num_pages)
         self._adapter = LoraAdapter(
             "window", spec := LoraSpec(rank=16), LoraWeights(spec, decoder.config, device=decoder.device)
@@ -145,15 +149,15 @@ class Passes:
             tokens=[1] * num_rows, positions=range(num_rows), context_slots=(), slots=slots, adapter=self._adapter, tape=tape
         )
 
-    def eager(self, load: Load) -> Callable[[], list[int]]:
-        """One pass, each launch by the host."""
-        segments = self.segments(load)
+    def call(self, load: Load, *, is_recorded: bool) -> Callable[[], list[int]]:
+        """One pass: replayed where the executor would, or with each launch by the host."""
+        segments, passes = self.segments(load), self._recorded if is_recorded else self._eager
 
         @torch.inference_mode()
         def run() -> list[int]:
-            batch = build_batch(segments, self.decoder.device)
-            hidden_TH = self.decoder.forward(batch, self.cache)
-            return tokens(self.decoder.logits(hidden_TH[batch.logit_rows]))
+            logits_RV = passes.run(segments, PassFeatures(FeatureWish())).logits_RV
+            assert logits_RV is not None
+            return tokens(logits_RV)
 
         return run
 

@@ -1,11 +1,17 @@
-"""A script that compiles every kernel for Hopper, which needs no GPU: launches become compilations.
+"""A script that compiles every kernel for an architecture, 90 (Hopper) or 80, without a GPU: launches become compilations.
 
-Prints a line per compiled kernel: its name, bytes of shared memory, matrix instructions of a warpgroup.
+Prints a line per compiled kernel: its name, bytes of shared memory, matrix instructions of a warpgroup, registers of a thread,
+bytes of its stack: what did not fit into registers is spilled there.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +28,6 @@ from kernels.triton_ops.rope_and_cache import rope_backward
 from kernels.triton_ops.segmented_lora import segmented_lora_gradients
 from kernels.triton_ops.tree_accept import tree_accept
 
-HOPPER = ("cuda", 90, 32)
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 SIZES = Sizes(
     rows=(2,), hidden=4096, intermediate=14336, vocabulary=1000, context=1200, decodes=(1,), prefill=160, adapters=(2,),
@@ -46,10 +51,24 @@ def compile_launch(kernel: Any, *values: Any, grid: object, warmup: bool, **name
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[i,] = [["tt.divisibility", 16]]
     compiler = importlib.import_module("triton.compiler")
-    target = importlib.import_module("triton.backends.compiler").GPUTarget(*HOPPER)
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", int(sys.argv[1]), 32)
     source = compiler.ASTSource(kernel, signature, constants, attributes)
     compiled = compiler.compile(source, target=target, options=named)
-    print(kernel.__name__, compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma"))
+    count = compiled.asm["ptx"].count("wgmma.mma")
+    print(kernel.__name__, compiled.metadata.shared, count, *registers_and_stack(compiled.asm["cubin"]))
+
+
+def registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    """As the assembler wrote them into what it made."""
+    folder = Path(importlib.import_module("triton").__file__ or "").parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(folder / "cuobjdump"), "--dump-resource-usage", file.name]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert found is not None, told
+    return int(found[1]), int(found[2])
 
 
 def type_name(value: object) -> str:
@@ -77,6 +96,9 @@ def beyond_the_benchmark() -> None:
     drop(x, torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.float64), 3)
     tables = segment_tables(segments)
     segmented_lora_gradients(None, x, x, [(a_RI.clone(), b_OR.clone())], tables, 4096)
+    a_RI, b_OR = torch.zeros(64, 4096), torch.zeros(4096, 64)
+    trained = [LoraSegment(start=0, end=2, a_RI=a_RI, b_OR=b_OR, scale=1.0)]
+    segmented_lora_gradients(x.clone(), x, x, [(a_RI.clone(), b_OR.clone())], segment_tables(trained), 4096)
     tree = AttentionSegment(start=0, end=2, slots_L=torch.arange(1000), mask_nn=torch.ones(2, 2).bool())
     for window in (None, 600):
         cache = torch.zeros(1000, 8, 128, dtype=torch.bfloat16)

@@ -15,6 +15,9 @@ from kernels.triton_ops.lang import constexpr, dot_precision, jit, next_power_of
 LOG2_E = 1.4426950408889634
 KEYS = 64
 """Keys of one step: with D = 128 in half precision 16 KiB each of keys and values, so that three steps fit in flight."""
+SMALL_STAGES = 5
+"""Of a launch without large tiles: a step's slots are read a stage before its keys, so it takes 5 to have two steps' keys and
+values in flight (74 KB of shared memory; with 3 it is one, and 40 KB), and two programs still share a processor."""
 MAX_PROGRAMS = 132 * 8
 """More than an H100's 132 processors run at once; the others' work is theirs in turn, the longest pieces first."""
 
@@ -37,9 +40,11 @@ def _step_kernel(
     row: scalar,
     is_row: scalar,
     is_tree: scalar,
+    num_words: scalar,
     stride_s: scalar,
     scale: scalar,
     D: constexpr,
+    BLOCK_M: constexpr,
     BLOCK_D: constexpr,
     KEYS: constexpr,
     OWN: constexpr,
@@ -59,7 +64,12 @@ def _step_kernel(
         if OWN:
             own = key - context
             if is_tree:
-                words = tl.load(word_ptr[:, None] + (own // 32)[None, :], mask=is_row[:, None] & inside[None, :], other=0)
+                words = tl.zeros((BLOCK_M, KEYS), tl.int32)
+                for i in tl.static_range((KEYS + 31) // 32 + 1):  # a pointer for each row, not for each row and key
+                    at_word = (start - context) // 32 + i
+                    has_word = tl.where(at_word < num_words, is_row, False)
+                    word = tl.load(word_ptr + at_word, mask=has_word, other=0)
+                    words = tl.where((own // 32 == at_word)[None, :], word[:, None], words)
                 visible = visible & (((words >> (own % 32)[None, :]) & 1) != 0)
                 if WINDOW > 0:
                     key_depth = tl.load(depth_ptr + own, mask=inside, other=0)
@@ -113,13 +123,13 @@ def _tile_kernel(
     v_ptr += kv_head * D
     acc, total, highest = _step_kernel(
         acc, total, highest, q, k_ptr, v_ptr, slots_ptr, word_ptr, depth_ptr, depth, lo, tl.minimum(hi, context), context, row,
-        is_row, mask_start >= 0, stride_s, scale, D, BLOCK_D, KEYS, False, WINDOW, PRECISION,
+        is_row, mask_start >= 0, num_words, stride_s, scale, D, BLOCK_M, BLOCK_D, KEYS, False, WINDOW, PRECISION,
     )  # fmt: skip
     if mask_start < 0:
         hi = tl.minimum(hi, context + (first + BLOCK_M - 1) // G + 1)
     acc, total, highest = _step_kernel(
         acc, total, highest, q, k_ptr, v_ptr, slots_ptr, word_ptr, depth_ptr, depth, tl.maximum(lo, context), hi, context, row,
-        is_row, mask_start >= 0, stride_s, scale, D, BLOCK_D, KEYS, True, WINDOW, PRECISION,
+        is_row, mask_start >= 0, num_words, stride_s, scale, D, BLOCK_M, BLOCK_D, KEYS, True, WINDOW, PRECISION,
     )  # fmt: skip
     is_empty = total == 0.0
     total = tl.where(is_empty, 1.0, total)
@@ -277,7 +287,8 @@ def attend(
         q_TND, k_cache_SKD, v_cache_SKD, out_TND, partials, lse, sizes, work, slots, masks, q_TND.stride(0),
         num_kv_heads * head_dim, scale * LOG2_E, FIELDS=WORK_FIELDS, **shape, SMALL=SMALL_BLOCK, LARGE=LARGE_BLOCK,
         HAS_SMALL=has_small, HAS_LARGE=has_large, KEYS=KEYS, WINDOW=window, PRECISION=dot_precision(q_TND.dtype),
-        num_warps=8 if has_large else 4, num_stages=3,
+        num_warps=8 if has_large else 4,
+        num_stages=3 if has_large else SMALL_STAGES,
     )  # fmt: skip
     if num_partials:
         _merge_kernel[(len(merges), num_kv_heads)](
