@@ -199,7 +199,7 @@ class FakeExecutor:
                 continue
             reason: FinishReason | None = finish if seq == len(prompts) + len(groups) - 1 else None
             reason = "error" if seq == self.fail_at else reason
-            usage = self._usage(request, len(tokens)) if reason else None
+            usage = self._usage(request, sum(map(len, groups[: seq - len(prompts) + 1])))
             if seq == self.skip and self.num_skips > 0:
                 self.num_skips -= 1
             else:

@@ -137,6 +137,8 @@ async def test_a_stop_string_ends_the_answer_and_the_generation(connect: Connect
         assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Hello w\u00f6rld, one ", "stop")
         assert answer.usage is not None
         assert answer.usage.completion_tokens == len(stage.tokenizer.encode("Hello w\u00f6rld, one two"))
+        assert answer.usage.prompt_tokens_details is not None
+        assert answer.usage.prompt_tokens_details.cached_tokens == 3
         if chunk_size < 100:
             assert await stage.executor.cancelled.get() == stage.executor.requests[0].request_id
 

@@ -135,9 +135,10 @@ class Logprobs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, tag="chunk.1"):
-    """Tokens committed in one iteration. `seq` counts from 0 without gaps; the last chunk has a finish reason and usage.
+    """Tokens committed in one iteration. `seq` counts from 0 without gaps; the last chunk has a finish reason.
 
-    `logprobs` are of its tokens. `prompt_logprobs` come before the first token, in chunks of their own, in the prompt's order.
+    `usage` counts up to this chunk: a requester may stop listening at any. `logprobs` are of its tokens. `prompt_logprobs` come
+    before the first token, in chunks of their own, in the prompt's order.
     """
 
     request_id: str

@@ -324,7 +324,7 @@ class Engine:
             seq=sequence.next_seq - 1,
             tokens=tokens,
             finish_reason=reason,
-            usage=sequence.usage(self._clock()) if reason else None,
+            usage=sequence.usage(self._clock()) if tokens or reason else None,
             executor_id=self._executor_id,
             **fields,
         )

@@ -174,7 +174,7 @@ class Sequence:
         )
 
     def usage(self, now: float) -> Usage:
-        """Counts for the final chunk."""
+        """Counts so far."""
         return Usage(
             prompt_tokens=self.num_prompt,
             completion_tokens=self.num_output,
