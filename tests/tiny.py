@@ -135,7 +135,7 @@ class Streams:
             assert chunk.request_id not in self.ends, f"{chunk} after the end"
             assert chunk.seq == self._next_seq[chunk.request_id], f"{chunk} out of order"
             assert chunk.tokens or chunk.finish_reason or chunk.prompt_logprobs, f"{chunk} says nothing"
-            assert (chunk.finish_reason is None) == (chunk.usage is None)
+            assert (chunk.usage is not None) == bool(chunk.tokens or chunk.finish_reason)
             self._next_seq[chunk.request_id] += 1
             self.tokens[chunk.request_id] += chunk.tokens
             if chunk.finish_reason is not None:
