@@ -138,7 +138,7 @@ async def outcome(world: World, job: FineTuningJob) -> tuple[list[tuple[int, flo
     return await world.losses(job.id), await read_object(store, record.artifact, 10.0)
 
 
-@pytest.mark.parametrize("victim", ["executor", pytest.param("trainer", marks=pytest.mark.slow), "nats"])
+@pytest.mark.parametrize("victim", ["executor", *(pytest.param(role, marks=pytest.mark.slow) for role in ("trainer", "nats"))])
 async def test_a_killed_process_changes_no_bit_of_the_curve(processes: Processes, victim: str) -> None:
     bus = await Bus.connect(processes.server.url, "test")
     try:
