@@ -150,6 +150,7 @@ class Collector:
         """The text, and whether it ended by itself."""
         body = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, **sampling}
         response = await self._client.post("/v1/completions", json=body)
-        response.raise_for_status()
+        if response.is_error:
+            raise ValueError(f"status {response.status_code}: {response.text[:200]}")
         (choice,) = response.json()["choices"]
         return str(choice["text"]), choice["finish_reason"] == "stop"
