@@ -24,33 +24,11 @@ MAX_PROGRAMS = 132 * 8
 
 @jit
 def _step_kernel(
-    acc: scalar,
-    total: scalar,
-    highest: scalar,
-    q: scalar,
-    k_ptr: scalar,
-    v_ptr: scalar,
-    slots_ptr: scalar,
-    word_ptr: scalar,
-    depth_ptr: scalar,
-    depth: scalar,
-    lo: scalar,
-    hi: scalar,
-    context: scalar,
-    row: scalar,
-    is_row: scalar,
-    is_tree: scalar,
-    num_words: scalar,
-    stride_s: scalar,
-    scale: scalar,
-    D: constexpr,
-    BLOCK_M: constexpr,
-    BLOCK_D: constexpr,
-    KEYS: constexpr,
-    OWN: constexpr,
-    WINDOW: constexpr,
-    PRECISION: constexpr,
-) -> tuple[scalar, scalar, scalar]:
+    acc: scalar, total: scalar, highest: scalar, q: scalar, k_ptr: scalar, v_ptr: scalar, slots_ptr: scalar, word_ptr: scalar,
+    depth_ptr: scalar, depth: scalar, lo: scalar, hi: scalar, context: scalar, row: scalar, is_row: scalar, is_tree: scalar,
+    num_words: scalar, stride_s: scalar, scale: scalar, D: constexpr, BLOCK_M: constexpr, BLOCK_D: constexpr, KEYS: constexpr,
+    OWN: constexpr, WINDOW: constexpr, PRECISION: constexpr,
+) -> tuple[scalar, scalar, scalar]:  # fmt: skip
     """Online softmax over keys [lo, hi): acc = sum(exp(s - highest) v), total = sum(exp(s - highest))"""
     offs = tl.arange(0, BLOCK_D)
     for start in range(lo, hi, KEYS):
