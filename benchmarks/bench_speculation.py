@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.open_loop import closed, send
 from benchmarks.report import commit, line, machine, write_csv
 from benchmarks.servers import SETTLE_S, START_S, Vllm, model_folder, settle, unwind_when_terminated
-from benchmarks.speculation_rows import OURS, PEER, PEER_NGRAM, PLAIN, load_rows, part_rows, tpot_rows, verify_rows
+from benchmarks.speculation_rows import EQUAL, OURS, PEER, PEER_NGRAM, PLAIN, load_rows, part_rows, tpot_rows, verify_rows
 from benchmarks.streams import Sample
 from benchmarks.vllm_env import VLLM_VERSION
 from benchmarks.workloads import WORKLOADS, humaneval, prompts, read_json, thin
@@ -104,17 +104,21 @@ def ask(
 def measure_streams(
     servers: Mapping[str, Server], texts: Mapping[str, list[str]], until: float, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Tokens per verify and TPOT by workload and concurrency, with fewer prompts where time is short."""
+    """Tokens per verify and TPOT by workload and concurrency, with fewer prompts where time is short.
+
+    Trees of one size tell what the drafter can do; the default leaves out what would not pay.
+    """
     settle_s = options.settle
-    shown = {name: servers[name] for name in (OURS, PLAIN, PEER, PEER_NGRAM) if name in servers}
+    alone = {name: servers[name] for name in (OURS, PLAIN, PEER, PEER_NGRAM, EQUAL) if name in servers}
+    shown = {name: server for name, server in alone.items() if name != EQUAL}
     for i, (workload, found) in enumerate(texts.items()):
-        ask(shown, found[:1], 1, settle_s)
+        ask(alone, found[:1], 1, settle_s)
         alone_until = part_of(until, 0.6 / (len(texts) - i))
         name_of_count = "vllm:spec_decode_num_accepted_tokens_total"
-        before = {name: counter(server.url, name_of_count) for name, server in shown.items()}
-        answers = ask(shown, found[1 : 1 + options.prompts], 1, settle_s, alone_until)
+        before = {name: counter(server.url, name_of_count) for name, server in alone.items()}
+        answers = ask(alone, found[1 : 1 + options.prompts], 1, settle_s, alone_until)
         check(answers)
-        accepted = {name: counter(server.url, name_of_count) - before[name] for name, server in shown.items()}
+        accepted = {name: counter(server.url, name_of_count) - before[name] for name, server in alone.items()}
         yield from verify_rows(workload, answers, accepted)
         yield from tpot_rows(workload, 1, answers)
         yield from tpot_rows(workload, 8, ask(shown, found[: 16 if options.prompts > 8 else 8], 8, settle_s))

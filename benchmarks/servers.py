@@ -9,10 +9,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from http.client import HTTPConnection
 from pathlib import Path
 
-import httpx
 import psutil
 
 from benchmarks.streams import MODEL
@@ -129,6 +129,7 @@ class Vllm:
 
     def _is_healthy(self) -> bool:
         assert self.process.poll() is None, self._log.read_text()[-8000:]
-        with suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/health", timeout=2).status_code == 200
+        with suppress(OSError), closing(HTTPConnection("127.0.0.1", self.port, timeout=2)) as connection:  # cheap: asked often
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
         return False

@@ -10,7 +10,7 @@ from benchmarks.open_loop import Load
 from benchmarks.streams import Sample
 from benchmarks.workloads import WORKLOADS
 
-OURS, PLAIN = "heddle", "heddle none"
+OURS, PLAIN, EQUAL = "heddle", "heddle none", "heddle equal"
 PEER, PEER_NGRAM = "vllm", "vllm ngram-4"
 TOKENS_PER_VERIFY = {"code": 2.8, "chat": 2.2, "summary": 2.2}
 """Heddle's mean, at least."""

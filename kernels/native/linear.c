@@ -122,6 +122,23 @@ static void block(const float *x, int64_t x_stride, const void *w, int64_t panel
 
 INLINE int64_t block_start(int64_t index, int64_t num_blocks, int64_t num_rows) { return index * num_rows / num_blocks; }
 
+/* One block of rows after another: start == block_start(index), without its division. */
+typedef struct {
+    int64_t start, rows, least, over, carry, num_blocks;
+} walk_t;
+
+INLINE walk_t walk_from(int64_t index, int64_t num_blocks, int64_t num_rows) {
+    int64_t over = num_rows % num_blocks, carry = index * over % num_blocks, least = num_rows / num_blocks;
+    return (walk_t){block_start(index, num_blocks, num_rows), least + (carry + over >= num_blocks), least, over, carry, num_blocks};
+}
+
+INLINE void walk_on(walk_t *w) {
+    w->start += w->rows;
+    w->carry += w->over;
+    if (w->carry >= w->num_blocks) w->carry -= w->num_blocks;
+    w->rows = w->least + (w->carry + w->over >= w->num_blocks);
+}
+
 /* Rows of x as floats, `num_in` apart. */
 static void widen_rows(const void *x, int64_t x_stride, float *wide, int64_t num_in, int64_t num_rows) {
     for (int64_t r = 0; r < num_rows; r++) {
@@ -135,14 +152,15 @@ static void widen_rows(const void *x, int64_t x_stride, float *wide, int64_t num
 static void tile(const float *x, int64_t x_stride, const void *packed, int64_t first, int64_t last, int64_t b0, int64_t b1, int64_t num_blocks,
                  int64_t num_rows, int64_t num_in, int64_t num_out, const void *bias, void *y, int64_t y_stride, float *wide_panel,
                  float *sums, int half) {
-    int64_t row0 = block_start(b0, num_blocks, num_rows), widest = num_rows / num_blocks + (num_rows % num_blocks != 0);
+    walk_t top = walk_from(b0, num_blocks, num_rows);
+    int64_t row0 = top.start, row1 = block_start(b1, num_blocks, num_rows), widest = num_rows / num_blocks + (num_rows % num_blocks != 0);
     int step = widest == 1 ? 4 : widest == 2 ? 2 : 1;
     int is_wide = half && widest > PAIR_ROWS;
     int64_t slice = b1 - b0 > 1 || is_wide ? SLICE : num_in;
     for (int64_t panel = first; panel < last; panel += step) {
         int panels = (int)(last - panel < step ? last - panel : step);
         const void *w = at(packed, panel * panel_size(num_in, half), half);
-        int64_t num_sums = (block_start(b1, num_blocks, num_rows) - row0) * panels * PANEL;
+        int64_t num_sums = (row1 - row0) * panels * PANEL;
         memset(sums, 0, (size_t)num_sums * sizeof(float));
         for (int64_t i0 = 0; i0 < num_in; i0 += slice) {
             int64_t i1 = i0 + slice < num_in ? i0 + slice : num_in;
@@ -151,16 +169,17 @@ static void tile(const float *x, int64_t x_stride, const void *packed, int64_t f
                 widen_panel(w, wide_panel, i0, i1);
                 part = wide_panel;
             }
-            for (int64_t b = b0; b < b1; b++) {
-                int64_t start = block_start(b, num_blocks, num_rows), rows = block_start(b + 1, num_blocks, num_rows) - start;
-                block(x + (start - row0) * x_stride + i0, x_stride, part, panel_size(num_in, half), i1 - i0, (int)rows, panels,
-                      sums + (start - row0) * panels * PANEL, half && !is_wide);
+            walk_t at_block = top;
+            for (int64_t b = b0; b < b1; b++, walk_on(&at_block)) {
+                int64_t own_row = at_block.start - row0;
+                block(x + own_row * x_stride + i0, x_stride, part, panel_size(num_in, half), i1 - i0, (int)at_block.rows, panels,
+                      sums + own_row * panels * PANEL, half && !is_wide);
             }
         }
-        for (int64_t b = b0; b < b1; b++) {
-            int64_t start = block_start(b, num_blocks, num_rows), rows = block_start(b + 1, num_blocks, num_rows) - start;
-            emit(sums + (start - row0) * panels * PANEL, (int)rows, panels, panel, start, num_out, bias, y, y_stride, half);
-        }
+        walk_t at_block = top;
+        for (int64_t b = b0; b < b1; b++, walk_on(&at_block))
+            emit(sums + (at_block.start - row0) * panels * PANEL, (int)at_block.rows, panels, panel, at_block.start, num_out, bias, y, y_stride,
+                 half);
     }
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import structlog
 from nats.aio.subscription import Subscription
@@ -127,8 +128,8 @@ def least_busy(own_id: str, executor_id: str, beats: list[Beat]) -> str:
     return min(ready, key=lambda planner_id: (drafts_for[planner_id], planner_id != own_id, planner_id))
 
 
-def make_planner(config: PlannerConfig) -> Planner:
-    """The planner that this configuration describes."""
+def make_planner(config: PlannerConfig, clock: Callable[[], float] = time.perf_counter) -> Planner:
+    """The planner that this configuration describes. `clock` (seconds) only measures how long drafting and selecting take."""
     mode = make_mode(config.mode)
     drafter = make_drafter(config, is_calibrated=mode is None or mode.is_calibrated)
     shape = Shape(
@@ -140,4 +141,4 @@ def make_planner(config: PlannerConfig) -> Planner:
         width_offset=config.width_offset,
         min_prob=config.min_prob,
     )
-    return Planner(drafter, mode, shape)
+    return Planner(drafter, mode, shape, clock)
