@@ -14,6 +14,9 @@ import safetensors.torch
 from common import subjects
 from common.artifacts import read_object
 from common.messages import (
+    AdapterChecked,
+    AdapterRecord,
+    CheckAdapter,
     CheckpointWritten,
     CloseJob,
     JobClosed,
@@ -30,7 +33,7 @@ from common.messages import (
 )
 from services.executor import training_link
 from services.executor.lora import LoraAdapter
-from tests.executor_stage import TIMEOUT_S, Connect, Gate, Stage, known_profile, open_job, running_executor, write_model
+from tests.executor_stage import MODEL, TIMEOUT_S, Connect, Gate, Stage, known_profile, open_job, running_executor, write_model
 from tests.tiny import NUM_TOKENS, PROMPTS, random_prompt, tiny_request, truth
 
 OPTIMIZER = OptimizerStep(learning_rate=1e-2)
@@ -46,6 +49,23 @@ async def stage(connect: Connect, model_dir: Path, monkeypatch: pytest.MonkeyPat
     known_profile(monkeypatch)
     async with running_executor(connect, model_dir, max_jobs=2) as stage:
         yield stage
+
+
+async def test_a_job_without_ranks_is_under_no_limit_of_ranks(
+    connect: Connect, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_profile(monkeypatch)
+    scales = LoraSpec(method="ia3", target_modules=("k_proj",))
+    async with running_executor(connect, model_dir, max_lora_rank=4) as stage:
+        refused = await stage.order(open_job(lora=LoraSpec(rank=5)))
+        assert refused.message.startswith("lora.rank 5 is over max_lora_rank 4")
+        assert isinstance(await stage.order(open_job(lora=scales)), JobOpened)
+        written = await stage.order(WriteCheckpoint(job_id="job", lease=1, artifact="vectors"))
+        assert isinstance(written, CheckpointWritten)
+        record = AdapterRecord(name="x", base_model=MODEL, created_at=1.0, artifact="vectors", lora=scales)
+        either: Any = AdapterChecked | Rejected
+        checked = await stage.client.request(subjects.check_adapter(MODEL), CheckAdapter(record=record), either)
+        assert isinstance(checked, AdapterChecked), checked
 
 
 def make_slice(step: int, index: int = 0, *, seed: int = 0, **fields: Any) -> TrainingSlice:

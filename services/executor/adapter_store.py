@@ -16,7 +16,7 @@ from common.messages import AdapterChecked, AdapterRecord, CheckAdapter, Rejecte
 from common.records import follow_records
 from services.executor.adapter_slots import AdapterSlots
 from services.executor.inbox import Inbox
-from services.executor.lora import InvalidAdapterError, LoraAdapter
+from services.executor.lora import InvalidAdapterError, LoraAdapter, check_rank
 from services.executor.model import Decoder
 from services.executor.startup import OnDevice
 
@@ -128,8 +128,7 @@ class AdapterStore:
         """Its weights in the model's type, or why it cannot be served."""
         what = f"adapter {record.name}"
         try:
-            if record.lora.rank > self._max_lora_rank:
-                raise InvalidAdapterError(f"{what}: rank {record.lora.rank} is over max_lora_rank {self._max_lora_rank}")
+            check_rank(record.lora, self._max_lora_rank, f"{what}: ")
             store = await self._bus.object_store(subjects.ARTIFACTS_STORE)
             data = await read_object(store, record.artifact, READ_TIMEOUT_S)
             adapter: LoraAdapter = await self._on_device(lambda: self._parse(record, data))

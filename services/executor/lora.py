@@ -249,6 +249,12 @@ def read_tensors(data: bytes, what: str) -> dict[str, Tensor]:
         raise InvalidAdapterError(f"{what} is not in safetensors format: {error}") from error
 
 
+def check_rank(spec: LoraSpec, max_rank: int, where: str) -> None:
+    """Raises InvalidAdapterError, beginning with `where`, for a higher rank; one of another method than LoRA has none."""
+    if spec.method == "lora" and spec.rank > max_rank:
+        raise InvalidAdapterError(f"{where}rank {spec.rank} is over max_lora_rank {max_rank}")
+
+
 def check_spec(spec: LoraSpec) -> None:
     """Raises InvalidAdapterError for a specification that no adapter can have."""
     if spec.rank < 1:

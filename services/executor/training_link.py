@@ -31,7 +31,7 @@ from common.messages import (
 from services.executor.config import ExecutorConfig
 from services.executor.finetune import FinetuneJob, OutOfOrderSliceError, StepResult, new_job
 from services.executor.inbox import Inbox
-from services.executor.lora import InvalidAdapterError
+from services.executor.lora import InvalidAdapterError, check_rank
 from services.executor.startup import OnDevice
 from services.executor.training import TooManySlicesError, Training, TrainingEvent
 from services.executor.training_sequence import InvalidSliceError
@@ -94,9 +94,10 @@ class TrainingLink:
             return Rejected(reason="unknown_model", message=f"this executor serves {self._model}, not {order.base_model}")
         if refused := self._full(order.job_id):
             return refused
-        if order.lora.rank > self._config.max_lora_rank:
-            message = f"lora.rank {order.lora.rank} is over max_lora_rank {self._config.max_lora_rank}: nobody could serve it"
-            return Rejected(reason="invalid", message=message)
+        try:
+            check_rank(order.lora, self._config.max_lora_rank, "lora.")
+        except InvalidAdapterError as error:
+            return Rejected(reason="invalid", message=f"{error}: nobody could serve it")
         checkpoint = None
         try:
             if order.checkpoint is not None:
