@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -119,6 +120,27 @@ def test_only_new_tokens_are_read_again(folder: Path) -> None:
         ours.extend(key("a"), new)
         ours.draft([DraftOrder(key("a"), 2, 2)])
         assert ours.counters["rows_read"] == expected
+
+
+@pytest.mark.parametrize("num_done", [0, 1])
+def test_a_pass_that_fails_costs_its_own_drafts_alone(folder: Path, monkeypatch: pytest.MonkeyPatch, num_done: int) -> None:
+    """Memory runs out while tokens are read, or one level later: pages come back, and what was not read is read again."""
+    orders, log_probs, passes = [DraftOrder(key("a"), 4, 2)], DraftModel.log_probs, itertools.count()
+
+    def failing(*arguments: Any) -> torch.Tensor:
+        if next(passes) == num_done:
+            raise RuntimeError("can't allocate memory")
+        return log_probs(*arguments)
+
+    ours, other = drafter_of(folder), drafter_of(folder)
+    for each in (ours, other):
+        each.open(key("a"), random_prompt(30))
+    with monkeypatch.context() as patched:
+        patched.setattr(DraftModel, "log_probs", failing)
+        with pytest.raises(RuntimeError, match="memory"):
+            ours.draft(orders)
+    assert ours.num_pages_in_use == 2
+    assert paths(ours.draft(orders)[0]) == pytest.approx(paths(other.draft(orders)[0]), rel=1e-3)
 
 
 def test_all_orders_of_a_report_share_a_pass_per_level(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,13 +92,15 @@ class ModelDrafter:
         """See Drafter."""
         pools = [Pool() for _ in orders]
         readings = self._readings(orders)
-        if readings:
-            log_probs_RV = self._read(readings)
-            ready = [reading for reading in readings if reading.is_ready]
-            if ready:
-                self._search(ready, log_probs_RV, orders, pools)
-        for reading in readings:
-            self._free += reading.scratch
+        try:
+            if readings:
+                log_probs_RV = self._read(readings)
+                ready = [reading for reading in readings if reading.is_ready]
+                if ready:
+                    self._search(ready, log_probs_RV, orders, pools)
+        finally:  # a pass may run out of memory
+            for reading in readings:
+                self._free += reading.scratch
         return pools
 
     # --- committed tokens ------------------------------------------------------------------------------------------
@@ -162,12 +164,14 @@ class ModelDrafter:
             positions += new
             seen.append(followed.slots(reading.end))
             sizes.append(len(new))
-            followed.num_read = reading.end
             if reading.is_ready:
                 wanted.append(len(tokens) - 1)
         slots_T = torch.cat([slots_L[len(slots_L) - size :] for slots_L, size in zip(seen, sizes, strict=True)])
         self.counters["rows_read"] += len(tokens)
-        return self.model.log_probs(tokens, positions, slots_T, seen, sizes, wanted or [0])
+        found = self.model.log_probs(tokens, positions, slots_T, seen, sizes, wanted or [0])
+        for reading in readings:
+            reading.followed.num_read = reading.end
+        return found
 
     # --- beams -----------------------------------------------------------------------------------------------------
 
