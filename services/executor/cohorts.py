@@ -15,7 +15,7 @@ from services.executor.scheduler import SequenceView
 
 
 class Cohorts:
-    """Keeps the halves equal in size as requests come and go. With one cohort, everyone decodes in each iteration."""
+    """Newcomers join the smaller half. With one cohort, everyone decodes in each iteration."""
 
     def __init__(self, num_cohorts: int = 1) -> None:
         self._num = num_cohorts
@@ -28,11 +28,14 @@ class Cohorts:
         names = [view.request_id for view in views if view.is_decoding]
         self._last = dict.fromkeys(names, iteration - 1) | self._last
         chosen = self._next(names)
-        self._last |= dict.fromkeys(chosen, iteration)
         return [
             dataclasses.replace(view, is_resting=True) if view.is_decoding and view.request_id not in chosen else view
             for view in views
         ]
+
+    def decoded(self, names: Iterable[str], iteration: int) -> None:
+        """These had their turn: of those that were to decode, the ones that the plan let."""
+        self._last |= dict.fromkeys(names, iteration)
 
     def awaited(self, decoding: Iterable[str], iteration: int) -> int:
         """The iteration whose report the next pass's trees answer; `iteration` is the one that has just ended."""

@@ -198,6 +198,7 @@ class Engine:
         views = [sequence.view(now) for sequence in self._assembly.runnable(self.sequences.values())]
         views = self.cohorts.take_turns(views, self.num_iterations + 1)
         plan, self._turns = plan_turn(now, views, self.training.views(), self.profile, self.limits, self._turns)
+        self.cohorts.decoded(plan.decode, self.num_iterations + 1)
         works = self._assembly.work(plan, self.sequences.values())
         windows = self.training.windows(plan.forward)
         segments = [work.segment for work in works] + [window.segment for window in windows]
