@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
 import pytest
 import torch
 
+from common.latency import Rows, predict_ms
+from common.messages import LoraSpec, OptimizerStep
 from services.executor.engine import Engine
+from services.executor.finetune import new_job
 from services.executor.model import Decoder
 from services.executor.scheduler import Limits
 from services.executor.sequences import Sequence
 from tests.drafts import chain_tree, make_tree, oracle_draft
+from tests.helpers import training_slice
 from tests.tiny import (
     NUM_TOKENS,
     PROFILE,
@@ -159,6 +164,30 @@ def test_the_latest_tree_of_a_sequence_counts_and_serves_one_pass(decoder: Decod
     set_trees(driver.engine, chain_tree(sequence, truth()["r4"], 4), chain_tree(sequence, truth()["r4"], 2))
     assert driver.step().draft_tokens == 2
     assert driver.step().draft_tokens == 0
+
+
+def test_what_a_device_does_after_its_launches_returned_is_measured(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefill chunk draws no token and a backward unit reads no loss: nothing else would wait for a GPU's work."""
+    now = 1000.0
+
+    def work_ends(device: torch.device) -> None:
+        nonlocal now
+        assert device == decoder.device
+        now += 0.08
+
+    monkeypatch.setattr("services.executor.engine.wait_for", work_ends)
+    decoder = copy.copy(decoder)
+    engine = tiny_engine(decoder, limits=Limits(max_batch_tokens=8), clock=lambda: now)
+    engine.submit(tiny_request("r", random_prompt(30), 2), None)
+    engine.forward_pass()
+    assert predict_ms(engine.profile, Rows(8)) > 1.3 * predict_ms(PROFILE, Rows(8))
+    engine.cancel("r")
+    engine.training.open(new_job("job", LoraSpec(rank=2), 0, decoder, engine.cache), lease=1)
+    engine.training.accept(training_slice(random_prompt(9), optimizer=OptimizerStep(learning_rate=1e-3)))
+    while engine.has_work:
+        engine.forward_pass()
+        engine.backward_pass()
+    assert engine.profile.backward_ms_per_token > PROFILE.backward_ms_per_token
 
 
 def test_a_tree_that_does_not_fit_teaches_the_latency_model_nothing(decoder: Decoder) -> None:

@@ -1,4 +1,4 @@
-"""The device that a configuration names, and whether memory was what failed on it. Knows no model."""
+"""The device that a configuration names, whether memory was what failed on it, and when it is done. Knows no model."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when the device has done all it was given: before that, a GPU's launches have only been counted, not timed."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -31,7 +31,7 @@ from kernels.upload import upload
 from services.executor.assembly import Assembly, Work
 from services.executor.cohorts import Cohorts
 from services.executor.commit import Moves, commit, verify
-from services.executor.device import is_out_of_memory
+from services.executor.device import is_out_of_memory, wait_for
 from services.executor.draws import WorkDraws, drawn_by
 from services.executor.features import FeatureWish, PassFeatures
 from services.executor.grammar import GrammarError, GrammarState
@@ -224,6 +224,7 @@ class Engine:
         self.counters["verify_ms"] += (drawn_at - started_at) * 1e3  # type: ignore[assignment]
         self.counters["commit_ms"] += (time.perf_counter() - drawn_at) * 1e3  # type: ignore[assignment]
         self.counters["graph_replays"] += ran.is_replay
+        wait_for(self.decoder.device)
         if len(ran.hidden_TH) == plan.num_tokens:  # else pages were short, and the prediction was for another pass
             self.profile = corrected(self.profile, plan.rows, (self._clock() - now) * 1e3)
         return iteration
@@ -236,6 +237,7 @@ class Engine:
             return BackwardWork()
         started_at = self._clock()
         work = self.training.backward(plan.backward)
+        wait_for(self.decoder.device)
         self.profile = backward_corrected(self.profile, work.num_tokens, (self._clock() - started_at) * 1e3)
         self._backward_tokens += work.num_tokens
         self.counters["backward_tokens"] = round(self._backward_tokens)
