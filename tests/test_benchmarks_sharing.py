@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from benchmarks.bench_coserving import parse
 from benchmarks.coserving_rows import (
     OURS,
     SEPARATE,
@@ -43,6 +44,23 @@ def test_a_poisson_schedule_has_its_rate_and_is_the_same_each_time() -> None:
     assert arrivals == poisson(["a", "b", "c"], 5.0, 400.0, 150.0, 5000.0)
     assert arrivals[:9] != poisson(["a", "b", "c"], 5.0, 400.0, 150.0, 5000.0, seed=1)[:9]
     assert 0 < poisson(["a"], 0.001, 10.0, 150.0, 5000.0)[0].at_s <= 5.0
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--sides", "temporal64"], ["--sides", SEPARATE], ["--sides", "temporal 64"]], ids=" ".join
+)
+def test_a_side_that_cannot_be_run_or_would_leave_out_a_part_is_refused(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench_coserving", *arguments])
+    with pytest.raises(SystemExit):
+        parse()
+    assert "--sides" in capsys.readouterr().err
+
+
+def test_the_loads_of_some_sides_alone_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["bench_coserving", "--parts", "loads", "--sides", "temporal 64", "spatial"])
+    assert parse().sides == ["temporal 64", "spatial"]
 
 
 def test_a_late_first_token_misses_the_target_too() -> None:
