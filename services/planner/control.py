@@ -96,6 +96,8 @@ class Round:
     """What a round of drafts was expected to bring, and its requests without it."""
 
     num_requests: int
+    num_running: int
+    """All that decode there: more than were drafted for, where these take turns."""
     tokens: float
     ms: float
     plain_ms: float
@@ -116,7 +118,7 @@ class Pacing:
     num_left: int = 0
     """Reports still to be answered without drafts."""
     next_rest: int = FIRST_REST
-    num_requests: int = 0
+    num_running: int = 0
     """When the rest began; likewise `num_in_debt`."""
     num_in_debt: int = 0
     num_probed: int = 0
@@ -139,11 +141,11 @@ class Pacing:
         self.expected = kept * self.expected + self.pending
         self.pending = 0.0
 
-    def rests(self, num_requests: int, num_in_debt: int) -> bool:
+    def rests(self, num_running: int, num_in_debt: int) -> bool:
         """Whether this report is answered without drafts. Load that changed by a quarter, or a new debt, ends a rest."""
         if self.num_left <= 0:
             return False
-        if 4 * abs(num_requests - self.num_requests) > self.num_requests or num_in_debt > self.num_in_debt:
+        if 4 * abs(num_running - self.num_running) > self.num_running or num_in_debt > self.num_in_debt:
             self._begin()
             self.next_rest = FIRST_REST
             return False
@@ -169,7 +171,7 @@ class Pacing:
             self.next_rest = FIRST_REST
             return
         self.num_left, self.next_rest = self.next_rest, min(LONGEST_REST, 2 * self.next_rest)
-        self.num_requests, self.num_in_debt = last.num_requests, last.num_in_debt
+        self.num_running, self.num_in_debt = last.num_running, last.num_in_debt
 
     def _begin(self) -> None:
         self.num_left = self.num_probed = 0

@@ -65,7 +65,8 @@ class Planner:
         if is_stale:
             self.counters["stale_reports"] += 1
             return ()
-        if self._mode.has_stop_rule and pacing.rests(len(sequences), int(np.count_nonzero(debts > 1.0))):
+        num_running = self.table.num_running(report.executor_id)
+        if self._mode.has_stop_rule and pacing.rests(num_running, int(np.count_nonzero(debts > 1.0))):
             self.counters["rests"] += 1
             return ()
         limits = self._limits(report, self._mode, sequences, debts)
@@ -140,6 +141,7 @@ class Planner:
         in_debt, is_unmet = plain_debts > 1.0, selection.is_unmet
         last = control.Round(
             num_requests=len(in_debt),
+            num_running=self.table.num_running(report.executor_id),
             tokens=len(in_debt) + float(drafts.candidates.prob[selection.chosen].sum()),
             ms=ms,
             plain_ms=report.t_spec_ms - report.wait_ms,

@@ -78,6 +78,10 @@ class SequenceTable:
             self._close(report.executor_id, request_id)
         return {name: sequence for name, sequence in executor.sequences.items() if sequence.num_silent == 0}
 
+    def num_running(self, executor_id: str) -> int:
+        """Sequences of an executor that has reported, also those without news in its last report."""
+        return len(self._executors[executor_id].sequences)
+
     def pacing(self, executor_id: str) -> Pacing:
         """Of an executor that has reported."""
         return self._executors[executor_id].pacing
