@@ -169,6 +169,16 @@ def test_costs_are_those_of_the_latency_model(seed: int) -> None:
     assert costs.of(owners[:0]) == plain_ms
 
 
+@pytest.mark.parametrize("points", [((1, 20.0),), ((4, 20.0), (8, 24.0), (32, 55.0)), ((1, 5.0), (64, 5.0), (1024, 40.0))])
+def test_costs_follow_points_that_every_pass_corrects(points: tuple[tuple[int, float], ...]) -> None:
+    """As predict_ms, row by row, below the first point and beyond the last one too."""
+    for shift in (0.0, 1.5):
+        profile = LatencyProfile(points=tuple((size, ms + shift * size) for size, ms in points), correction=1.3)
+        for base in (1, 6, 40):
+            expected = [7.0 + predict_ms(profile, Rows(base + k)) - predict_ms(profile, Rows(base)) for k in range(65)]
+            assert iteration_costs(profile, 7.0, base, [0], 64).by_count == pytest.approx(expected)
+
+
 def test_drafting_time_that_is_spent_anyway_makes_more_nodes_worth_it() -> None:
     profile = LatencyProfile(points=((1, 10.0), (64, 325.0)))
     counts = [

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.latency import interpolate
 from common.messages import LatencyProfile
 
 Floats = NDArray[np.float64]
@@ -36,14 +34,16 @@ def iteration_costs(profile: LatencyProfile, plain_ms: float, base_tokens: int, 
     rows and rows times context.
     """
     base_tokens, budget = max(1, base_tokens), max(0, budget)
-    table = _cost_table(profile.points, 1 << (base_tokens + budget + 1).bit_length())
-    rows_ms = table[base_tokens : base_tokens + budget + 1] - table[base_tokens]
+    rows_ms = _rows_ms(profile.points, np.arange(base_tokens, base_tokens + budget + 1))
     return Costs(
-        by_count=plain_ms + profile.correction * rows_ms,
+        by_count=plain_ms + profile.correction * (rows_ms - rows_ms[0]),
         per_node=np.asarray(contexts, dtype=np.float64) * (profile.correction * profile.ms_per_row_context),
     )
 
 
-@lru_cache(maxsize=16)
-def _cost_table(points: tuple[tuple[int, float], ...], size: int) -> Floats:
-    return np.array([interpolate(points, tokens) for tokens in range(size)])
+def _rows_ms(points: tuple[tuple[int, float], ...], num_rows: NDArray[np.int64]) -> Floats:
+    """`common.latency.interpolate` of all of them at once: the points are others in each report, as passes correct them."""
+    sizes, ms = np.array(points, dtype=np.float64).T
+    slope = (ms[-1] - ms[-2]) / (sizes[-1] - sizes[-2]) if len(points) > 1 else 0.0
+    found: Floats = np.interp(num_rows, sizes, ms) + slope * np.maximum(num_rows - sizes[-1], 0.0)
+    return found
