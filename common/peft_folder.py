@@ -1,11 +1,11 @@
-"""Hugging Face PEFT's folder of one LoRA or (IA)3 adapter, read strictly. Knows names, shapes, settings; no torch, no model."""
+"""Folders of one adapter in Hugging Face PEFT's layout, read strictly. Knows names, shapes, settings; no torch, no model."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ TARGETS = {
     "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
 }  # fmt: skip
 """The linears that an adapter may update, and the block of a layer that each is part of."""
+BOTTLENECK_TARGETS = ("o_proj", "down_proj")
+"""Those that end a sublayer: bottlenecks follow attention and MLP (Houlsby et al. 2019) or the MLP (Pfeiffer et al. 2020)."""
+NON_LINEARITIES = ("relu", "gelu")
 REFUSED = (
     "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "layer_replication",
     "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "megatron_config", "use_bdlora",
@@ -28,6 +31,7 @@ REFUSED = (
 """Settings that change what the adapter computes, in ways that are not served."""
 DTYPES = ("F32", "F16", "BF16")
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
+_BOTTLENECK_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.adapter_(down|up)\.weight")
 _IA3_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.ia3_l")
 
 
@@ -53,15 +57,32 @@ def read_peft_folder(folder: Path, max_bytes: int = MAX_WEIGHTS_BYTES) -> PeftFo
     if (num_bytes := (folder / WEIGHTS).stat().st_size) > max_bytes:
         raise PeftFolderError(f"{WEIGHTS} has {num_bytes} bytes, the limit is {max_bytes}")
     weights = (folder / WEIGHTS).read_bytes()
-    lora = (_ia3 if config["peft_type"] == "IA3" else _lora)(config, _header(weights))
+    lora = KINDS[config["peft_type"]](config, _header(weights))
     _check_targets(config.get("target_modules"), lora.target_modules)
     return PeftFolder(base_model=str(config.get("base_model_name_or_path") or ""), lora=lora, weights=weights)
 
 
 def _lora(config: Mapping[str, Any], header: Mapping[str, Any]) -> LoraSpec:
     rank = int(_number(config, "r", 1))
-    targets = _targets(header, rank)
+    targets = _targets(header, _KEY, ("A", "B"), "r", rank)
     return LoraSpec(rank=rank, alpha=_alpha(config), target_modules=targets, use_rslora=bool(config.get("use_rslora")))
+
+
+def _bottleneck(config: Mapping[str, Any], header: Mapping[str, Any]) -> LoraSpec:
+    """The words of LLM-Adapters (Hu et al. 2023), which call a serial adapter behind a linear so; PEFT has none."""
+    rank = int(_number(config, "bottleneck_size", 1))
+    if (activation := config.get("non_linearity")) not in NON_LINEARITIES:
+        raise PeftFolderError(f"{CONFIG}: non_linearity must be {' or '.join(NON_LINEARITIES)}, not {activation!r}")
+    if config.get("scaling") not in (None, 1.0):
+        raise PeftFolderError(f"{CONFIG}: scaling must be 1, not {config['scaling']!r}")
+    if config.get("use_parallel_adapter"):
+        raise PeftFolderError(f"{CONFIG}: use_parallel_adapter is not supported")
+    targets = _targets(header, _BOTTLENECK_KEY, ("down", "up"), "bottleneck_size", rank)
+    if other := [name for name in targets if name not in BOTTLENECK_TARGETS]:
+        raise PeftFolderError(
+            f"{WEIGHTS}: a bottleneck behind {other[0]} is not supported, only {', '.join(BOTTLENECK_TARGETS)}"
+        )
+    return LoraSpec(method="bottleneck", rank=rank, non_linearity=activation, target_modules=targets)
 
 
 def _ia3(_: Mapping[str, Any], header: Mapping[str, Any]) -> LoraSpec:
@@ -106,8 +127,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise PeftFolderError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(config, dict):
         raise PeftFolderError(f"{path} is not a JSON object")
-    if config.get("peft_type") not in ("LORA", "IA3"):
-        raise PeftFolderError(f"{CONFIG}: peft_type must be LORA or IA3, not {config.get('peft_type')!r}")
+    if config.get("peft_type") not in tuple(KINDS):
+        raise PeftFolderError(f"{CONFIG}: peft_type must be one of {', '.join(KINDS)}, not {config.get('peft_type')!r}")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise PeftFolderError(f"{CONFIG}: task_type must be CAUSAL_LM, not {config['task_type']!r}")
     if config.get("bias") not in (None, "none"):
@@ -126,8 +147,8 @@ def _number(config: Mapping[str, Any], field: str, lowest: float) -> float:
     value = config.get(field)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < lowest:
         raise PeftFolderError(f"{CONFIG}: {field} must be a number of at least {lowest:g}, not {value!r}")
-    if field == "r" and value != int(value):
-        raise PeftFolderError(f"{CONFIG}: r must be a whole number, not {value!r}")
+    if field != "lora_alpha" and value != int(value):
+        raise PeftFolderError(f"{CONFIG}: {field} must be a whole number, not {value!r}")
     return value
 
 
@@ -151,23 +172,25 @@ def _header(weights: bytes) -> dict[str, Any]:
     return header
 
 
-def _targets(header: Mapping[str, Any], rank: int) -> tuple[str, ...]:
-    """The targets of which there is a pair of matrices in every layer that has any. What else is in the file is an error."""
+def _targets(
+    header: Mapping[str, Any], key: re.Pattern[str], parts: tuple[str, str], rank_field: str, rank: int
+) -> tuple[str, ...]:
+    """The targets of which there is a pair of matrices, `parts`, in every layer that has any. All else is an error."""
     found: dict[tuple[int, str], set[str]] = {}
     for name, entry in header.items():
-        match = _KEY.fullmatch(name)
+        match = key.fullmatch(name)
         if match is None or TARGETS.get(match[3]) != match[2]:
             raise PeftFolderError(f"{WEIGHTS}: tensor {name} is not supported; targets may be {', '.join(TARGETS)}")
         shape = _shape(name, entry)
-        if shape[0 if match[4] == "A" else 1] != rank:
-            raise PeftFolderError(f"{WEIGHTS}: tensor {name} has shape {tuple(shape)}, but r is {rank}")
+        if shape[parts.index(match[4])] != rank:
+            raise PeftFolderError(f"{WEIGHTS}: tensor {name} has shape {tuple(shape)}, but {rank_field} is {rank}")
         found.setdefault((int(match[1]), match[3]), set()).add(match[4])
     targets = tuple(target for target in TARGETS if any(name == target for _, name in found))
     if not targets:
         raise PeftFolderError(f"{WEIGHTS} holds no tensor")
     for layer in range(max(layer for layer, _ in found) + 1):
         for target in targets:
-            if found.get((layer, target)) != {"A", "B"}:
+            if found.get((layer, target)) != set(parts):
                 raise PeftFolderError(
                     f"{WEIGHTS} lacks a matrix of {target} in layer {layer}: all layers must be adapted alike"
                 )
@@ -178,3 +201,11 @@ def _check_targets(named: object, targets: tuple[str, ...]) -> None:
     """Targets that the configuration names are in the file; patterns, and names of single modules, are not checked."""
     if isinstance(named, list) and (missing := [name for name in named if name in TARGETS and name not in targets]):
         raise PeftFolderError(f"{CONFIG}: target_modules names {missing[0]}, of which {WEIGHTS} has no tensor")
+
+
+KINDS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], LoraSpec]] = {
+    "LORA": _lora,
+    "IA3": _ia3,
+    "BOTTLENECK": _bottleneck,
+}
+"""By `peft_type`: the adapter's shape, from configuration and header."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kernels import attention, attention_backward, dropout, lora, lora_backward, reference, sampling, triton_gate
+from kernels import attention, attention_backward, bottleneck, dropout, lora, lora_backward, reference, sampling, triton_gate
+from kernels.bottleneck import BottleneckPlan
 from kernels.dropout import drop_keys
 from kernels.linear import Linear
 from kernels.lora import LoraPlan
@@ -29,12 +29,9 @@ from kernels.native.layers import LayerParts, LayerStack, StackShape
 from kernels.native.lora import AdapterTable, LayersLora
 from kernels.reference import clip_grad_norm, sgd
 from kernels.sampling import Draw
-from kernels.segments import AttentionPlan, AttentionSegment, LoraSegment
+from kernels.segments import AttentionPlan, AttentionSegment, BottleneckSegment, LoraSegment
 from kernels.triton_ops.attention_tables import AttentionTables, FixedPlan, TableRoom, host_tables
 from kernels.triton_ops.lora_tables import AdapterMatrices, BatchTables
-
-if TYPE_CHECKING:
-    pass
 
 TRITON_TYPES = (torch.float16, torch.float32)
 """What Triton's interpreter multiplies; it takes bfloat16 for integers."""
@@ -48,6 +45,8 @@ __all__ = [
     "AttentionSegment",
     "AttentionTables",
     "BatchTables",
+    "BottleneckPlan",
+    "BottleneckSegment",
     "Draw",
     "FixedPlan",
     "LayerParts",
@@ -78,6 +77,8 @@ __all__ = [
     "rms_norm_backward",
     "rope_and_cache",
     "rope_backward",
+    "segmented_bottleneck",
+    "segmented_bottleneck_gradients",
     "segmented_lora",
     "segmented_lora_gradients",
     "sgd",
@@ -215,6 +216,11 @@ def batched_lora(y_TO: Tensor, x_TI: Tensor, tables: BatchTables, layer: int, li
     triton_gate.operations.segmented_lora(y_TO, x_TI, tables.of(layer, linear))
 
 
+def segmented_bottleneck(y_TH: Tensor, x_TH: Tensor, plan: BottleneckPlan) -> None:
+    """`reference.segmented_bottleneck` of a plan's segments; x may be y."""
+    bottleneck.segmented_bottleneck(y_TH, x_TH, plan, segmented_lora)
+
+
 def linear_cross_entropy(hidden_TH: Tensor, head: Linear, labels_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.linear_cross_entropy`; the head is a linear that is ready to run. Labels and weights may be on the host."""
     if uses_triton(hidden_TH):
@@ -244,6 +250,14 @@ def segmented_lora_gradients(
     is_triton = plan.segments and uses_triton(dy_TO)
     function = triton_gate.operations.segmented_lora_gradients if is_triton else lora_backward.segmented_lora_gradients
     function(dx_TI, dy_TO, x_TI, grads, plan)
+
+
+def segmented_bottleneck_gradients(
+    dx_TH: Tensor | None, dy_TH: Tensor, x_TH: Tensor, grads: Sequence[tuple[Tensor, Tensor]], plan: BottleneckPlan
+) -> None:
+    """`kernels.bottleneck.segmented_bottleneck_gradients`."""
+    functions = (segmented_lora, segmented_lora_gradients)
+    bottleneck.segmented_bottleneck_gradients(dx_TH, dy_TH, x_TH, grads, plan, *functions)
 
 
 def ragged_attention_backward(

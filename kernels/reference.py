@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.segments import AttentionSegment, LoraSegment
+from kernels.segments import AttentionSegment, BottleneckSegment, LoraSegment
 
 LOGIT_ROWS = 128
 """Rows of logits that exist at a time in linear_cross_entropy."""
@@ -201,6 +201,14 @@ def segmented_lora(y_TO: Tensor, x_TI: Tensor, segments: Sequence[LoraSegment]) 
     for segment in segments:
         low_nR = x_TI[segment.rows].to(segment.a_RI.dtype) @ segment.a_RI.mT
         y_TO[segment.rows, segment.columns].add_(low_nR @ segment.b_OR.mT, alpha=segment.scale)
+
+
+def segmented_bottleneck(y_TH: Tensor, x_TH: Tensor, segments: Sequence[BottleneckSegment]) -> None:
+    """Semantics: y[s:e] += activation(scale * x[s:e] @ down^T) @ up^T, in the adapter's type; gelu is the exact one."""
+    for segment in segments:
+        low_nR = segment.scale * (x_TH[segment.rows].to(segment.down_RH.dtype) @ segment.down_RH.mT)
+        active_nR = low_nR.relu() if segment.activation == "relu" else F.gelu(low_nR)
+        y_TH[segment.rows].add_(active_nR @ segment.up_HR.mT)
 
 
 def segmented_lora_backward(dx_TI: Tensor, dy_TO: Tensor, segments: Sequence[LoraSegment]) -> None:

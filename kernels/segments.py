@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -90,3 +90,20 @@ class LoraSegment:
     def columns(self) -> slice:
         """The output's columns that it updates."""
         return slice(self.column, self.column + self.b_OR.shape[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BottleneckSegment:
+    """Rows [start, end) of the batch that share a bottleneck adapter behind a linear; `scale` makes up for dropout."""
+
+    start: int
+    end: int
+    down_RH: Tensor
+    up_HR: Tensor
+    activation: Literal["relu", "gelu"]
+    scale: float = 1.0
+
+    @property
+    def rows(self) -> slice:
+        """The segment's rows."""
+        return slice(self.start, self.end)

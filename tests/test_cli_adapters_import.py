@@ -137,7 +137,7 @@ def copy(folder: Path, target: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type must be LORA or IA3, not 'LOHA'"),
+        ({"peft_type": "LOHA"}, "peft_type must be one of LORA, IA3, BOTTLENECK, not 'LOHA'"),
         ({"r": 0}, "r must be a number of at least 1, not 0"),
         ({"r": "8"}, "r must be a number of at least 1, not '8'"),
         ({"r": 8}, r"has shape \(4, 32\), but r is 8"),

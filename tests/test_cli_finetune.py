@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from common.bus import Bus
+from common.messages import LoraSpec
 from services.cli.finetune import FinetuneError, Gateway, bar_fields, watch
 from tests.gateway_stage import Connect, running_gateway
 from tests.trainer_fakes import MODEL, example, write_model_dir
@@ -57,6 +58,10 @@ async def test_a_dataset_becomes_a_served_adapter(world: World, connect: Connect
         assert lines[-1].startswith("ft:base::mine:")
         lora = executor.opened[0].lora
         assert (lora.rank, lora.use_rslora, lora.dropout, lora.target_modules) == (4, True, 0.1, ("q_proj", "v_proj"))
+        bottleneck = "--method bottleneck --rank 5 --non-linearity gelu --target-modules down_proj --epochs 1"
+        assert (await run(str(tmp_path / "data.jsonl"), *bottleneck.split(), *where))[0] == 0
+        wanted = LoraSpec(method="bottleneck", rank=5, non_linearity="gelu", target_modules=("down_proj",))
+        assert executor.opened[1].lora == wanted
 
         status, _, err = await run(str(tmp_path / "bad.jsonl"), *where)
         assert (status, err.startswith("heddle: the job failed: line 6: ")) == (1, True)

@@ -69,8 +69,10 @@ def test_what_shares_a_pass_changes_no_bit(dtype: torch.dtype) -> None:
 
 def test_nor_do_other_adapters() -> None:
     decoder = decoder_of(torch.bfloat16)
-    names = {"r1": "a", "r3": "b", "r4": "a", "r5": "c"}
+    names = {"r1": "a", "r2": "d", "r3": "b", "r4": "a", "r5": "c"}
     adapters = {name: random_adapter(decoder, LoraSpec(rank=rank), seed=rank) for name, rank in (("a", 4), ("b", 8), ("c", 3))}
+    bottleneck = LoraSpec(method="bottleneck", rank=5, non_linearity="gelu", target_modules=("o_proj", "down_proj"))
+    adapters["d"] = random_adapter(decoder, bottleneck)
 
     def run(*chosen: Any) -> dict[str, tuple[Any, Any]]:
         engine = tiny_engine(decoder)

@@ -12,9 +12,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from common.messages import LoraSpec
+from services.executor.adapter_spec import InvalidAdapterError
 from services.executor.finetune import new_job
 from services.executor.loader import load_decoder
-from services.executor.lora import InvalidAdapterError
 from services.executor.model_config import ModelConfig, UnsupportedModelError, read_model_config
 from services.executor.rope import Llama3Bands, Rope, frequencies, rotary_tables
 from tests.drafts import junk_draft, oracle_draft

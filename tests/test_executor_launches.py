@@ -6,7 +6,7 @@ Counted on a CPU, where an operator is a call; on a GPU it is a launch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -97,6 +97,24 @@ def adapters(n: int) -> Engine:
     return engine
 
 
+BOTTLENECKS = [
+    LoraSpec(method="bottleneck", rank=2, non_linearity="relu", target_modules=("o_proj", "down_proj")),
+    LoraSpec(method="bottleneck", rank=4, non_linearity="gelu", target_modules=("o_proj", "down_proj")),
+    LoraSpec(method="bottleneck", rank=8, non_linearity="gelu", target_modules=("down_proj",)),
+]
+
+
+def bottlenecks(n: int) -> Engine:
+    """Requests with bottleneck adapters of several sizes and activations."""
+    engine = engine_of()
+    engine.adapters |= {f"b{i}": random_adapter(engine.decoder, BOTTLENECKS[i % 3], seed=i) for i in range(n)}
+    for i in range(MANY):
+        request = tiny_request(f"d{i}", random_prompt(PROMPT_LEN, seed=i), 64)
+        assert engine.submit(request, f"b{i}" if i < n else None) is None
+    engine.forward_pass()
+    return engine
+
+
 def trees(n: int) -> Engine:
     engine = engine_of()
     decoding(engine, n)
@@ -127,11 +145,16 @@ def contexts(n: int) -> Engine:
     return engine
 
 
-def jobs(n: int) -> Engine:
+def bottleneck_jobs(n: int) -> Engine:
+    return jobs(n, [BOTTLENECKS[i % 3] for i in range(n)])
+
+
+def jobs(n: int, specs: Sequence[LoraSpec] | None = None) -> Engine:
     """Finetuning jobs with an equally long window each; their tapes are there, as they are from the second window on."""
     engine = engine_of()
     for i in range(n):
-        job = new_job(f"job{i}", LoraSpec(rank=2 + i, alpha=8.0), i, engine.decoder, engine.cache)
+        spec = LoraSpec(rank=2 + i, alpha=8.0) if specs is None else specs[i]
+        job = new_job(f"job{i}", spec, i, engine.decoder, engine.cache)
         engine.training.open(job, lease=1)
         item = training_slice(random_prompt(PROMPT_LEN, seed=i))
         fields = {name: getattr(item, name) for name in item.__struct_fields__} | {"job_id": f"job{i}"}
@@ -166,7 +189,7 @@ def count_layers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Counter[str
 
 
 LAYERS = [
-    requests, features, adapters, trees, short_chunks, jobs,
+    requests, features, adapters, bottlenecks, trees, short_chunks, jobs, bottleneck_jobs,
     pytest.param(long_chunks, marks=without_compiler), pytest.param(contexts, marks=without_compiler),
 ]  # fmt: skip
 
@@ -209,14 +232,15 @@ def test_the_losses_of_many_windows_take_the_operators_of_one() -> None:
     assert totals[0] == totals[1] != Counter()
 
 
-def backward_operators(num_jobs: int, num_sequences: int) -> Counter[str]:
+def backward_operators(num_jobs: int, num_sequences: int, specs: Sequence[LoraSpec] = ()) -> Counter[str]:
     """Of a unit per layer that goes back through all sequences of all jobs, which have targets and ranks of their own."""
     decoder = tiny_pair()[1]
     cache = new_cache(decoder, num_slots=1024)
     cursors: list[BackwardCursor] = []
     for i in range(num_jobs):
         targets = LoraSpec().target_modules[: 4 if i % 3 == 2 else 7]
-        adapter = random_adapter(decoder, LoraSpec(rank=(2, 4, 8)[i % 3], alpha=4.0, target_modules=targets), seed=i)
+        usual = LoraSpec(rank=(2, 4, 8)[i % 3], alpha=4.0, target_modules=targets)
+        adapter = random_adapter(decoder, specs[i % len(specs)] if specs else usual, seed=i)
         grads = LoraWeights(adapter.spec, decoder.config)
         for _ in range(num_sequences):
             sequence = training_sequence(training_slice(random_tokens(decoder, PROMPT_LEN)), decoder, adapter)
@@ -236,3 +260,12 @@ def test_the_operators_of_the_backward_pass_do_not_grow() -> None:
     assert backward_operators(MANY, 1) - few == Counter()
     assert backward_operators(FEW, 4) - few == Counter()
     assert backward_operators(1, MANY) - backward_operators(1, FEW) == Counter()
+
+
+def test_nor_do_those_of_bottlenecks() -> None:
+    specs = BOTTLENECKS[:2]
+    backward_operators(2, 1, specs)  # identity matrices are made once
+    few = backward_operators(4, 1, specs)
+    assert few.total() > 40
+    assert backward_operators(10, 1, specs) - few == Counter()
+    assert backward_operators(4, 3, specs) - few == Counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from kernels.native.build import library
 from services.executor.batch import Segment, build_batch
 from services.executor.lora import LoraAdapter, LoraWeights
 from services.executor.model import Decoder, KvCache
+from tests.bottleneck_oracle import random_bottleneck
 from tests.helpers import CPU, OperatorCount, as_decoder, randn, tiny_model
 from tests.tiny import SHAPE, tiny_pair
 
@@ -72,6 +74,26 @@ def run(decoder: Decoder, batch_of: list[Segment]) -> tuple[Tensor, list[Tensor]
         tensor.copy_(randn(*tensor.shape, seed=seed))
     with torch.inference_mode():
         return decoder.forward(build_batch(batch_of, CPU), cache), [*cache.k, *cache.v]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bottleneck_goes_layer_by_layer_and_no_bit_of_the_others_changes(dtype: torch.dtype) -> None:
+    decoder = decoder_of("llama", dtype)
+    spec = LoraSpec(method="bottleneck", rank=5, non_linearity="gelu", target_modules=("o_proj", "down_proj"))
+    lora, own = adapter(decoder, 2, dtype), random_bottleneck(decoder, spec, dtype=dtype)
+    stack = mock.Mock(wraps=decoder.stack)
+    with mock.patch.object(decoder, "stack", stack):
+        expected_TH, expected = run(decoder, segments(7, [None, lora, None]))
+        assert stack.call_count == 1, "without a bottleneck the stack runs"
+        hidden_TH, caches = run(decoder, batch := segments(7, [None, lora, own]))
+        assert stack.call_count == 1, "with one it does not"
+    ends = list(itertools.accumulate(len(segment.tokens) for segment in batch))
+    for segment, start, end in zip(batch, [0, *ends], ends, strict=False):
+        is_same = torch.equal(hidden_TH[start:end], expected_TH[start:end])
+        assert is_same == (segment.adapter is not own)
+        slots = list(segment.slots)
+        if is_same:
+            assert all(torch.equal(mine[slots], theirs[slots]) for mine, theirs in zip(caches, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -35,6 +35,10 @@ JOBS: dict[str, tuple[LoraSpec, OptimizerStep]] = {
         ),
         ADAMW,
     ),
+    "bottleneck": (
+        LoraSpec(method="bottleneck", rank=5, non_linearity="gelu", target_modules=("o_proj", "down_proj"), dropout=0.1), ADAMW
+    ),
+    "pfeiffer": (LoraSpec(method="bottleneck", rank=3, non_linearity="relu", target_modules=("down_proj",)), SGD),
 }  # fmt: skip
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from common.messages import LoraSpec, OptimizerStep, TrainingSlice
 from kernels import ops
+from services.executor.adapter_spec import MODULES
 from services.executor.dropout import RowDropout
 from services.executor.finetune import FinetuneJob, new_job
-from services.executor.lora import MODULES
 from services.executor.model import Decoder
 from tests.helpers import (
     CPU,

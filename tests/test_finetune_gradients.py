@@ -19,10 +19,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from common.messages import LoraSpec, TrainingSlice
 from services.executor import backward
+from services.executor.adapter_spec import TARGETS
 from services.executor.backward import advance
 from services.executor.backward_cursor import BackwardCursor
 from services.executor.loader import load_decoder
-from services.executor.lora import TARGETS, LoraAdapter, LoraWeights
+from services.executor.lora import LoraAdapter, LoraWeights
 from services.executor.model import Decoder
 from tests.helpers import (
     CPU,

@@ -18,10 +18,11 @@ from common.bypasses import bypasses_of
 from common.messages import AdapterRecord, LoraSpec
 from common.peft_folder import WEIGHTS, PeftFolderError, read_peft_folder
 from services.cli import adapters
+from services.executor.adapter_spec import INPUT_SCALED, TARGETS, InvalidAdapterError, check_spec
 from services.executor.backward import advance
 from services.executor.backward_cursor import BackwardCursor
 from services.executor.batch import Segment, build_batch
-from services.executor.lora import INPUT_SCALED, TARGETS, InvalidAdapterError, LoraAdapter, LoraWeights, check_spec
+from services.executor.lora import LoraAdapter, LoraWeights
 from services.executor.model import Decoder
 from services.executor.training_sequence import TrainingSequence
 from tests import test_finetune_gradients as gradients

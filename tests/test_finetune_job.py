@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.messages import LoraSpec, OptimizerStep, TrainingSlice
+from services.executor.adapter_spec import InvalidAdapterError
 from services.executor.finetune import FinetuneJob, OutOfOrderSliceError, TrainingDivergedError, new_job
-from services.executor.lora import InvalidAdapterError
 from services.executor.model import Decoder, KvCache
 from services.executor.training_sequence import InvalidSliceError
 from tests.helpers import (

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from common.messages import AdapterRecord, LoraSpec
 from services.cli import adapters
+from services.executor.adapter_spec import MODULES, InvalidAdapterError, check_spec
 from services.executor.batch import Segment, build_batch
-from services.executor.lora import MODULES, InvalidAdapterError, LoraAdapter, LoraWeights, check_spec
+from services.executor.lora import LoraAdapter, LoraWeights
 from services.executor.model import Decoder
 from tests.helpers import (
     CPU,

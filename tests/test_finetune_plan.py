@@ -12,9 +12,10 @@ from common.bypasses import bypasses_of
 from common.memory_table import memory_table
 from common.messages import LoraSpec
 from common.model_shape import read_model_shape
+from services.executor.adapter_spec import TARGETS
 from services.executor.backward import advance
 from services.executor.backward_cursor import BackwardCursor
-from services.executor.lora import TARGETS, LoraWeights
+from services.executor.lora import LoraWeights
 from services.executor.model_config import read_model_config
 from services.executor.training_sequence import TrainingSequence
 from tests.helpers import (

@@ -64,6 +64,17 @@ def test_ia3_has_vectors_in_place_of_ranks() -> None:
     assert len(parse_create({**BODY, "lora": {"method": "ia3", "target_modules": "all-linear"}}, 0).lora.target_modules) == 7
 
 
+def test_a_bottleneck_has_a_rank_and_a_non_linearity() -> None:
+    usual = parse_create({**BODY, "lora": {"method": "bottleneck"}}, 0)
+    assert usual.lora == LoraSpec(method="bottleneck", non_linearity="relu", target_modules=("o_proj", "down_proj"))
+    shown = job_lora(usual)
+    assert (shown["method"], shown["rank"], shown["non_linearity"], "alpha" in shown) == ("bottleneck", 16, "relu", False)
+    asked = {"method": "bottleneck", "rank": 64, "non_linearity": "gelu", "target_modules": ["down_proj"], "dropout": 0.1}
+    spec = parse_create({**BODY, "lora": asked}, 0)
+    wanted = LoraSpec(method="bottleneck", rank=64, non_linearity="gelu", target_modules=("down_proj",), dropout=0.1)
+    assert spec.lora == wanted
+
+
 def nested(**hyperparameters: Any) -> dict[str, Any]:
     return {"method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}}
 
@@ -115,6 +126,12 @@ def nested(**hyperparameters: Any) -> dict[str, Any]:
         ({"lora": {"method": "ia3", "feedforward_modules": ["o_proj"]}}, "lora.feedforward_modules"),
         ({"lora": {"method": "ia3", "feedforward_modules": ["q_proj"]}}, "lora.feedforward_modules[0]"),
         ({"lora": {"feedforward_modules": ["down_proj"]}}, "lora.feedforward_modules"),
+        ({"lora": {"method": "bottleneck", "alpha": 8}}, "lora.alpha"),
+        ({"lora": {"method": "bottleneck", "non_linearity": "tanh"}}, "lora.non_linearity"),
+        ({"lora": {"method": "bottleneck", "target_modules": ["q_proj"]}}, "lora.target_modules"),
+        ({"lora": {"method": "bottleneck", "target_modules": "all-linear"}}, "lora.target_modules"),
+        ({"lora": {"method": "bottleneck", "feedforward_modules": ["o_proj"]}}, "lora.feedforward_modules"),
+        ({"lora": {"non_linearity": "relu"}}, "lora.non_linearity"),
         ({"lora": {"optimizer": "lion"}}, "lora.optimizer"),
         ({"lora": {"momentum": 0.9}}, "lora.momentum"),
         ({"lora": {"warmup_steps": -1}}, "lora.warmup_steps"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ SPECS = (
     LoraSpec(rank=2, alpha=4.0, target_modules=("q_proj", "v_proj")),
     LoraSpec(rank=4, alpha=4.0),
     LoraSpec(rank=3, alpha=2.0, target_modules=("k_proj", "o_proj", "up_proj", "down_proj")),
+    LoraSpec(method="bottleneck", rank=3, non_linearity="gelu", target_modules=("o_proj", "down_proj")),
 )
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -53,16 +55,16 @@ def both_paths(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch, dtype
 
 
 def passes(decoder: Decoder) -> list[Tensor]:
-    """Logits of prompts with three adapters and none, then of a decode, a tree, a chunk and a training window at once."""
-    tokens = [random_tokens(decoder, 20, seed=i) for i in range(4)]
+    """Logits of prompts with four adapters and none, then of a decode, a tree, a chunk and a training window at once."""
+    tokens = [random_tokens(decoder, 20, seed=i) for i in range(len(SPECS) + 1)]
     adapters = [None, *(random_adapter(decoder, spec, seed=i) for i, spec in enumerate(SPECS))]
-    cache = new_cache(decoder)
+    cache = new_cache(decoder, 160)
     prompts = [
         Segment(
             tokens=tokens[i][:9], positions=range(9), context_slots=(), slots=range(30 * i, 30 * i + 9), adapter=adapters[i],
             wants_logits="last",
         )
-        for i in range(4)
+        for i in range(len(SPECS) + 1)
     ]  # fmt: skip
     tape = ActivationTape(random_adapter(decoder, SPECS[1]).activation_plan(decoder.config.shape), 6, decoder.dtype, CPU)
 
@@ -75,6 +77,7 @@ def passes(decoder: Decoder) -> list[Tensor]:
         after(0, 1),
         after(1, 6, parents=TREE, positions=[9 + depth for depth in DEPTHS]),
         after(2, 7),
+        after(4, 3),
         after(3, 6, tape=tape),
     ]
     logits = []
@@ -107,8 +110,9 @@ def train(decoder: Decoder, spec: LoraSpec) -> tuple[Tensor, list[float]]:
     return job.adapter.weights.flat, [result.loss for result in results]
 
 
-def test_training_steps_with_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = LoraSpec(rank=3, alpha=6.0, dropout=0.3)
+@pytest.mark.parametrize("chosen", [LoraSpec(rank=3, alpha=6.0), SPECS[-1]], ids=["lora", "bottleneck"])
+def test_training_steps_with_dropout(chosen: LoraSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = msgspec.structs.replace(chosen, dropout=0.3)
     usual, ours = both_paths("llama", tmp_path, monkeypatch, torch.float32)
     weights, losses = train(usual, spec)
     monkeypatch.setattr(ops, "interprets_triton", True)

@@ -12,11 +12,13 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
     """An adapter's shape, in PEFT's words.
 
     lora: y += scale * dropout(x) A^T B^T on each target linear; `dropout` (a probability) matters in training only.
+    bottleneck: y += up(non_linearity(down dropout(y))) on each target linear's output, `rank` wide; there is no alpha.
     ia3: y *= l, or for targets in `feedforward_modules` x *= l, with a vector l per target; there is no rank, alpha or dropout.
     """
 
-    method: Literal["lora", "ia3"] = "lora"
+    method: Literal["lora", "ia3", "bottleneck"] = "lora"
     feedforward_modules: tuple[str, ...] = ()
+    non_linearity: Literal["", "relu", "gelu"] = ""
     rank: int = 16
     alpha: float = 32.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -25,7 +27,9 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def scale(self) -> float:
-        """alpha / rank, or with rsLoRA (Kalajdzievski 2023) alpha / sqrt(rank)."""
+        """alpha / rank, or with rsLoRA (Kalajdzievski 2023) alpha / sqrt(rank); what else there is has none."""
+        if self.method != "lora":
+            return 1.0
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 

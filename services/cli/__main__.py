@@ -11,7 +11,7 @@ from collections.abc import Callable
 from common.bus import Bus, BusError
 from common.nats_server import NatsServerError
 from common.parallel_plan import Machine
-from services.cli.adapters import AdapterError, delete, export, import_folder, list_adapters, show_adapters
+from services.cli.adapters import AdapterError, delete, export, import_folder, kind_of, list_adapters, show_adapters
 from services.cli.convert import convert
 from services.cli.distill import DistillOptions, distill
 from services.cli.distill_data import DistillError
@@ -32,8 +32,8 @@ EXPECTED = (
     DistillError, ExplainError, FinetuneError,
 )  # fmt: skip
 LORA_OPTIONS = (
-    "method", "rank", "alpha", "dropout", "target_modules", "feedforward_modules", "learning_rate", "scheduler",
-    "warmup_steps", "optimizer", "weight_decay", "max_grad_norm",
+    "method", "rank", "alpha", "dropout", "target_modules", "feedforward_modules", "non_linearity", "learning_rate",
+    "scheduler", "warmup_steps", "optimizer", "weight_decay", "max_grad_norm",
 )  # fmt: skip
 """Options of `heddle finetune` that go into the job's `lora` block."""
 KEY_VARIABLES = ("HEDDLE_GATEWAY_API_KEY", "HEDDLE_API_KEY")
@@ -85,12 +85,12 @@ async def _with_bus(nats_url: str, options: argparse.Namespace) -> None:
     try:
         if options.action == "export":
             record = await export(bus, options.name, options.dir)
-            print(f"{record.name}: a PEFT adapter for {record.base_model}, in {options.dir}")
+            kind = "bottleneck" if record.lora.method == "bottleneck" else "PEFT"
+            print(f"{record.name}: a {kind} adapter for {record.base_model}, in {options.dir}")
             return
         if options.action == "import":
             record = await import_folder(bus, options.dir, options.name, options.base_model)
-            kind = "(IA)3" if record.lora.method == "ia3" else f"rank {record.lora.rank}"
-            print(f"{record.name}: served as an adapter of {record.base_model}, {kind}")
+            print(f"{record.name}: served as an adapter of {record.base_model}, {kind_of(record.lora)}")
             return
         if options.action == "delete":
             print(f"{(await delete(bus, options.name)).name}: deleted")

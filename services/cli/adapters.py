@@ -16,7 +16,7 @@ from common.adapters import AdapterRefusedError, UnknownAdapterError, add_adapte
 from common.artifacts import read_object
 from common.bus import Bus
 from common.codec import MalformedMessageError, decode
-from common.messages import AdapterRecord
+from common.messages import AdapterRecord, LoraSpec
 from common.peft_folder import CONFIG, WEIGHTS, PeftFolderError, read_peft_folder
 from common.records import record_keys
 from services.cli.status import wide_console
@@ -44,9 +44,14 @@ def show_adapters(records: list[AdapterRecord]) -> None:
     for record in records:
         created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created_at))
         lora = record.lora
-        sizes = ("(IA)3", "") if lora.method == "ia3" else (str(lora.rank), f"{lora.alpha:g}")
+        sizes = (str(lora.rank), f"{lora.alpha:g}") if lora.method == "lora" else (kind_of(lora), "")
         table.add_row(record.name, record.base_model, *sizes, created, record.job_id)
     wide_console().print(table if records else "no adapters yet")
+
+
+def kind_of(lora: LoraSpec) -> str:
+    """What kind of adapter it is, in a few words."""
+    return {"ia3": "(IA)3", "bottleneck": f"bottleneck {lora.rank}"}.get(lora.method, f"rank {lora.rank}")
 
 
 async def export(bus: Bus, name: str, folder: Path) -> AdapterRecord:
@@ -113,6 +118,8 @@ def peft_config(record: AdapterRecord) -> dict[str, Any]:
             "init_ia3_weights": True,
             "modules_to_save": None,
         }
+    if record.lora.method == "bottleneck":
+        return _bottleneck_config(record)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -131,19 +138,46 @@ def peft_config(record: AdapterRecord) -> dict[str, Any]:
     }
 
 
+def _bottleneck_config(record: AdapterRecord) -> dict[str, Any]:
+    """PEFT has no such class: the words are those of LLM-Adapters (Hu et al. 2023), whose PEFT has one."""
+    return {
+        "peft_type": "BOTTLENECK",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": record.base_model,
+        "bottleneck_size": record.lora.rank,
+        "non_linearity": record.lora.non_linearity,
+        "adapter_dropout": record.lora.dropout,
+        "scaling": 1.0,
+        "target_modules": list(record.lora.target_modules),
+        "use_parallel_adapter": False,
+        "bias": "none",
+        "init_weights": "mam_adapter",
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+
+
 def model_card(record: AdapterRecord) -> str:
     """A short model card: what the adapter is and how to load it."""
     lora = record.lora
-    kind = "LoRA" if lora.method == "lora" else "(IA)3"
-    sizes = f"Rank {lora.rank}, alpha {lora.alpha:g}, on" if lora.method == "lora" else "On"
-    header = f"---\nbase_model: {record.base_model}\nlibrary_name: peft\ntags:\n- {lora.method}\n- heddle\n---\n"
+    kind, sizes = {
+        "lora": ("LoRA", f"Rank {lora.rank}, alpha {lora.alpha:g}, on"),
+        "ia3": ("(IA)3", "On"),
+        "bottleneck": ("A bottleneck adapter", f"Size {lora.rank}, {lora.non_linearity}, behind"),
+    }[lora.method]
+    library = "heddle" if lora.method == "bottleneck" else "peft"
+    header = f"---\nbase_model: {record.base_model}\nlibrary_name: {library}\ntags:\n- {lora.method}\n- heddle\n---\n"
+    use = (
+        "PEFT has no such class; `heddle adapters import path/to/this/folder` serves it.\n"
+        if lora.method == "bottleneck"
+        else "```python\nfrom peft import PeftModel\n\n"
+        'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")\n```\n'
+    )
     origin = f", by finetuning job `{record.job_id}`" if record.job_id else ""
     return (
         f"{header}\n# {record.name}\n\n"
         f"{kind} for {record.base_model}, trained token by token while the model served requests (Heddle{origin}).\n\n"
-        f"{sizes} {', '.join(lora.target_modules)}.\n\n"
-        "```python\nfrom peft import PeftModel\n\n"
-        'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")\n```\n'
+        f"{sizes} {', '.join(lora.target_modules)}.\n\n{use}"
     )
 
 

@@ -8,7 +8,9 @@ import functools
 from torch import Tensor
 
 from kernels import ops
-from services.executor.lora import MODULES, LoraAdapter, Scale, target_widths
+from services.executor.adapter_spec import MODULES, target_widths
+from services.executor.bottlenecks import BottleneckRows
+from services.executor.lora import LoraAdapter, Scale
 from services.executor.model_config import ModelConfig
 from services.executor.scales import ScaledRows
 
@@ -34,6 +36,7 @@ class AdapterPlan:
         self._stacked: ops.LayersLora | None = None
         self._tables: ops.BatchTables | None = None
         self._scaled = ScaledRows([(entry.start, entry.end, entry.adapter.weights) for entry in rows])
+        self._bottlenecks = BottleneckRows([(entry.start, entry.end, entry.adapter) for entry in rows], self._masks)
 
     @property
     def is_stackable(self) -> bool:
@@ -71,6 +74,10 @@ class AdapterPlan:
     def scaled_input(self, layer: int, module: str, x_TI: Tensor) -> Tensor:
         """A linear's input, times (IA)3's vectors on the rows of those adapters that scale it."""
         return self._scaled.scaled(layer, module, x_TI, is_input=True)
+
+    def bottleneck(self, layer: int, module: str) -> ops.BottleneckPlan | None:
+        """The bottleneck adapters that follow this linear on any row; None if there are none."""
+        return self._bottlenecks.plan(layer, module)
 
     def output_scales(self, layer: int, module: str) -> list[Scale]:
         """Of any adapter, the vectors that multiply outputs of this linear."""

@@ -15,8 +15,9 @@ from common.codec import MalformedMessageError, decode
 from common.messages import AdapterChecked, AdapterRecord, CheckAdapter, Rejected
 from common.records import follow_records
 from services.executor.adapter_slots import AdapterSlots
+from services.executor.adapter_spec import InvalidAdapterError, check_rank
 from services.executor.inbox import Inbox
-from services.executor.lora import InvalidAdapterError, LoraAdapter, check_rank
+from services.executor.lora import LoraAdapter
 from services.executor.model import Decoder
 from services.executor.startup import OnDevice
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from services.executor.lora import MODULES, LoraAdapter, LoraWeights
+from services.executor.adapter_spec import MODULES
+from services.executor.lora import LoraAdapter, LoraWeights
 from services.executor.model import Decoder
 from services.executor.training_sequence import TrainingSequence
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels import ops
 from kernels.upload import upload
 from services.executor.backward_cursor import BackwardWindow
+from services.executor.bottlenecks import BASES, BottleneckRows
 from services.executor.dropout import RowDropout
 from services.executor.lora import LoraAdapter, LoraWeights
 from services.executor.model import Decoder, KvCache
@@ -45,7 +46,7 @@ class BackwardUnit:
     def _mlp(self, dy_WH: Tensor) -> Tensor | None:
         """Gradient of m, the MLP's residual input, from that of the layer's output m + down(silu(gate) * up)."""
         weights, linears = self._decoder.layers[self._layer], self._decoder.linears[self._layer]
-        ddown_WH = self._before_scale("down", dy_WH)
+        ddown_WH = self._before_bottleneck("down", self._before_scale("down", dy_WH))
         if self._last == "down":
             self._bypass("down", None, dy_WH, self._h)
             if self._adapters.scaled.vectors(self._layer, "down", is_input=True):
@@ -68,7 +69,7 @@ class BackwardUnit:
     def _attention(self, dm_WH: Tensor) -> Tensor | None:
         """Gradient of the fused projection's output, before RoPE, from that of m = x + o(attention)."""
         decoder, config = self._decoder, self._decoder.config
-        do_WH = self._before_scale("o", dm_WH)
+        do_WH = self._before_bottleneck("o", self._before_scale("o", dm_WH))
         has_input_scale = bool(self._adapters.scaled.vectors(self._layer, "o", is_input=True))
         if self._last == "o":
             self._bypass("o", None, dm_WH, lambda: self._tape("out"))
@@ -135,7 +136,11 @@ class BackwardUnit:
         """The MLP's residual input, kept or made again from the layer's input and the attention's output."""
         if "m" in self._kept:
             return self._tape("m")
-        return self._tape("x") + self._adapters.scaled.scaled(self._layer, "o", self._tape("o_base"), is_input=False)
+        o_WH = self._adapters.scaled.scaled(self._layer, "o", self._tape("o_base"), is_input=False)
+        if (plan := self._adapters.bottlenecks.plan(self._layer, "o")) is not None:
+            o_WH = o_WH.clone()
+            ops.segmented_bottleneck(o_WH, self._dropped("o", o_WH), plan)
+        return self._tape("x") + o_WH
 
     def _q(self, shape: tuple[int, int, int], cos_WD: Tensor, sin_WD: Tensor) -> Tensor:
         """Queries, kept or made again from what (IA)3 scales; RoPE is its own gradient's inverse."""
@@ -185,6 +190,16 @@ class BackwardUnit:
                 base_WO[:, columns] = again[:, columns]
         self._adapters.add_scale_gradients(self._layer, module, dy_WO, base_WO, is_input=False)
         return self._adapters.scaled.scaled(self._layer, module, dy_WO, is_input=False)
+
+    def _before_bottleneck(self, module: str, dy_WH: Tensor) -> Tensor:
+        """Gradient of a linear's own output, from that of what bottleneck adapters make of it; adds their gradients."""
+        rows = self._adapters.bottlenecks
+        if rows.plan(self._layer, module) is None:
+            return dy_WH
+        share_WH = None if self._last == module else torch.zeros_like(dy_WH)
+        base_WH = self._dropped(module, self._tape(BASES[module]))
+        rows.add_gradients(self._layer, module, share_WH, dy_WH, base_WH, self._adapters.bottleneck_grads)
+        return dy_WH if share_WH is None else dy_WH + self._dropped(module, share_WH)
 
     def _input_scale(self, module: str, dscaled_WI: Tensor, x_WI: Tensor) -> Tensor:
         """Gradient of a linear's input, from that of what (IA)3 makes of it; adds the vectors' gradients."""
@@ -244,6 +259,10 @@ class _AdapterRows:
         device = windows[0].cursor.sequence.dx_TH.device
         self._order_W = upload([np.concatenate(order)], device)[0]
         self.scaled = ScaledRows([(start, end, adapter.weights) for start, end, adapter, _ in self._rows])
+        self.bottlenecks = BottleneckRows(
+            [(start, end, adapter) for start, end, adapter, _ in self._rows], self._masks, self._order_W
+        )
+        self.bottleneck_grads = [grads for *_, adapter, grads in self._rows if adapter.weights.bottlenecks]
 
     def of(self, layer: int, module: str) -> tuple[ops.LoraPlan, list[tuple[Tensor, Tensor]]]:
         """The segments of a linear and, for each, where its gradients are summed."""

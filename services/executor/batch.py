@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import ops
 from kernels.ops import AttentionPlan, AttentionSegment
 from kernels.upload import upload
 from services.executor.adapter_rows import AdapterPlan, AdapterRows, arranged, joined
+from services.executor.bottlenecks import BASES
 from services.executor.dropout import RowDropout
 from services.executor.lora import LoraAdapter
 from services.executor.pages import Slots
@@ -73,13 +75,22 @@ class Batch:
     dropout: RowDropout | None = None
 
     def apply_adapters(self, layer: int, module: str, y_TO: Tensor, x_TI: Tensor) -> None:
-        """Add each adapter's low-rank update to its rows of `y_TO`, or scale them, in place."""
-        if self.dropout is not None:
-            first = x_TI.shape[0] - len(self.dropout.keys_T)
-            x_TI = torch.cat((x_TI[:first], self.dropout.drop(layer, module, x_TI[first:])))
-        if self.training and (scales := self.adapters.output_scales(layer, module)):
-            self.save(layer, **{BEFORE_SCALE[scale.target]: y_TO[:, scale.columns] for scale in scales})
-        self.adapters.apply(layer, module, y_TO, x_TI)
+        """Change each adapter's rows of `y_TO` as it wants: by a low-rank update, factors or a bottleneck, in place."""
+        bottleneck = self.adapters.bottleneck(layer, module)
+        if self.training:
+            bases = {BEFORE_SCALE[scale.target]: scale.columns for scale in self.adapters.output_scales(layer, module)}
+            bases |= {} if bottleneck is None else {BASES[module]: slice(None)}
+            self.save(layer, **{name: y_TO[:, columns] for name, columns in bases.items()})
+        self.adapters.apply(layer, module, y_TO, self._dropped(layer, module, x_TI))
+        if bottleneck is not None:
+            ops.segmented_bottleneck(y_TO, self._dropped(layer, module, y_TO), bottleneck)
+
+    def _dropped(self, layer: int, module: str, x_TI: Tensor) -> Tensor:
+        """What adapters see of x: training rows without what dropout drops."""
+        if self.dropout is None:
+            return x_TI
+        first = x_TI.shape[0] - len(self.dropout.keys_T)
+        return torch.cat((x_TI[:first], self.dropout.drop(layer, module, x_TI[first:])))
 
     def save(self, layer: int, **activations: Tensor) -> None:
         """Copy the training rows of those activations [T, width] that their tapes keep of a layer, all in one operation."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import ops
-from services.executor.lora import MODULES
+from services.executor.adapter_spec import MODULES
 
 _MODULE_NUMBERS = {module: number for number, module in enumerate(MODULES)}
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from common.messages import LoraSpec, OptimizerStep, TrainingSlice
 from kernels import ops
+from services.executor.adapter_spec import InvalidAdapterError
 from services.executor.backward_cursor import BackwardCursor
-from services.executor.lora import InvalidAdapterError, LoraAdapter, LoraWeights, read_tensors
+from services.executor.lora import LoraAdapter, LoraWeights, read_tensors
 from services.executor.model import Decoder, KvCache
 from services.executor.training_sequence import InvalidSliceError, TrainingSequence, check_slice
 

@@ -1,4 +1,4 @@
-"""Adapters (LoRA, (IA)3): weights, files in PEFT's layout, the update of a linear's output. Knows no job and no optimizer."""
+"""Adapters (LoRA, (IA)3, bottlenecks): weights, files in PEFT's layout, a linear's update. Knows no job and no optimizer."""
 
 from __future__ import annotations
 
@@ -13,29 +13,22 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from common.activation_plan import ActivationPlan, plan_activations
-from common.bypasses import Bypass
 from common.messages import LoraSpec
 from common.model_shape import ModelShape
 from kernels import ops
+from services.executor.adapter_spec import (
+    MODULES,
+    TARGETS,
+    InvalidAdapterError,
+    bypass_of,
+    check_spec,
+    num_weights,
+    target_shapes,
+    target_widths,
+)
 from services.executor.model_config import ModelConfig
 
-MODULES = {
-    "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj")),
-    "o": ("self_attn", ("o_proj",)),
-    "gate_up": ("mlp", ("gate_proj", "up_proj")),
-    "down": ("mlp", ("down_proj",)),
-}
-"""The decoder's linears: PEFT's block of each, and the targets whose outputs lie side by side in it."""
-TARGETS = tuple(target for _, targets in MODULES.values() for target in targets)
-INPUT_SCALED = ("o_proj", "down_proj")
-"""Targets whose input (IA)3 may scale: the others read theirs together."""
-
-
 _VERSIONS = itertools.count(1)
-
-
-class InvalidAdapterError(ValueError):
-    """The adapter does not fit its specification or the base model; the message names the field or tensor."""
 
 
 class LoraLinear(NamedTuple):
@@ -44,6 +37,13 @@ class LoraLinear(NamedTuple):
     columns: slice
     a_RI: Tensor
     b_OR: Tensor
+
+
+class Bottleneck(NamedTuple):
+    """The matrices behind one linear: y += up(activation(down y)) on its output of H features."""
+
+    down_RH: Tensor
+    up_HR: Tensor
 
 
 class Scale(NamedTuple):
@@ -73,9 +73,10 @@ class LoraWeights:
         """Of the model."""
         self.linears: dict[tuple[int, str], list[LoraLinear]] = {}
         self.scales: dict[tuple[int, str], list[Scale]] = {}
+        self.bottlenecks: dict[tuple[int, str], Bottleneck] = {}
         self.tensors: dict[str, Tensor] = {}
-        shapes = {target: shape for target, shape in _shapes(config).items() if target in spec.target_modules}
-        per_layer = sum(_num_weights(spec, target, *shape) for target, shape in shapes.items())
+        shapes = {target: shape for target, shape in target_shapes(config).items() if target in spec.target_modules}
+        per_layer = sum(num_weights(spec, target, *shape) for target, shape in shapes.items())
         self.flat = ops.zero_weights(per_layer * len(self.layers), dtype, device)
         offset = 0
         for layer in self.layers:
@@ -86,7 +87,7 @@ class LoraWeights:
         block, targets = MODULES[module]
         linears, column = [], 0
         for target in targets:
-            num_out, num_in = _shapes(config)[target]
+            num_out, num_in = target_shapes(config)[target]
             columns = slice(column, column + num_out)
             column += num_out
             if target not in spec.target_modules:
@@ -95,6 +96,9 @@ class LoraWeights:
             if spec.method == "ia3":
                 is_input = target in spec.feedforward_modules
                 offset = self._add_scale(layer, module, key, offset, slice(0, num_in) if is_input else columns, is_input)
+                continue
+            if spec.method == "bottleneck":
+                offset = self._add_bottleneck(layer, module, key, offset, spec.rank, num_out)
                 continue
             middle, end = offset + spec.rank * num_in, offset + spec.rank * (num_in + num_out)
             linear = LoraLinear(
@@ -107,6 +111,13 @@ class LoraWeights:
             self.linears[layer, module] = linears
         return offset
 
+    def _add_bottleneck(self, layer: int, module: str, key: str, offset: int, rank: int, num_out: int) -> int:
+        down, up = torch.split(self.flat[offset : offset + 2 * rank * num_out], rank * num_out)
+        bottleneck = Bottleneck(down.view(rank, num_out), up.view(num_out, rank))
+        self.bottlenecks[layer, module] = bottleneck
+        self.tensors |= {f"{key}.adapter_down.weight": bottleneck.down_RH, f"{key}.adapter_up.weight": bottleneck.up_HR}
+        return offset + 2 * rank * num_out
+
     def _add_scale(self, layer: int, module: str, key: str, offset: int, columns: slice, is_input: bool) -> int:
         num_columns: int = columns.stop - columns.start
         scale_C = self.flat[offset : offset + num_columns]
@@ -116,13 +127,14 @@ class LoraWeights:
         return offset + num_columns
 
     def fill(self, seed: int) -> None:
-        """A uniform in +-1/sqrt(inputs), B zero, (IA)3's vectors one; the same on every device."""
+        """A and down uniform in +-1/sqrt(inputs), B and up zero, (IA)3's vectors one; the same on every device."""
         generator = torch.Generator().manual_seed(seed)
         self.flat.fill_(1.0 if self.scales else 0.0)
-        for linear in (linear for linears in self.linears.values() for linear in linears):
-            a_RI = torch.empty(linear.a_RI.shape)
-            torch.nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
-            linear.a_RI.copy_(a_RI)
+        matrices = [linear.a_RI for linears in self.linears.values() for linear in linears]
+        for matrix in matrices + [bottleneck.down_RH for bottleneck in self.bottlenecks.values()]:
+            values = torch.empty(matrix.shape)
+            torch.nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+            matrix.copy_(values)
 
     def copy_from(self, source: dict[str, Tensor], what: str) -> None:
         """Take every matrix from `source`, in place. Raises InvalidAdapterError, and takes none, unless all fit."""
@@ -160,7 +172,7 @@ class LoraAdapter:
     def initialized(
         cls, name: str, spec: LoraSpec, config: ModelConfig, seed: int, device: torch.device | None = None
     ) -> LoraAdapter:
-        """An adapter that changes nothing yet: A uniform as in PEFT (and nn.Linear), B zero."""
+        """An adapter that changes nothing yet: A (or down) uniform as in PEFT (and nn.Linear), B (or up) zero."""
         weights = LoraWeights(spec, config, device=device)
         weights.fill(seed)
         return cls(name, spec, weights)
@@ -196,18 +208,20 @@ class LoraAdapter:
     def activation_plan(self, shape: ModelShape, max_recompute_share: float = 0.0) -> ActivationPlan:
         """The activations that its training keeps, if this part of a forward pass may be run again."""
         targets = self.spec.target_modules
-        bypasses = {name: _bypass(self.spec, name) for name in TARGETS if name in targets}
+        bypasses = {name: bypass_of(self.spec, name) for name in TARGETS if name in targets}
         layers = [bypasses if layer in self.layers else {} for layer in range(shape.num_layers)]
         return plan_activations(shape, layers, max_recompute_share)
 
     def has(self, layer: int, module: str) -> bool:
         """Whether any target inside this fused linear is adapted."""
-        return (layer, module) in self.weights.linears or (layer, module) in self.weights.scales
+        weights = self.weights
+        return any((layer, module) in found for found in (weights.linears, weights.scales, weights.bottlenecks))
 
     @property
     def is_native(self) -> bool:
         """Whether the compiled operations know its method and the type of its matrices."""
-        return not self.weights.scales and self.weights.flat.dtype in (torch.bfloat16, torch.float32)
+        is_lora = not self.weights.scales and not self.weights.bottlenecks
+        return is_lora and self.weights.flat.dtype in (torch.bfloat16, torch.float32)
 
     def table(self, config: ModelConfig) -> ops.AdapterTable:
         """Its matrices in all layers; made once, they stay where they are."""
@@ -247,65 +261,3 @@ def read_tensors(data: bytes, what: str) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except SafetensorError as error:
         raise InvalidAdapterError(f"{what} is not in safetensors format: {error}") from error
-
-
-def check_rank(spec: LoraSpec, max_rank: int, where: str) -> None:
-    """Raises InvalidAdapterError, beginning with `where`, for a higher rank; one of another method than LoRA has none."""
-    if spec.method == "lora" and spec.rank > max_rank:
-        raise InvalidAdapterError(f"{where}rank {spec.rank} is over max_lora_rank {max_rank}")
-
-
-def check_spec(spec: LoraSpec) -> None:
-    """Raises InvalidAdapterError for a specification that no adapter can have."""
-    if spec.rank < 1:
-        raise InvalidAdapterError(f"rank must be at least 1, not {spec.rank}")
-    if not (math.isfinite(spec.alpha) and spec.alpha > 0):
-        raise InvalidAdapterError(f"alpha must be positive, not {spec.alpha}")
-    if not 0.0 <= spec.dropout < 1.0:
-        raise InvalidAdapterError(f"dropout must be at least 0 and below 1, not {spec.dropout}")
-    unknown = sorted(set(spec.target_modules) - set(TARGETS))
-    if unknown or not spec.target_modules:
-        raise InvalidAdapterError(f"target_modules must be some of {', '.join(TARGETS)}, not {', '.join(unknown) or 'none'}")
-    _check_feedforward(spec)
-
-
-def _check_feedforward(spec: LoraSpec) -> None:
-    scaled = set(spec.feedforward_modules)
-    if scaled and spec.method != "ia3":
-        raise InvalidAdapterError("feedforward_modules belong to the method ia3")
-    if other := sorted(scaled - set(spec.target_modules)):
-        raise InvalidAdapterError(f"feedforward_modules must be among target_modules; {', '.join(other)} is not")
-    if other := sorted(scaled - set(INPUT_SCALED)):
-        raise InvalidAdapterError(f"feedforward_modules may be {', '.join(INPUT_SCALED)}, not {', '.join(other)}")
-
-
-def _bypass(spec: LoraSpec, target: str) -> Bypass:
-    if spec.method == "lora":
-        return Bypass(method="lora", target=target, rank=spec.rank)
-    return Bypass(method="ia3_input" if target in spec.feedforward_modules else "ia3_output", target=target)
-
-
-def _num_weights(spec: LoraSpec, target: str, num_out: int, num_in: int) -> int:
-    if spec.method == "lora":
-        return spec.rank * (num_in + num_out)
-    return num_in if target in spec.feedforward_modules else num_out
-
-
-def target_widths(config: ModelConfig) -> list[list[int]]:
-    """Output features of the targets that lie side by side in each of MODULES."""
-    return [[_shapes(config)[target][0] for target in targets] for _, targets in MODULES.values()]
-
-
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Output and input features of every target."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, k, v = config.qkv_sizes
-    return {
-        "q_proj": (q, hidden),
-        "k_proj": (k, hidden),
-        "v_proj": (v, hidden),
-        "o_proj": (hidden, q),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-    }

@@ -28,10 +28,10 @@ from common.messages import (
     TrainingSlice,
     WriteCheckpoint,
 )
+from services.executor.adapter_spec import InvalidAdapterError, check_rank
 from services.executor.config import ExecutorConfig
 from services.executor.finetune import FinetuneJob, OutOfOrderSliceError, StepResult, new_job
 from services.executor.inbox import Inbox
-from services.executor.lora import InvalidAdapterError, check_rank
 from services.executor.startup import OnDevice
 from services.executor.training import TooManySlicesError, Training, TrainingEvent
 from services.executor.training_sequence import InvalidSliceError

@@ -38,7 +38,7 @@ _CREATE_SCHEMA: dict[str, Any] = {
         "metadata": {"type": "object"},
         "lora": {
             "type": "object",
-            "description": "method (lora, rslora, ia3), rank, alpha, dropout, target_modules, learning_rate, scheduler, ...",
+            "description": "method (lora, rslora, ia3, bottleneck), rank, alpha, dropout, target_modules, learning_rate, ...",
         },
     },
 }

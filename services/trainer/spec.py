@@ -10,6 +10,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from common.messages import ErrorReply, LoraSpec
+from common.peft_folder import BOTTLENECK_TARGETS
 
 T = TypeVar("T")
 Auto = Literal["auto"]
@@ -18,6 +19,7 @@ Optimizer = Literal["adamw", "sgd"]
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 ScaledInput = Literal["o_proj", "down_proj"]
+NonLinearity = Literal["relu", "gelu"]
 
 ALL_LINEAR = LoraSpec().target_modules
 IA3_TARGETS, IA3_FEEDFORWARD = ("k_proj", "v_proj", "down_proj"), ("down_proj",)
@@ -81,16 +83,17 @@ class _Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class _Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`method` rslora scales by alpha / sqrt(rank); ia3 has `feedforward_modules`, but no rank, alpha or dropout; `momentum` is
-    of the optimizer sgd.
+    """`method` rslora scales by alpha / sqrt(rank); ia3 has `feedforward_modules`, but no rank, alpha or dropout; bottleneck
+    has a rank, its size, and a `non_linearity`, but no alpha; `momentum` is of the optimizer sgd.
     """
 
-    method: Literal["lora", "rslora", "ia3"] = "lora"
+    method: Literal["lora", "rslora", "ia3", "bottleneck"] = "lora"
     rank: Annotated[int, Meta(ge=1, le=256)] | UnsetType = UNSET
     alpha: Annotated[float, Meta(gt=0, le=100_000)] | UnsetType = UNSET
     dropout: Annotated[float, Meta(ge=0, lt=1)] | UnsetType = UNSET
     target_modules: Annotated[list[TargetModule], Meta(min_length=1)] | Literal["all-linear"] | UnsetType = UNSET
     feedforward_modules: list[ScaledInput] | UnsetType = UNSET
+    non_linearity: NonLinearity | UnsetType = UNSET
     learning_rate: Annotated[float, Meta(gt=0, le=10)] | UnsetType = UNSET
     optimizer: Optimizer = "adamw"
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
@@ -132,6 +135,8 @@ def job_lora(spec: JobSpec) -> dict[str, Any]:
     adapter: dict[str, Any] = {"method": "rslora" if lora.use_rslora else lora.method}
     if lora.method == "ia3":
         adapter["feedforward_modules"] = list(lora.feedforward_modules)
+    elif lora.method == "bottleneck":
+        adapter |= {"rank": lora.rank, "non_linearity": lora.non_linearity, "dropout": lora.dropout}
     else:
         adapter |= {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout}
     return {
@@ -169,7 +174,7 @@ def _resolve(asked: _CreateBody, hyper: _Hyperparameters, lora: _Lora, new_seed:
         n_epochs=DEFAULT_EPOCHS if hyper.n_epochs == "auto" else hyper.n_epochs,
         batch_size=DEFAULT_BATCH_SIZE if hyper.batch_size == "auto" else hyper.batch_size,
         learning_rate_multiplier=1.0 if hyper.learning_rate_multiplier == "auto" else hyper.learning_rate_multiplier,
-        lora=_ia3(lora) if lora.method == "ia3" else _low_rank(lora),
+        lora={"ia3": _ia3, "bottleneck": _bottleneck}.get(lora.method, _low_rank)(lora),
         base_learning_rate=_given(
             lora.learning_rate, DEFAULT_IA3_LEARNING_RATE if lora.method == "ia3" else DEFAULT_LEARNING_RATE
         ),
@@ -192,8 +197,7 @@ def _targets(asked: Sequence[str] | UnsetType, default: tuple[str, ...]) -> tupl
 
 
 def _low_rank(lora: _Lora) -> LoraSpec:
-    if lora.feedforward_modules is not UNSET:
-        raise _misplaced("feedforward_modules", "belongs to the method ia3")
+    _refuse(lora, "feedforward_modules", "non_linearity")
     usual = LoraSpec()
     return LoraSpec(
         rank=_given(lora.rank, usual.rank),
@@ -205,15 +209,34 @@ def _low_rank(lora: _Lora) -> LoraSpec:
 
 
 def _ia3(lora: _Lora) -> LoraSpec:
-    for field in ("rank", "alpha", "dropout"):
-        if getattr(lora, field) is not UNSET:
-            raise _misplaced(field, "does not belong to the method ia3")
+    _refuse(lora, "rank", "alpha", "dropout", "non_linearity")
     targets = _targets(lora.target_modules, IA3_TARGETS)
     usual = tuple(name for name in IA3_FEEDFORWARD if name in targets)
     scaled = _targets(lora.feedforward_modules, usual)
     if missing := sorted(set(scaled) - set(targets)):
         raise _misplaced("feedforward_modules", f"must be among target_modules; {', '.join(missing)} is not")
     return LoraSpec(method="ia3", target_modules=targets, feedforward_modules=scaled)
+
+
+def _bottleneck(lora: _Lora) -> LoraSpec:
+    _refuse(lora, "alpha", "feedforward_modules")
+    targets = _targets(lora.target_modules, BOTTLENECK_TARGETS)
+    if other := [name for name in targets if name not in BOTTLENECK_TARGETS]:
+        raise _misplaced("target_modules", f"of the method bottleneck may be {', '.join(BOTTLENECK_TARGETS)}, not {other[0]}")
+    usual = LoraSpec()
+    return LoraSpec(
+        method="bottleneck",
+        rank=_given(lora.rank, usual.rank),
+        non_linearity=_given(lora.non_linearity, "relu"),
+        target_modules=targets,
+        dropout=_given(lora.dropout, usual.dropout),
+    )
+
+
+def _refuse(lora: _Lora, *fields: str) -> None:
+    for field in fields:
+        if getattr(lora, field) is not UNSET:
+            raise _misplaced(field, f"does not belong to the method {lora.method}")
 
 
 def _misplaced(field: str, problem: str) -> ApiError:
