@@ -8,7 +8,7 @@ PEER ?= .venv-vllm
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: up test test-slow test-gpu bench bench-adapters bench-coserving bench-curve bench-decode bench-gpu bench-speculation lint check format model lock clean help
+.PHONY: up test test-slow test-gpu bench bench-adapters bench-cohorts bench-coserving bench-curve bench-decode bench-gpu bench-speculation lint check format model lock clean help
 
 up: $(INSTALLED)  ## start everything; options in ARGS="--port 8123"
 	@exec $(BIN)/heddle up $(ARGS)
@@ -27,6 +27,9 @@ bench: $(INSTALLED) model  ## what the README's table shows, on this machine; ab
 
 bench-adapters: $(INSTALLED) model  ## 32 LoRA adapters in one batch beside one, checked, then timed
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_adapters --model-dir "$$($(BIN)/heddle convert)" $(ARGS)
+
+bench-cohorts: $(INSTALLED) model  ## two halves of the requests in turns; ARGS="--requests FILE --humaneval FILE", six minutes
+	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_cohorts $(ARGS)
 
 bench-coserving: $(VENV)/.bench $(PEER)/bin/vllm model  ## finetuning alone and beside serving, against other ways; 40 minutes without --quick
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_coserving --peer $(PEER) $(ARGS)

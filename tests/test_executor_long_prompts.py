@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import msgpack
 import msgspec
@@ -12,6 +13,7 @@ import torch
 from common.codec import decode
 from common.latency import Rows, context_costs, corrected, make_profile, predict_ms
 from common.messages import LatencyProfile
+from kernels.version import kernels_version
 from services.executor import profiling
 from services.executor.finetune_share import JobView
 from services.executor.model import KvCache
@@ -176,4 +178,19 @@ def test_a_profile_of_before_the_term_is_read_and_measured_anew() -> None:
     assert profile.ms_per_row_context == 0.0
     assert predict_ms(profile, Rows(1, 10, 10_000)) == pytest.approx(1.5 * 6.0)
     key = profile_key("model", torch.float32, torch.device("cpu"), 2)
-    assert key.endswith(".row-context"), "what older versions kept lies under another key"
+    assert ".row-context." in key, "what older versions kept lies under another key"
+
+
+def test_other_kernels_have_another_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new release must not start with what the old one's kernels took."""
+    (tmp_path / "native").mkdir()
+    source = tmp_path / "native" / "linear.c"
+    keys = set()
+    for text in ("old", "new", "old"):
+        source.write_text(text)
+        kernels_version.cache_clear()
+        version = kernels_version(tmp_path)
+        monkeypatch.setattr("services.executor.startup.kernels_version", lambda version=version: version)
+        keys.add(profile_key("model", torch.float32, torch.device("cpu"), 2))
+    kernels_version.cache_clear()
+    assert len(keys) == 2

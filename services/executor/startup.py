@@ -14,6 +14,7 @@ import torch
 
 from common.config import ConfigError
 from common.messages import LatencyProfile
+from kernels.version import kernels_version
 from services.executor.config import ExecutorConfig
 from services.executor.device import choose_device, is_out_of_memory, memory_bytes
 from services.executor.engine import Engine
@@ -127,5 +128,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def profile_key(model: str, dtype: torch.dtype, device: torch.device, num_threads: int) -> str:
-    """Under what a profile is kept: all that the latency depends on."""
-    return f"{platform.node()}.{model}.{device.type}.{dtype_name(dtype)}.{num_threads}.{PROFILE_TERMS}"
+    """Under what a profile is kept: all that the latency depends on, so also the kernels."""
+    return f"{platform.node()}.{model}.{device.type}.{dtype_name(dtype)}.{num_threads}.{PROFILE_TERMS}.{kernels_version()}"
