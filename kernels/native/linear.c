@@ -1,9 +1,10 @@
 /* y[T, O] = x[T, I] weight[O, I]^T + bias, on packed weights. Knows panels and tiles, no layer. */
 #define MAX_ROWS 6    /* rows of one microkernel: 6 x 16 sums fill the 16 registers of AVX2 */
-#define PAIR_ROWS 4   /* rows of one microkernel that widens pairs itself: that takes registers too */
+#define PAIR_ROWS 5   /* rows of one microkernel that widens pairs itself: that takes registers too */
 #define FEW_ROWS 32   /* up to so many rows that is faster than to widen a panel first */
 #define TILE_FLOATS 98304 /* inputs that stay in the L2 cache while weights stream by */
 #define SUM_BLOCK 128 /* products that are summed before their sum is added to the rest */
+#define AHEAD 64      /* pairs of inputs, a cache line each, that are fetched before they are used */
 #define SLICE 256     /* inputs whose widened weights of a panel stay in the L1 cache; a multiple of SUM_BLOCK */
 
 INLINE int64_t num_panels(int64_t num_out) { return (num_out + PANEL - 1) / PANEL; }
@@ -76,6 +77,7 @@ INLINE void micro(const float *x, int64_t x_stride, const void *packed, int64_t 
         if (half) {
             int64_t i = i0;
             for (; i + 1 < i1; i += 2) {
+                if (panels == 1) __builtin_prefetch((const u8x *)packed + i + 2 * AHEAD); /* of more, the processor fetches more by itself */
                 ADD_INPUT(low_half(PAIRS(i)), i);
                 __asm__("" : "+r"(packed)); /* else the pairs are kept, and sums are moved to memory for them */
                 ADD_INPUT(high_half(PAIRS(i)), i + 1);
