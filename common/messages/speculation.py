@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from common.messages.beats import LatencyProfile
@@ -77,6 +79,8 @@ class IterationReport(msgspec.Struct, frozen=True, kw_only=True, tag="report.1")
     base_tokens: int
     t_spec_ms: float
     wait_ms: float = 0.0
+    patience_ms: float = math.inf
+    """Trees that come later than this after the report are dropped."""
     latency: LatencyProfile
 
 

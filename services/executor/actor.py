@@ -55,8 +55,10 @@ class ExecutorActor:
         self._draining = False
         self._vitals = Vitals(state="starting")
         self._iteration_ms = 0.0
-        self._other_ms = 0.0
-        """Mean time of an iteration beyond what its decoding rows are predicted to take: prefill, finetuning, messages."""
+        self._other_ms = {False: 0.0, True: 0.0}
+        """Mean time of an iteration beyond what its decoding rows are predicted to take: messages; and, if it holds other rows
+        than those that decode, prefill and finetuning too.
+        """
         self._num_failures = 0
         self._unknown: frozenset[str] = frozenset()
         self._dropped: list[str] = []
@@ -220,7 +222,8 @@ class ExecutorActor:
         elapsed_ms = (time.perf_counter() - started_at) * 1e3
         self._iteration_ms += 0.2 * (elapsed_ms - self._iteration_ms)
         plain_ms = elapsed_ms - (reported_at - sent_at) * 1e3
-        self._other_ms += 0.2 * (max(0.0, plain_ms - iteration.decode_ms) - self._other_ms)
+        is_mixed = bool(iteration.prefill_tokens or iteration.finetune_tokens or work.num_tokens)
+        self._other_ms[is_mixed] += 0.2 * (max(0.0, plain_ms - iteration.decode_ms) - self._other_ms[is_mixed])
         self._engine.counters["send_ms"] += (sent_at - passed_at) * 1e3  # type: ignore[assignment]
         self._note(iteration, work, elapsed_ms)
         await self._training.publish(work.events)
@@ -246,6 +249,7 @@ class ExecutorActor:
         profile = self._engine.profile
         next_pass = self._engine.cohorts.next_pass(self._decoding())
         contexts = [s.num_computed for s in decoding if s.request_id in next_pass]
+        is_mixed = len(decoding) < len(self._engine.sequences) or self._engine.training.has_work
         turns = 1 if len(contexts) == len(decoding) else 2
         known = {sequence.request_id for sequence in opened}
         await self._planner.report(
@@ -255,7 +259,7 @@ class ExecutorActor:
             progress=tuple(step for step in iteration.progress if step.request_id not in known),
             token_budget=min(self._config.max_draft_tokens, self._config.max_batch_tokens - len(decoding)),
             base_tokens=len(next_pass),
-            plain_ms=turns * (self._other_ms + predict_ms(profile, root_rows(contexts))),
+            plain_ms=turns * (self._other_ms[is_mixed] + predict_ms(profile, root_rows(contexts))),
             latency=profile,
         )
 

@@ -98,6 +98,7 @@ class PlannerLink:
             base_tokens=base_tokens,
             t_spec_ms=plain_ms + self.mean_wait_ms,
             wait_ms=self.mean_wait_ms,
+            patience_ms=self._max_wait_s * 1e3,
             latency=latency,
         )
         last = set(list(self._reported_at)[len(self._reported_at) + 1 - self._num_cohorts :])

@@ -13,14 +13,15 @@ from common.latency import Rows, predict_ms
 from common.messages import DraftTree, IterationReport
 from services.planner import control, trees
 from services.planner.costs import Costs, Floats, iteration_costs
+from services.planner.draft_cost import DraftCost
 from services.planner.drafter import DraftOrder, FeatureNeed, Pool
 from services.planner.mixed import MixedDrafter
 from services.planner.modes import Mode
 from services.planner.selection import TOLERANCE, Candidates, Demand, Selection, select, select_chains, select_equally
 from services.planner.sequences import Sequence, SequenceTable
 
-LEVEL_SMOOTHING = 0.1
-"""Weight of the last drafts in the mean time of drafting one level."""
+PATIENCE = 0.8
+"""Part of the time that an executor waits for drafts which drafting may take; the rest is for messages and selecting."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Planner:
         self._mode = mode
         self._shape = shape
         self._clock = clock
-        self._level_ms = 0.0
+        self._cost = DraftCost()
         self.table = SequenceTable(drafter)
         self.counters: Counter[str] = Counter()
 
@@ -70,8 +71,10 @@ class Planner:
             self.counters["rests"] += 1
             return ()
         limits = self._limits(report, self._mode, sequences, debts)
+        if self._mode.chain_length is None:
+            limits = self._cost.affordable(limits, PATIENCE * report.patience_ms)
         orders = [DraftOrder((report.executor_id, name), *own) for name, own in zip(sequences, limits, strict=True)]
-        depths = [order.depth for order in orders]
+        depths = [depth for depth, _ in limits]
         started_at = self._clock()
         pools = self._drafter.draft(orders)
         drafted_at = self._clock()
@@ -80,7 +83,9 @@ class Planner:
         for order, nodes in zip(orders, picked, strict=True):
             self._drafter.choose(order.key, nodes)
         drafted = _trees(sequences, pools, picked, selection.num_required.tolist())
-        self._count(selection, 1e3 * (drafted_at - started_at), 1e3 * (self._clock() - drafted_at), max(depths))
+        draft_ms = 1e3 * (drafted_at - started_at)
+        self._cost.observe(*trees.size(pools), draft_ms)
+        self._count(selection, draft_ms, 1e3 * (self._clock() - drafted_at))
         pacing.observe(last)
         return drafted
 
@@ -120,7 +125,8 @@ class Planner:
             return [(min(depth, sequence.max_depth), width) for sequence in sequences.values()]
         base, plain_ms = max(1, report.base_tokens), report.t_spec_ms - report.wait_ms
         level_rows_ms = predict_ms(report.latency, Rows(base + num_requests)) - predict_ms(report.latency, Rows(base))
-        worth = max(shape.min_prob, control.least_worth(num_requests, plain_ms, level_rows_ms / num_requests, self._level_ms))
+        level_ms = self._cost.of(1, num_requests)
+        worth = max(shape.min_prob, control.least_worth(num_requests, plain_ms, level_rows_ms / num_requests, level_ms))
         limits = []
         for each, debt in zip(sequences.values(), debts.tolist(), strict=True):
             least, rate = shape.min_prob if debt > 1.0 else worth, each.accepts.rate
@@ -150,7 +156,7 @@ class Planner:
         )
         return selection, last
 
-    def _count(self, selection: Selection, draft_ms: float, select_ms: float, num_levels: int) -> None:
+    def _count(self, selection: Selection, draft_ms: float, select_ms: float) -> None:
         num_required = int(selection.num_required.sum())
         self.counters["drafted_nodes"] += len(selection.chosen)
         self.counters["slo_nodes"] += num_required
@@ -158,7 +164,6 @@ class Planner:
         self.counters["unmet_quotas"] += selection.num_unmet
         self.counters["draft_ms"] += draft_ms  # type: ignore[assignment]
         self.counters["select_ms"] += select_ms  # type: ignore[assignment]
-        self._level_ms += LEVEL_SMOOTHING * (draft_ms / max(1, num_levels) - self._level_ms)
 
 
 @dataclasses.dataclass(frozen=True)
