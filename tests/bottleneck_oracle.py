@@ -30,8 +30,8 @@ class BottleneckAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        update: Tensor = self.adapter_up(self.activation(self.adapter_down(self.drop(y))))
-        return y + update  # type: ignore[no-any-return]
+        update: Tensor = self.adapter_up(self.activation(self.adapter_down(self.drop(y).to(self.adapter_down.weight.dtype))))
+        return y + update.to(y.dtype)  # type: ignore[no-any-return]
 
 
 def inserted(model: Any, tensors: dict[str, Tensor], spec: LoraSpec) -> dict[str, BottleneckAdapter]:

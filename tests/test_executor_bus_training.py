@@ -59,6 +59,8 @@ async def test_a_job_without_ranks_is_under_no_limit_of_ranks(
     async with running_executor(connect, model_dir, max_lora_rank=4) as stage:
         refused = await stage.order(open_job(lora=LoraSpec(rank=5)))
         assert refused.message.startswith("lora.rank 5 is over max_lora_rank 4")
+        wide = LoraSpec(method="bottleneck", rank=5, non_linearity="relu", target_modules=("o_proj",))
+        assert (await stage.order(open_job(lora=wide))).message == refused.message
         assert isinstance(await stage.order(open_job(lora=scales)), JobOpened)
         written = await stage.order(WriteCheckpoint(job_id="job", lease=1, artifact="vectors"))
         assert isinstance(written, CheckpointWritten)

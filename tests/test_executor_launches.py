@@ -202,8 +202,8 @@ def test_the_operators_of_the_layers_do_not_grow(kind: Kind, monkeypatch: pytest
 
 
 PASSES = [
-    adapters, *(pytest.param(kind, marks=without_compiler) for kind in (requests, trees, short_chunks, jobs, long_chunks)),
-    pytest.param(contexts, marks=without_compiler), pytest.param(sampled, marks=without_compiler),
+    adapters, bottlenecks, *(pytest.param(kind, marks=without_compiler) for kind in (requests, trees, short_chunks, jobs)),
+    *(pytest.param(kind, marks=without_compiler) for kind in (bottleneck_jobs, long_chunks, contexts, sampled)),
 ]  # fmt: skip
 
 

@@ -74,6 +74,18 @@ def test_any_windows_give_autograds_gradients_in_fp32(spec: LoraSpec, tmp_path: 
     assert gradients.mean_error(grads.tensors, expected) <= max(1e-5, 4 * gradients.mean_error(rival, expected))
 
 
+def test_a_bf16_model_trains_an_fp32_adapter_as_exactly_as_torch_does(tmp_path: Path) -> None:
+    """As for LoRA in test_finetune_gradients: the oracle has the bf16 model's weights in fp32, torch's is the bf16 model."""
+    narrow, wide = (tiny_model(initializer_range=0.15).bfloat16() for _ in range(2))
+    decoder = as_decoder(narrow, tmp_path, torch.bfloat16)
+    adapter, item = random_bottleneck(decoder, HOULSBY), training_slice(random_tokens(decoder, gradients.NUM_TOKENS))
+    _, grads = gradients.windowed_gradients(decoder, adapter, [item])
+    assert grads.flat.dtype == torch.float32
+    expected = oracle_gradients(wide.float(), adapter, [item])
+    rival = oracle_gradients(narrow, adapter, [item])
+    assert gradients.mean_error(grads.tensors, expected) <= 1.2 * gradients.mean_error(rival, expected) < 0.1
+
+
 @pytest.mark.usefixtures("wide_norms")
 @pytest.mark.parametrize("name", ["houlsby", "narrow"])
 def test_dropout_is_autograds_with_the_same_masks(name: str, tmp_path: Path) -> None:
