@@ -16,14 +16,15 @@ import torch
 
 from common import subjects
 from common.bus import Bus
-from common.messages import Admitted
+from common.messages import AdapterRecord, Admitted, LoraSpec
 from common.nats_server import NatsServer
 from common.peft_folder import PeftFolderError, is_same_model, read_peft_folder
 from services.cli.__main__ import main
-from services.cli.adapters import AdapterError, delete, export, import_folder, list_adapters
+from services.cli.adapters import AdapterError, delete, export, import_folder, list_adapters, write_folder
+from tests.bottleneck_oracle import inserted, random_bottleneck
 from tests.executor_stage import MODEL, Connect, Stage, known_profile, running_executor, write_model
 from tests.helpers import PEFT_WARNING
-from tests.tiny import NUM_TOKENS, PROMPTS, greedy, tiny_request, truth
+from tests.tiny import NUM_TOKENS, PROMPTS, greedy, tiny_pair, tiny_request, truth
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 REQUEST = tiny_request("r3", PROMPTS["r3"], NUM_TOKENS)
@@ -82,6 +83,20 @@ async def test_what_peft_saves_is_served_as_peft_computes_it(
     again = await import_folder(stage.client, tmp_path / "ours", "again", None)
     assert again.lora == record.lora
     assert await say(stage, "again", "2") == expected
+
+
+async def test_a_bottleneck_is_imported_and_served(stage: Stage, model_dir: Path, tmp_path: Path) -> None:
+    import transformers
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    spec = LoraSpec(method="bottleneck", rank=6, non_linearity="gelu", target_modules=("o_proj", "down_proj"))
+    adapter = random_bottleneck(tiny_pair()[1], spec)
+    inserted(model, adapter.weights.tensors, spec)
+    record = AdapterRecord(name="mine", base_model=str(model_dir), artifact="a", lora=spec, created_at=0.0)
+    write_folder(tmp_path / "mine", record, adapter.to_safetensors())
+    await import_folder(stage.client, tmp_path / "mine", None, MODEL)
+    expected = greedy(model, PROMPTS["r3"], NUM_TOKENS)
+    assert await say(stage, "mine", "1") == expected != truth()["r3"]
 
 
 async def test_a_deleted_adapter_is_gone_with_its_weights(stage: Stage, model_dir: Path, tmp_path: Path) -> None:
