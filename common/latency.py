@@ -16,6 +16,9 @@ import msgspec
 
 from common.messages import LatencyProfile
 
+MAX_SLOWER = 2.0
+"""A pass that took more times what was predicted was held up by something else: points learn no more than this from it."""
+
 
 class Rows(NamedTuple):
     """What a forward pass costs by: its rows, and over its segments the sum of contexts and of rows times context."""
@@ -127,7 +130,7 @@ def _corrected_points(
     seen = list(profile.seen or (0.0,) * len(profile.points))
     costs = [ms for _, ms in profile.points]
     for i, nearness in _beside(profile.points, tokens):
-        costs[i] *= _smoothed(ratio, share * nearness * max(weight, 1.0 / (2.0 + seen[i])))
+        costs[i] *= _smoothed(min(ratio, MAX_SLOWER), share * nearness * max(weight, 1.0 / (2.0 + seen[i])))
         seen[i] += nearness
         costs[:i] = [min(ms, costs[i]) for ms in costs[:i]]
         costs[i + 1 :] = [max(ms, costs[i]) for ms in costs[i + 1 :]]

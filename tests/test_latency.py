@@ -43,3 +43,10 @@ def test_a_profile_without_counts_is_one_that_no_pass_corrected() -> None:
     seen = corrected(DEVICE, Rows(8), 30.0).seen
     assert seen == (0.0, 1.0, 0.0, 0.0)
     assert corrected(msgspec.structs.replace(DEVICE, seen=()), Rows(8), 60.0) == corrected(DEVICE, Rows(8), 60.0)
+
+
+def test_one_stalled_pass_of_a_new_size_does_not_price_larger_ones_out() -> None:
+    """Plans avoid what looks dear, and what they avoid is not measured again."""
+    stalled = corrected(DEVICE, Rows(8), 3000.0)
+    for tokens in (8, 64, 256):
+        assert predict_ms(stalled, Rows(tokens)) < 2.1 * predict_ms(DEVICE, Rows(tokens))
