@@ -53,19 +53,19 @@ def running(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Ser
         for mode in options.modes:
             name = OURS if mode == "heddle" else f"heddle {mode}"
             servers[name] = Stack(folder, home / mode.replace(":", "-"), "--dtype", options.dtype, "--speculation", mode)
-        if options.peer:
-            for name, extra in ((PEER, ()), (PEER_NGRAM, ("--speculative-config", NGRAM_4))):
-                log = home / f"{name.replace(' ', '-')}.log"
-                servers[name] = Vllm(options.peer, folder, log, options.peer_dtype, *extra)
         for server in servers.values():
-            if isinstance(server, Vllm):
-                server.launch()
-                started.callback(server.stop)
-        for name, server in servers.items():
             server.start(START_S)
-            if isinstance(server, Stack):
-                started.callback(server.stop)
-            print(f"{name} is up", flush=True)
+            started.callback(server.stop)
+        settle()
+        peers = ((PEER, ()), (PEER_NGRAM, ("--speculative-config", NGRAM_4))) if options.peer else ()
+        for name, extra in peers:  # after ours, which measure what a pass takes as they start
+            log = home / f"{name.replace(' ', '-')}.log"
+            server = servers[name] = Vllm(options.peer, folder, log, options.peer_dtype, *extra)
+            server.launch()
+            started.callback(server.stop)
+        for name, _ in peers:
+            servers[name].start(START_S)
+        print(f"{', '.join(servers)} are up", flush=True)
         yield servers
 
 
