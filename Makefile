@@ -8,7 +8,7 @@ PEER ?= .venv-vllm
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: up test test-slow test-gpu bench bench-adapters bench-cohorts bench-coserving bench-curve bench-decode bench-gpu bench-speculation lint check format model lock clean help
+.PHONY: up test test-slow test-gpu bench-adapters bench-cohorts bench-coserving bench-curve bench-decode bench-gpu bench-speculation lint check format model lock clean help
 
 up: $(INSTALLED)  ## start everything; options in ARGS="--port 8123"
 	@exec $(BIN)/heddle up $(ARGS)
@@ -21,9 +21,6 @@ test-slow: $(INSTALLED) model  ## the proofs that take minutes
 
 test-gpu: $(INSTALLED) model  ## what needs an accelerator
 	$(BIN)/pytest -m "gpu or not slow" -k "triton or gpu" $(ARGS)
-
-bench: $(INSTALLED) model  ## what the README's table shows, on this machine; about ten minutes
-	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_slice $(ARGS)
 
 bench-adapters: $(INSTALLED) model  ## 32 LoRA adapters in one batch beside one, checked, then timed
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_adapters --model-dir "$$($(BIN)/heddle convert)" $(ARGS)
