@@ -202,6 +202,8 @@ def main() -> None:
 
     folder = model_folder(options.model)
     records = read_json(options.requests[0])
+    for file, rate in itertools.product(options.requests, options.rates):
+        thin(read_json(file), rate, options.seconds, 1.0)  # raises now what would be in vain later
     texts = {"code": humaneval(options.humaneval), **{name: prompts(records, name) for name in WORKLOADS[1:]}}
     rows: list[dict[str, Any]] = []
     shared = {"machine": machine(), "model": folder.name, "vllm": VLLM_VERSION, "commit": commit()}

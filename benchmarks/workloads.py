@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import json
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,23 +65,26 @@ def prompts(records: Sequence[dict[str, Any]], workload: str) -> list[str]:
 
 
 def thin(records: Sequence[dict[str, Any]], rate: float, seconds: float, unloaded_tpot_ms: float) -> list[Arrival]:
-    """The first `seconds` of a request file, with so many of its requests that `rate` come per second, the same ones each time.
+    """The busiest `seconds` of a request file, with so many of its requests that `rate` come per second, the same each time.
 
-    Raises ValueError when the file has fewer.
+    Raises ValueError when there are fewer.
     """
-    early = [record for record in records if record["emission_time_ms"] <= seconds * 1e3]
+    times_s = sorted(record["emission_time_ms"] / 1e3 for record in records)
     wanted = round(rate * seconds)
-    if wanted > len(early):
-        raise ValueError(f"{wanted} requests in {seconds} s are asked for, the file has {len(early)}")
-    kept = sorted(random.Random(0).sample(range(len(early)), wanted))
+    counts = [bisect_right(times_s, start_s + seconds) - i for i, start_s in enumerate(times_s)]
+    if wanted > max(counts):
+        raise ValueError(f"{wanted} requests in {seconds} s are asked for, the file has at most {max(counts)}")
+    start_s = times_s[counts.index(max(counts))]
+    within = [record for record in records if start_s <= record["emission_time_ms"] / 1e3 <= start_s + seconds]
+    kept = sorted(random.Random(0).sample(range(len(within)), wanted))
     return [
         Arrival(
-            at_s=record["emission_time_ms"] / 1e3,
+            at_s=record["emission_time_ms"] / 1e3 - start_s,
             workload=workload_of(record["slo_ratio"]),
             prompt=record["prompt"],
             tpot_ms=-record["slo_ratio"] if record["slo_ratio"] < 0 else record["slo_ratio"] * unloaded_tpot_ms,
         )
-        for record in (early[i] for i in kept)
+        for record in (within[i] for i in kept)
     ]
 
 

@@ -37,8 +37,17 @@ def test_a_thinned_file_has_the_rate_the_order_and_the_targets() -> None:
 
 
 def test_a_file_with_too_few_requests_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"250 requests in 20\.0 s"):
+    with pytest.raises(ValueError, match=r"250 requests in 20\.0 s.* at most 201"):
         thin(RECORDS, rate=12.5, seconds=20.0, unloaded_tpot_ms=30.0)
+
+
+def test_a_file_that_begins_slowly_is_taken_where_it_is_busiest() -> None:
+    slow = [{"emission_time_ms": 5000.0 * i, "prompt": "early", "slo_ratio": 1.2} for i in range(10)]
+    busy = [record | {"emission_time_ms": record["emission_time_ms"] + 60_000} for record in RECORDS]
+    arrivals = thin(slow + busy, rate=9.0, seconds=20.0, unloaded_tpot_ms=30.0)
+    assert len(arrivals) == 180
+    assert "early" not in {a.prompt for a in arrivals}
+    assert 0.0 <= arrivals[0].at_s < arrivals[-1].at_s <= 20.0
 
 
 def test_prompts_of_a_category_come_once_each(tmp_path: Path) -> None:

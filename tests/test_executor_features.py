@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -140,6 +141,20 @@ def test_rows_after_a_gap_replace_the_older_ones() -> None:
     assert (window.rows.ravel().tolist(), window.end) == ([9], 10)
     assert window.before(10) == bytes([9, 0])
     assert window.before(11) == b""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_window_holds_the_last_rows_whatever_comes(seed: int) -> None:
+    source = random.Random(seed)
+    window, kept, end = FeatureWindow(FeatureWish((1,), 5), 0, np.empty((0, 2), dtype=np.uint16)), list[int](), 0
+    for _ in range(300):
+        start, number = max(0, end + source.choice((-2, 0, 0, 0, 0, 3))), source.choice((0, 1, 1, 2, 7))
+        window.append(start, np.array([[at, at] for at in range(start, start + number)], dtype=np.uint16).reshape(-1, 2))
+        if start > end:
+            kept, end = [], start
+        kept, end = (kept + list(range(end, start + number)))[-5:], max(end, start + number)
+        assert (window.rows[:, 1].tolist(), window.end) == (kept, end)
+        assert window.before(end) == b"".join(2 * at.to_bytes(2, "little") for at in kept)
 
 
 def test_wishes_that_the_model_cannot_grant_are_none() -> None:

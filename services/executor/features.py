@@ -5,7 +5,6 @@ F is the width of a row: the hidden sizes of the asked layers side by side. Rows
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -54,25 +53,44 @@ def bounded(opened: Iterable[OpenedSequence]) -> tuple[OpenedSequence, ...]:
     return tuple(found)
 
 
-@dataclasses.dataclass
 class FeatureWindow:
-    """The last rows [n, F] of one sequence; the last one is of the token before position `end`."""
+    """The last rows [n, F] of one sequence; the last one is of the token before position `end`.
 
-    wish: FeatureWish
-    end: int
-    rows: Rows
+    They lie in a buffer of two windows, so that a new row moves the others once in a window and not each time.
+    """
+
+    def __init__(self, wish: FeatureWish, end: int, rows: Rows) -> None:
+        self.wish, self.end = wish, end
+        self._buffer = np.empty((2 * wish.window, rows.shape[1]), dtype=rows.dtype)
+        self._first = self._next = 0
+        self._push(rows)
+
+    @property
+    def rows(self) -> Rows:
+        """Those that are kept, the newest last."""
+        return self._buffer[self._first : self._next]
 
     def append(self, start: int, rows: Rows) -> None:
         """Rows of the tokens from position `start` on. After a gap the older ones are forgotten; known ones stay."""
         if start > self.end:
-            self.rows, self.end = rows[:0], start
+            self._first, self.end = self._next, start
         new = rows[self.end - start :]
-        self.rows = np.concatenate([self.rows, new])[-self.wish.window :]
+        self._push(new)
         self.end += len(new)
 
     def before(self, position: int) -> bytes:
         """The rows of the tokens before this position, if that is where they end."""
         return self.rows.tobytes() if position == self.end else b""
+
+    def _push(self, rows: Rows) -> None:
+        rows = rows[-self.wish.window :]
+        self._first = max(self._first, self._next + len(rows) - self.wish.window)
+        if self._next + len(rows) > len(self._buffer):
+            kept = self.rows.copy()
+            self._first, self._next = 0, len(kept)
+            self._buffer[: self._next] = kept
+        self._buffer[self._next : self._next + len(rows)] = rows
+        self._next += len(rows)
 
 
 class PassFeatures:

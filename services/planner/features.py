@@ -30,7 +30,8 @@ class _Followed:
     base: int
     start: int = 0
     end: int = 0
-    features: bytes = b""
+    features: list[bytes] = dataclasses.field(default_factory=list)
+    """The pending rows: appended one by one while drafting rests, joined when they are read."""
     tokens: list[int] = dataclasses.field(default_factory=list)
     """What follows each pending row."""
     last_features: bytes = b""
@@ -124,13 +125,14 @@ class FeaturesDrafter:
     def _restart(self, followed: _Followed, position: int) -> None:
         """The next row is the one of the token at this position; what was before it is forgotten."""
         followed.start = followed.end = position
-        followed.features, followed.tokens, followed.last_token = b"", [], None
+        followed.features, followed.tokens, followed.last_token = [], [], None
 
     def _take(self, followed: _Followed, features: bytes, following: Sequence[int]) -> None:
-        followed.features += features
+        size = self.head.row_bytes
+        followed.features += [features[at : at + size] for at in range(0, len(features), size)]
         followed.tokens += following
         if (surplus := len(followed.tokens) - self.head.window) > 0:
-            followed.features, followed.tokens = followed.features[surplus * self.head.row_bytes :], followed.tokens[surplus:]
+            del followed.features[:surplus], followed.tokens[:surplus]
             followed.start = followed.end = followed.end + surplus
 
     def _roots(self, orders: Sequence[DraftOrder]) -> list[tuple[int, _Followed]]:
@@ -141,7 +143,7 @@ class FeaturesDrafter:
             if order.depth <= 0 or followed.end + len(followed.tokens) != followed.length - 1:
                 continue
             if not followed.tokens and followed.last_token is not None:  # drafted before: its last row is read again
-                followed.features, followed.tokens = followed.last_features, [followed.last_token]
+                followed.features, followed.tokens = [followed.last_features], [followed.last_token]
                 followed.end -= 1
             if followed.tokens:
                 found.append((i, followed))
@@ -159,10 +161,10 @@ class FeaturesDrafter:
             slots += [followed.base + position % window for position in new]
             followed.start, followed.end = max(followed.start, new.stop - window), new.stop
             seen.append(self._ring_slots(followed))
-        states_RH = self.head.states(b"".join(followed.features for _, followed in roots))
+        states_RH = self.head.states(b"".join(row for _, followed in roots for row in followed.features))
         for _, followed in roots:
-            followed.last_features, followed.last_token = followed.features[-self.head.row_bytes :], followed.tokens[-1]
-            followed.features, followed.tokens = b"", []
+            followed.last_features, followed.last_token = followed.features[-1], followed.tokens[-1]
+            followed.features, followed.tokens = [], []
         x_RH, q_RND = self.head.write(states_RH, tokens, positions, slots, is_own=False)
         last_R = torch.tensor(ends) - 1
         return self.head.attend(x_RH[last_R], q_RND[last_R], seen)
