@@ -43,7 +43,7 @@ def test_a_file_with_too_few_requests_is_refused() -> None:
 
 def test_a_file_that_begins_slowly_is_taken_where_it_is_busiest() -> None:
     slow = [{"emission_time_ms": 5000.0 * i, "prompt": "early", "slo_ratio": 1.2} for i in range(10)]
-    busy = [record | {"emission_time_ms": record["emission_time_ms"] + 60_000} for record in RECORDS]
+    busy = [record | {"emission_time_ms": 60_000 + 100.0 * i} for i, record in enumerate(RECORDS)]
     arrivals = thin(slow + busy, rate=9.0, seconds=20.0, unloaded_tpot_ms=30.0)
     assert len(arrivals) == 180
     assert "early" not in {a.prompt for a in arrivals}
