@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 from nats.aio.subscription import Subscription
 
@@ -32,6 +33,7 @@ from common.messages import (
 from common.nats_server import NatsServer
 from services.admission.actor import AdmissionActor
 from services.admission.config import AdmissionConfig
+from services.admission.prefixes import page_keys
 
 Connect = Callable[[], Awaitable[Bus]]
 Reply = Admitted | Rejected | ErrorReply | None
@@ -59,6 +61,7 @@ class FakeExecutor:
         self.bus = bus
         self.executor_id = executor_id
         self.orders: list[Admit] = []
+        self.load = LOAD
         self.refusal: Rejected | ErrorReply | None = None
         self.is_silent = False
         self.gate = asyncio.Event()
@@ -80,7 +83,8 @@ class FakeExecutor:
 
     async def beat(self, state: ServiceState = "ready") -> None:
         now = time.time()
-        message = Beat(role="executor", instance_id=self.executor_id, state=state, sent_at=now, period_s=60.0, executor=LOAD)
+        message = Beat(role="executor", instance_id=self.executor_id, state=state, sent_at=now, period_s=60.0)
+        message = msgspec.structs.replace(message, executor=self.load)
         await self.bus.publish(subjects.beat("executor", self.executor_id), message)
         await self.bus.client.flush()
 
@@ -131,7 +135,7 @@ async def test_a_request_reaches_an_executor_with_its_deadline(bus: Bus, connect
         asked = request(arrived_at=2e9, slo=Slo(tpot_ms=100.0, ttft_ms=500.0))
         assert await infer(await connect(), asked) == Admitted(request_id="r", executor_id="e")
         assert executor.orders == [Admit(request=asked, first_token_due_at=2e9 + 0.5)]
-        assert actor.vitals().counters == {"admitted": 1, "best_effort": 0, "retried": 0}
+        assert actor.vitals().counters == {"admitted": 1, "best_effort": 0, "retried": 0, "expected_cached_tokens": 0}
 
 
 async def test_a_request_without_arrival_time_arrives_now_and_without_target_has_no_deadline(
@@ -256,6 +260,25 @@ async def test_a_burst_spreads_over_executors_between_their_beats(bus: Bus, conn
         for executor in executors:
             await executor.beat()
         await until(lambda: actor.vitals().gauges["in_flight"] == 0)
+
+
+async def test_a_prompt_goes_where_its_beginning_is(bus: Bus, connect: Connect) -> None:
+    """First because it was sent there, later because the executor says so, also to an admission that sent nothing."""
+    first, second = [await FakeExecutor(await connect(), name).listen() for name in ("a", "b")]
+    for executor in (first, second):
+        executor.load = msgspec.structs.replace(LOAD, cached_pages=b"")
+    client = await connect()
+    async with admission(bus, first, second) as actor:
+        for name in ("1", "2", "3"):
+            assert await infer(client, request(name, num_tokens=400)) == Admitted(request_id=name, executor_id="a")
+        assert await infer(client, request("other", num_tokens=400, cache_salt="x")) == Admitted(
+            request_id="other", executor_id="b"
+        )
+        assert actor.vitals().counters["expected_cached_tokens"] == 2 * 384
+    keys = b"".join(page_keys(request(num_tokens=400), LOAD))
+    second.load = msgspec.structs.replace(LOAD, cached_pages=keys)
+    async with admission(bus, first, second):
+        assert await infer(client, request("4", num_tokens=400)) == Admitted(request_id="4", executor_id="b")
 
 
 async def test_a_second_admission_joins_and_takes_work(connect: Connect) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from common import prefix
 from common.messages import DraftTree, InferenceRequest, LoraSpec, OptimizerStep, Sampling, TrainingSlice
-from services.executor import prefix
 from services.executor.engine import Engine
 from services.executor.finetune import new_job
 from services.executor.scheduler import Limits

@@ -8,9 +8,9 @@ from collections.abc import Sequence as Seq
 
 import pytest
 
+from common.prefix import PageDigests
 from services.executor.assembly import Assembly
 from services.executor.pages import PageAllocator, PageTable
-from services.executor.prefix import PageDigests
 from services.executor.sequences import Sequence
 from tests.test_executor_pages import check_partition
 from tests.test_executor_preemption import plan_of

@@ -47,6 +47,10 @@ class ExecutorLoad(msgspec.Struct, frozen=True, kw_only=True):
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()
     """Of requests that decode, and of those before their first token."""
+    cached_pages: bytes | None = None
+    """Keys of the pages that a prompt may begin with (`common.prefix`), joined; None: each prompt is computed anew."""
+    adapter_versions: tuple[int, ...] = ()
+    """What the digests of pages computed with each of `adapters` begin with."""
 
 
 class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat.1"):

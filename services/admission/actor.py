@@ -20,6 +20,7 @@ from common.service import Vitals
 from services.admission.config import AdmissionConfig
 from services.admission.inflight import InFlight
 from services.admission.policy import NO_EXECUTOR_RETRY_MS, Limits, admit
+from services.admission.prefixes import Prefixes
 
 log = structlog.get_logger()
 
@@ -40,6 +41,7 @@ class AdmissionActor:
         )
         self._fleet = Fleet()
         self._in_flight = InFlight()
+        self._prefixes = Prefixes()
         self._counters: Counter[str] = Counter()
         self._bus: Bus | None = None
         self._requests: Subscription | None = None
@@ -74,6 +76,7 @@ class AdmissionActor:
             now = time.monotonic()
             self._fleet.observe(beat, now)
             self._in_flight.observe_beat(beat.instance_id, beat.sent_at, now)
+            self._prefixes.observe_beat(beat)
 
     async def _on_request(self, request: InferenceRequest) -> Admitted | Rejected:
         if not request.arrived_at:
@@ -92,12 +95,16 @@ class AdmissionActor:
         excluded: set[str] = set()
         refusal: Rejected | None = None
         while True:
-            decision = admit(request, self._executors(), time.time(), self._limits, excluded)
+            beats = {beat.instance_id: beat for beat in self._executors()}
+            cached = {name: self._prefixes.cached_tokens(request, beat) for name, beat in beats.items()}
+            decision = admit(request, list(beats.values()), time.time(), self._limits, excluded, cached)
             if isinstance(decision, Rejected):
                 return refusal or decision
             self._counters["retried"] += bool(excluded)
-            answer = await self._forward(request, decision.executor_id)
+            answer = await self._forward(request, decision.executor_id, cached[decision.executor_id])
             if isinstance(answer, Admitted):
+                self._counters["expected_cached_tokens"] += cached[decision.executor_id]
+                self._prefixes.accepted(beats[decision.executor_id], request)
                 return msgspec.structs.replace(answer, best_effort=answer.best_effort or decision.best_effort)
             if answer is not None and answer.reason not in ELSEWHERE:
                 return answer
@@ -107,16 +114,17 @@ class AdmissionActor:
     def _executors(self) -> list[Beat]:
         """Last beats of the living executors, their loads brought up to date."""
         beats = self._fleet.alive("executor", time.monotonic())
-        self._in_flight.keep_only({beat.instance_id for beat in beats})
+        for known in (self._in_flight, self._prefixes):
+            known.keep_only({beat.instance_id for beat in beats})
         return [self._in_flight.add_to(beat) for beat in beats]
 
-    async def _forward(self, request: InferenceRequest, executor_id: str) -> Admitted | Rejected | None:
+    async def _forward(self, request: InferenceRequest, executor_id: str, cached_tokens: int) -> Admitted | Rejected | None:
         """Hand the request to one executor; None if nobody is there, so that it is safe to ask another."""
         assert self._bus is not None
         ttft_ms = request.slo.ttft_ms
         order = Admit(request=request, first_token_due_at=request.arrived_at + ttft_ms / 1000 if ttft_ms else 0.0)
         answer: Admitted | Rejected | None = None
-        self._in_flight.send(executor_id, request)
+        self._in_flight.send(executor_id, request, cached_tokens)
         try:
             subject = subjects.executor_admit(executor_id)
             answer = await self._bus.request(subject, order, ANSWER, self._config.admit_timeout_s)

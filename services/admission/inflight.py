@@ -17,6 +17,7 @@ NUM_DELAYS = 16
 @dataclasses.dataclass
 class _Entry:
     num_tokens: int
+    num_cached: int
     tpot_ms: float | None
     accepted_at: float | None = None
 
@@ -36,9 +37,10 @@ class InFlight:
     def __len__(self) -> int:
         return sum(len(entries) for entries in self._entries.values())
 
-    def send(self, executor_id: str, request: InferenceRequest) -> None:
-        """The request is on its way to this executor."""
-        self._entries[executor_id][request.request_id] = _Entry(len(request.prompt_tokens), request.slo.tpot_ms)
+    def send(self, executor_id: str, request: InferenceRequest, cached_tokens: int = 0) -> None:
+        """The request is on its way to this executor, which has so many tokens of its prompt."""
+        entry = _Entry(len(request.prompt_tokens), cached_tokens, request.slo.tpot_ms)
+        self._entries[executor_id][request.request_id] = entry
 
     def settle(self, executor_id: str, request_id: str, *, accepted: bool, now: float) -> None:
         """The executor answered, or never will. `now` may be of any clock, but always of the same."""
@@ -74,7 +76,8 @@ class InFlight:
         load = msgspec.structs.replace(
             load,
             num_waiting=load.num_waiting + len(entries),
-            waiting_prefill_tokens=load.waiting_prefill_tokens + sum(entry.num_tokens for entry in entries.values()),
+            waiting_prefill_tokens=load.waiting_prefill_tokens
+            + sum(entry.num_tokens - entry.num_cached for entry in entries.values()),
             promised_tpot_ms=load.promised_tpot_ms + promised,
             free_pages=max(0, load.free_pages - pages),
         )

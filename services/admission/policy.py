@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 from common.latency import Rows, max_rows, predict_ms
 from common.messages import Beat, ExecutorLoad, InferenceRequest, Rejected
@@ -17,6 +18,7 @@ LEAST_CHUNK = 2
 """Tokens per iteration that they compute of a prompt when promises leave no room: a page every ninth iteration."""
 MIN_RETRY_MS = 100
 MAX_RETRY_MS = 60_000
+NOTHING_CACHED: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class Forecast:
     executor_id: str
     backlog_ms: float
     ttft_ms: float
+    work_ms: float
+    """Of this prompt alone: others wait for it too."""
     tpot_ms: float
     excess: float
     """By how much the targets of the request are missed, relative to them; 0 if they are met."""
@@ -60,17 +64,27 @@ class Forecast:
         return self.excess == 0 and self.num_broken == 0 and self.has_pages
 
     def cost(self) -> tuple[float, bool, float, float, int, str]:
-        """Orders forecasts, best first: missed targets, then an adapter to load, then the wait, then the load."""
+        """Orders forecasts, best first: missed targets, then an adapter to load, then the wait, then the load.
+
+        The prompt's own time counts twice, as its wait and as everyone else's: between executors that keep all targets, the one
+        that has the prompt's beginning may have the longer queue, by as much as it saves.
+        """
         missed = self.excess + self.num_broken + (0 if self.has_pages else 1)
-        return missed, not self.is_resident, self.ttft_ms, self.tpot_ms, self.num_ahead, self.executor_id
+        return missed, not self.is_resident, self.ttft_ms + self.work_ms, self.tpot_ms, self.num_ahead, self.executor_id
 
 
 def admit(
-    request: InferenceRequest, executors: Sequence[Beat], now: float, limits: Limits, excluded: Collection[str] = ()
+    request: InferenceRequest,
+    executors: Sequence[Beat],
+    now: float,
+    limits: Limits,
+    excluded: Collection[str] = (),
+    cached: Mapping[str, int] = NOTHING_CACHED,
 ) -> Placement | Rejected:
     """Place the request on the executor that serves it best, as best effort if need be, or say why none takes it.
 
     `executors` are the last beats of the living executors, whatever their state; `excluded` ones have refused the request.
+    `cached` are the tokens of its prompt that they need not compute.
     """
     if fault := find_fault(request):
         return Rejected(reason="invalid", message=fault)
@@ -81,7 +95,11 @@ def admit(
     roomy = [beat for beat in ready if beat.executor is not None and has_room(request, beat.executor)]
     if not roomy:
         return _too_long(request, ready)
-    forecasts = [forecast(request, beat.instance_id, beat.executor, now, limits) for beat in roomy if beat.executor]
+    forecasts = [
+        forecast(request, beat.instance_id, beat.executor, now, limits, cached.get(beat.instance_id, 0))
+        for beat in roomy
+        if beat.executor
+    ]
     best = min(forecasts, key=Forecast.cost)
     if best.keeps_promises:
         return Placement(executor_id=best.executor_id, best_effort=False)
@@ -117,8 +135,11 @@ def has_room(request: InferenceRequest, load: ExecutorLoad) -> bool:
     return num_tokens <= load.max_model_len and num_tokens <= load.num_pages * load.page_size
 
 
-def forecast(request: InferenceRequest, executor_id: str, load: ExecutorLoad, now: float, limits: Limits) -> Forecast:
-    """Predicted TTFT (the prompts ahead and this one, in chunks) and TPOT (one more root per iteration) on one executor.
+def forecast(
+    request: InferenceRequest, executor_id: str, load: ExecutorLoad, now: float, limits: Limits, cached_tokens: int = 0
+) -> Forecast:
+    """Predicted TTFT (the prompts ahead and what of this one is not cached, in chunks) and TPOT (one more root per iteration)
+    on one executor.
 
     Speculation is left out: it helps, but a promise must hold for text that nobody can draft.
     """
@@ -129,16 +150,19 @@ def forecast(request: InferenceRequest, executor_id: str, load: ExecutorLoad, no
     tpot_ms = predict_ms(load.latency, roots.with_segment(1, len(request.prompt_tokens)))
     waited_ms = 1000 * max(0.0, now - request.arrived_at) if request.arrived_at else 0.0
     ahead = prompts_ahead(load)
-    chunk = chunk_tokens(load, limits.prefill_chunk, context=len(request.prompt_tokens) // 2)
-    ttft_ms = waited_ms + prefill_ms(load, [*ahead, len(request.prompt_tokens)], chunk)
+    num_tokens = len(request.prompt_tokens)
+    chunk = chunk_tokens(load, limits.prefill_chunk, context=(cached_tokens + num_tokens) // 2)
+    own = num_tokens - cached_tokens
+    ttft_ms = waited_ms + prefill_ms(load, [*ahead, own], chunk, cached_tokens)
     return Forecast(
         executor_id=executor_id,
         backlog_ms=prefill_ms(load, ahead, limits.prefill_chunk),  # a queue is too long by its work, not by who is polite
         ttft_ms=ttft_ms,
+        work_ms=prefill_ms(load, [own], chunk, cached_tokens),
         tpot_ms=tpot_ms,
         excess=_excess(ttft_ms, request.slo.ttft_ms) + _excess(tpot_ms, request.slo.tpot_ms),
         num_broken=sum(tpot_before_ms <= promised < tpot_ms for promised in load.promised_tpot_ms),
-        has_pages=-(-(len(request.prompt_tokens) + 1) // load.page_size) <= load.free_pages,
+        has_pages=-(-(num_tokens + 1) // load.page_size) <= load.free_pages,
         num_ahead=num_ahead,
         num_waiting=load.num_waiting,
         is_resident=request.model in (load.model, *load.adapters),
@@ -164,13 +188,17 @@ def chunk_tokens(load: ExecutorLoad, largest: int, context: int) -> int:
     return max(min(LEAST_CHUNK, largest), max_rows(load.latency, PACE * min(kept), largest, roots, context))
 
 
-def prefill_ms(load: ExecutorLoad, prompts: Sequence[int], chunk: int) -> float:
-    """How long prompts of these lengths take in chunks, each behind its context, beside the running requests' roots."""
+def prefill_ms(load: ExecutorLoad, prompts: Sequence[int], chunk: int, cached_tokens: int = 0) -> float:
+    """How long prompts of these lengths take in chunks, each behind its context, beside the running requests' roots.
+
+    The last one goes on behind so many tokens that are cached.
+    """
     roots = Rows(load.num_running, load.context_tokens, load.context_tokens)
     num_full, rest = divmod(sum(prompts), chunk)
     full_ms = predict_ms(load.latency, roots.widened(chunk, 0))
     rest_ms = predict_ms(load.latency, roots.widened(rest, 0)) if rest else 0.0
     contexts = [_chunk_contexts(length, chunk) for length in prompts]
+    contexts.append((cached_tokens * -(-prompts[-1] // chunk), cached_tokens * prompts[-1]))
     behind = Rows(1, sum(context for context, _ in contexts), sum(row_context for _, row_context in contexts))
     return num_full * full_ms + rest_ms + predict_ms(load.latency, behind) - predict_ms(load.latency, Rows(1))
 

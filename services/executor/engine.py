@@ -27,6 +27,7 @@ from common.messages import (
     SequenceProgress,
     TokenChunk,
 )
+from common.prefix import PageDigests
 from kernels.upload import upload
 from services.executor.assembly import Assembly, Work
 from services.executor.cohorts import Cohorts
@@ -40,7 +41,6 @@ from services.executor.lora import LoraAdapter
 from services.executor.model import Decoder, KvCache
 from services.executor.pages import PageAllocator
 from services.executor.passes import Passes
-from services.executor.prefix import PageDigests
 from services.executor.requests import refusal
 from services.executor.sampling import Draws, NonFiniteLogitsError
 from services.executor.scheduler import IterationPlan, Limits
@@ -115,7 +115,7 @@ class Engine:
         """The hidden states that the planner wants."""
         self.num_iterations = 0
         self.cohorts = Cohorts(num_cohorts)
-        self._prefix_cache = prefix_cache
+        self.has_prefix_cache = prefix_cache
         self._executor_id = executor_id
         self._clock = clock
         self._plan: IterationPlan | None = None
@@ -161,7 +161,7 @@ class Engine:
             first_token_due_at=first_token_due_at or None,
             num_output=request.num_generated,
             processor=processor_of(request.sampling, prompt, stop_ids, self.decoder.config.vocab_size),
-            digests=self._digests(request, adapter) if self._prefix_cache else None,
+            digests=self._digests(request, adapter) if self.has_prefix_cache else None,
             grammar=grammar,
         )
         self.counters["requests"] += 1

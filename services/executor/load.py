@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from common.messages import ExecutorLoad
+from common.prefix import MAX_TOLD_PAGES, page_key
 from common.service import Vitals
 from services.executor.engine import Engine
 from services.executor.sequences import Sequence
@@ -54,6 +55,8 @@ def executor_load(engine: Engine, model: str, planner_id: str, max_loras: int = 
         max_loras=max_loras,
         running_adapters=_names(decoding),
         waiting_adapters=_names(waiting),
+        cached_pages=b"".join(map(page_key, engine.pages.published(MAX_TOLD_PAGES))) if engine.has_prefix_cache else None,
+        adapter_versions=tuple(adapter.version for adapter in engine.adapters.values()),
     )
 
 

@@ -6,6 +6,7 @@ sequences then share it, and when nobody holds it any more it stays cached until
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 
 import numpy as np
@@ -63,7 +64,8 @@ class PageAllocator:
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._num_references = [0] * num_pages
         self._page_of: dict[bytes, int] = {}
-        self._digest_of: dict[int, bytes] = {}
+        self._digest_of: OrderedDict[int, bytes] = OrderedDict()
+        """Of the published pages, the one used longest ago first."""
 
     @property
     def num_free(self) -> int:
@@ -104,6 +106,7 @@ class PageAllocator:
         if page is None:
             return False
         self._cached.pop(page, None)
+        self._digest_of.move_to_end(page)
         self._num_references[page] += 1
         self.num_allocated += 1
         table.pages.append(page)
@@ -132,6 +135,8 @@ class PageAllocator:
             if not is_sound:
                 self._unpublish(page)
             self._num_references[page] -= 1
+            if page in self._digest_of:
+                self._digest_of.move_to_end(page)
             if self._num_references[page]:
                 continue
             if page in self._digest_of:
@@ -139,6 +144,10 @@ class PageAllocator:
             else:
                 self._free.append(page)
         self.num_freed += len(pages)
+
+    def published(self, limit: int) -> list[bytes]:
+        """Digests of the pages that others would find, at most that many, the one used last first."""
+        return list(itertools.islice(reversed(self._digest_of.values()), limit))
 
     def forget_all(self) -> None:
         """Forget everything published; tables keep what they hold."""

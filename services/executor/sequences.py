@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from common.messages import DraftTree, FinishReason, InferenceRequest, OpenedSequence, Usage
+from common.prefix import PageDigests
 from services.executor.features import FeatureWindow
 from services.executor.grammar import GrammarState
 from services.executor.logits import LogitsProcessor
 from services.executor.lora import LoraAdapter
 from services.executor.pages import PageAllocator, PageTable
-from services.executor.prefix import PageDigests
 from services.executor.scheduler import SequenceView
 
 

@@ -9,6 +9,11 @@ from array import array
 from collections.abc import Sequence as Seq
 from hashlib import blake2b
 
+KEY_BYTES = 8
+"""What executors tell of a digest (`page_key`): a guess that hits one of thousands of pages costs an estimate, not a page."""
+MAX_TOLD_PAGES = 4096
+"""Pages that one executor tells of, those used last: 64k tokens, in 32 KB a beat."""
+
 
 class PageDigests:
     """Digests of a sequence's full pages, each computed once: a page's digest covers its tokens and its parent's digest.
@@ -28,6 +33,11 @@ class PageDigests:
             start = place * self._page_size
             self._digests.append(_digest(parent + array("q", tokens[start : start + self._page_size]).tobytes()))
         return self._digests[page]
+
+
+def page_key(digest: bytes) -> bytes:
+    """The page's name for those who only ask whether it is there."""
+    return digest[:KEY_BYTES]
 
 
 def _digest(data: bytes) -> bytes:
