@@ -109,7 +109,7 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model-dir", type=Path, required=True, help="a folder of safetensors, see `heddle convert`")
-    parser.add_argument("--dtype", default="float32", help="half types round the random adapters of all layers further apart than the check allows")
+    parser.add_argument("--dtype", default="float32", help="half types round further apart than the check allows")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--adapters", type=int, default=32)
