@@ -1,7 +1,7 @@
 """How long an iteration takes: a piecewise linear function of its tokens, and its inverse. Pure; knows no clock.
 
 f(rows, backward) = correction * (points(tokens) + context * ms_per_context_token + row_context * ms_per_row_context)
-                    + backward * backward_ms_per_token
+                    + backward * backward_ms_per_token + head * drafter_ms_per_token
 (FlexLLM's f(c, s), dossier 5.4). `points` come from a measurement of the real model on the real device. A segment's context is
 read once, whatever its rows (`context`), and each of its rows attends to all of it (`row_context`): a prefill chunk of 32 rows
 behind 6,000 tokens costs far more than 32 rows.
@@ -154,6 +154,20 @@ def backward_corrected(profile: LatencyProfile, tokens: float, measured_ms: floa
     ratio = measured_ms / tokens / profile.backward_ms_per_token
     per_token = profile.backward_ms_per_token * _smoothed(ratio, weight)
     return msgspec.structs.replace(profile, backward_ms_per_token=per_token)
+
+
+def drafter_ms_per_token(profile: LatencyProfile) -> float:
+    """ms of as much training of a drafter's head as one token of a pass multiplies."""
+    tokens, ms = profile.points[-1]
+    return profile.drafter_correction * ms / tokens
+
+
+def drafter_corrected(profile: LatencyProfile, tokens: float, measured_ms: float, weight: float = 0.2) -> LatencyProfile:
+    """The profile after so much training of a drafter's head took `measured_ms`."""
+    if tokens <= 0 or measured_ms <= 0:
+        return profile
+    ratio = measured_ms / tokens / drafter_ms_per_token(profile)
+    return msgspec.structs.replace(profile, drafter_correction=profile.drafter_correction * _smoothed(ratio, weight))
 
 
 def _row_context_ms(profile: LatencyProfile, rows: Rows) -> float:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from common.fingerprint import fingerprint
-from services.cli.distill_files import write_drafter
-from services.cli.distill_head import DraftHead, HeadShape, Span
+from kernels.drafting.files import write_drafter
+from kernels.drafting.head import DraftHead, HeadShape, Span
 from tests.tiny import PROMPTS, SHAPE, tiny_pair, truth
 
 LAYERS = (1, 2)

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.messages import LoraSpec, OptimizerStep, TrainingSlice
 from services.executor.backward import advance
 from services.executor.batch import Segment, build_batch
-from services.executor.finetune import FinetuneJob, StepResult
+from services.executor.finetune import FinetuneJob
+from services.executor.job_steps import StepResult
 from services.executor.loader import load_decoder
 from services.executor.lora import LoraAdapter, LoraWeights
 from services.executor.model import Decoder, KvCache

@@ -14,7 +14,7 @@ from common.messages import LatencyProfile, LoraSpec, Slo
 from services.executor.engine import Engine
 from services.executor.finetune import new_job
 from services.executor.scheduler import Limits
-from services.executor.training import BackwardWork
+from services.executor.training_work import BackwardWork
 from tests.helpers import training_slice
 from tests.tiny import Driver, random_prompt, tiny_engine, tiny_pair, tiny_request
 

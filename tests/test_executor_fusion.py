@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from common.messages import DraftTree, LoraSpec, OptimizerStep, Slo, TrainingSlice
 from services.executor.engine import Engine, Iteration
-from services.executor.finetune import StepResult, new_job
+from services.executor.finetune import new_job
+from services.executor.job_steps import StepResult
 from services.executor.scheduler import Limits
 from services.executor.sequences import Sequence
 from tests.drafts import Draft, oracle_draft

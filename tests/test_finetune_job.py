@@ -16,7 +16,8 @@ from torch import Tensor
 
 from common.messages import LoraSpec, OptimizerStep, TrainingSlice
 from services.executor.adapter_spec import InvalidAdapterError
-from services.executor.finetune import FinetuneJob, OutOfOrderSliceError, TrainingDivergedError, new_job
+from services.executor.finetune import FinetuneJob, new_job
+from services.executor.job_steps import OutOfOrderSliceError, TrainingDivergedError
 from services.executor.model import Decoder, KvCache
 from services.executor.training_sequence import InvalidSliceError
 from tests.helpers import (

@@ -11,8 +11,8 @@ import torch
 
 from common.config import ConfigError
 from kernels import ops
-from services.cli.distill_files import write_drafter
-from services.cli.distill_head import DraftHead, HeadShape, Span
+from kernels.drafting.files import write_drafter
+from kernels.drafting.head import DraftHead, HeadShape, Span
 from services.planner.drafter import DraftOrder, Pool
 from services.planner.features import FeaturesDrafter
 from services.planner.features_head import FeaturesHead

@@ -18,7 +18,7 @@ from common.messages import DraftTree, DraftTrees, FinishReason, InferenceReques
 from services.executor.engine import Engine, Iteration
 from services.executor.model import Decoder
 from services.executor.scheduler import Limits
-from services.executor.training import TrainingEvent
+from services.executor.training_work import TrainingEvent
 from tests.drafts import Draft
 from tests.helpers import as_decoder, tiny_model
 

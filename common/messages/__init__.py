@@ -49,6 +49,7 @@ from common.messages.speculation import (
 from common.messages.training import (
     CheckpointWritten,
     CloseJob,
+    DrafterSpec,
     EvaluationSlice,
     JobClosed,
     JobFailed,
@@ -91,6 +92,7 @@ __all__ = [
     "CreateJob",
     "DraftTree",
     "DraftTrees",
+    "DrafterSpec",
     "ErrorReply",
     "EvaluationSlice",
     "EventPage",

@@ -18,6 +18,8 @@ class LatencyProfile(msgspec.Struct, frozen=True, kw_only=True):
     ms_per_row_context: float = 0.0
     """Of one row's attention to one token of its context; 0 in profiles of a time that did not measure it."""
     backward_ms_per_token: float = 0.0
+    drafter_correction: float = 4.0
+    """How much slower the training of a drafter's head is, per multiply-add, than the widest pass that was measured."""
     correction: float = 1.0
     seen: tuple[float, ...] = ()
     """How many passes corrected each point; empty: none."""

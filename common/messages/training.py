@@ -33,9 +33,21 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
+class DrafterSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A drafter in training: the head on the target's hidden states that a planner's `features` drafter runs (EAGLE's).
+
+    It can draft the tokens of `vocabulary`, rising ids, and is trained `num_steps` tokens ahead, on its own outputs after the
+    first.
+    """
+
+    vocabulary: tuple[int, ...]
+    num_steps: int = 3
+
+
 class OpenJob(msgspec.Struct, frozen=True, kw_only=True, tag="open_job.1"):
     """Trainer's order: hold adapter and optimizer of this job. `lease` fences: a higher lease replaces the job's state.
 
+    With `drafter` the job trains that in place of an adapter, from hidden states of the frozen model (distillation).
     With `checkpoint` (an artifact's name) adapter, moments and step are restored from it; else B starts at zero. All that is
     random, the first A and what dropout drops, depends on `seed` and the step, so that a restored job goes on to the bit.
     """
@@ -43,7 +55,8 @@ class OpenJob(msgspec.Struct, frozen=True, kw_only=True, tag="open_job.1"):
     job_id: str
     lease: int
     base_model: str
-    lora: LoraSpec
+    lora: LoraSpec = LoraSpec()
+    drafter: DrafterSpec | None = None
     seed: int = 0
     checkpoint: str | None = None
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from services.cli.distill_head import DraftHead
+from kernels.drafting.head import DraftHead
 from services.cli.distill_train import Lesson, batches
 
 NUM_TOP = (1, 4)

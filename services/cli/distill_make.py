@@ -14,17 +14,16 @@ from rich.progress import Progress
 
 from common.fingerprint import fingerprint
 from common.model_shape import read_model_shape
+from kernels.drafting.design import MAX_DEPTH, WINDOW, feature_layers, inner_size, with_rest
+from kernels.drafting.files import CARD, write_drafter
+from kernels.drafting.head import DraftHead, HeadShape
 from services.cli.distill_card import Facts, card
 from services.cli.distill_data import DistillError, Example
 from services.cli.distill_evaluate import evaluate
-from services.cli.distill_files import CARD, write_drafter
-from services.cli.distill_head import DraftHead, HeadShape
 from services.cli.distill_start import start_from_least_squares
 from services.cli.distill_target import Target
 from services.cli.distill_train import Lesson, Recipe, Trainer, lessons_of
 
-WINDOW = 128
-MAX_DEPTH = 6
 ANSWER_WEIGHT = 3
 """A token of an answer counts so much more for the vocabulary than one of a prompt."""
 RANK_WEIGHT = 40_000
@@ -91,7 +90,7 @@ def prepare(
     folder: Path, examples: Sequence[Example], progress: Progress, vocabulary_size: int, evaluated_share: float, seed: int
 ) -> Material:
     """Let the target read the examples, and set up a head for it. Raises DistillError for too few."""
-    layers = _feature_layers(read_model_shape(folder)[0].num_layers)
+    layers = feature_layers(read_model_shape(folder)[0].num_layers)
     target = Target(folder, layers)
     order = sorted(examples, key=lambda example: example.tokens)
     random.Random(seed).shuffle(order)
@@ -109,17 +108,11 @@ def prepare(
             traces.append(trace)
             progress.advance(task)
         parts.append(lessons_of(traces, target, places_V, vocabulary))
-    head = DraftHead(_shape(target, layers), _with_rest(target.embedding_VH, vocabulary))
+    head = DraftHead(_shape(target, layers), with_rest(target.embedding_VH, vocabulary))
     with torch.no_grad():
-        head.head_VH.copy_(_with_rest(target.head_VH, vocabulary))
+        head.head_VH.copy_(with_rest(target.head_VH, vocabulary))
     start_from_least_squares(head, parts[0], target)
     return Material(head, vocabulary, *parts)
-
-
-def _with_rest(weight_VH: torch.Tensor, vocabulary: Sequence[int]) -> torch.Tensor:
-    """The vocabulary's rows, and their mean for all other tokens."""
-    rows_VH = weight_VH[torch.tensor(vocabulary)]
-    return torch.cat([rows_VH, rows_VH.mean(0, keepdim=True)])
 
 
 def choose_vocabulary(examples: Sequence[Example], vocab_size: int, size: int) -> list[int]:
@@ -133,11 +126,6 @@ def choose_vocabulary(examples: Sequence[Example], vocab_size: int, size: int) -
     return sorted(ranked[: min(size, vocab_size)])
 
 
-def _feature_layers(num_layers: int) -> tuple[int, ...]:
-    """One low, one in the middle, the last."""
-    return tuple(sorted({max(1, round(0.3 * num_layers)), max(1, round(2 / 3 * num_layers)), num_layers}))
-
-
 def _shape(target: Target, layers: tuple[int, ...]) -> HeadShape:
     """A layer like the target's, its MLP two thirds as wide."""
     config = target.config
@@ -145,7 +133,7 @@ def _shape(target: Target, layers: tuple[int, ...]) -> HeadShape:
     parameters = getattr(config, "rope_parameters", None) or {}
     return HeadShape(
         hidden_size=config.hidden_size,
-        intermediate_size=max(16, config.intermediate_size * 2 // 3 // 16 * 16),
+        intermediate_size=inner_size(config.intermediate_size),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim,

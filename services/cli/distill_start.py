@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.cli.distill_head import DraftHead
+from kernels.drafting.head import DraftHead
+from kernels.drafting.start import settle
 from services.cli.distill_target import Target
 from services.cli.distill_train import Lesson
 
@@ -16,10 +17,6 @@ RIDGE = 0.005
 """Of the inputs' mean square."""
 MAX_ROWS = 100_000
 """Of texts that the maps are fitted to."""
-SMALL = 0.15
-"""What the layer adds to the map begins this much smaller than usual."""
-CAUTION = 0.6
-"""Scale of the first logits: least squares shrink what they are unsure of, the final norm would undo it."""
 
 
 @torch.no_grad()
@@ -50,9 +47,7 @@ def start_from_least_squares(head: DraftHead, lessons: Sequence[Lesson], target:
     head.features.weight.copy_(map_IO[hidden:].T)
     head.fuse.weight.copy_(torch.cat([map_IO[:hidden].T, scale * torch.eye(hidden)], dim=1))
     head.again.weight.copy_(again_IO.T)
-    head.o.weight.mul_(SMALL)
-    head.down.weight.mul_(SMALL)
-    head.final_norm_H.copy_(CAUTION * target.final_norm.weight)
+    settle(head, target.final_norm.weight)
 
 
 def _rows(lesson: Lesson, head: DraftHead) -> tuple[Tensor, Tensor]:

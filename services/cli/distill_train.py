@@ -11,15 +11,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from services.cli.distill_head import DraftHead, Span
+from kernels.drafting import training
+from kernels.drafting.head import DraftHead, Span
+from kernels.drafting.training import MAPS, HeadOptimizer, Truth, liked, row_losses, sampled_classes, step_weights
 from services.cli.distill_target import Target, Trace
-
-NUM_FAVOURITES = 24
-STEP_DECAY = 0.85
-"""A later step's loss weighs so much of the one before."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,10 +28,8 @@ class Recipe:
     max_steps: int = 4
     prompt_share: float = 0.25
     """Rows of prompts that are trained, besides all rows of answers."""
-    hard_share: float = 0.5
-    """Weight of the target's favourite token in the loss; the rest is its whole distribution."""
-    noise: float = 0.05
-    """Relative, on features."""
+    hard_share: float = training.HARD_SHARE
+    noise: float = training.NOISE
     map_rate: float = 5e-5
     """Learning rate of the maps that start from least squares; they are easily spoilt."""
     layer_rate: float = 4e-4
@@ -60,10 +55,9 @@ def lessons_of(traces: Sequence[Trace], target: Target, places_V: Tensor, vocabu
     found = []
     for trace in traces:
         last_TH = trace.features_TF[:, -rows_VH.shape[1] :].float()
-        probs_TV = (target.final_norm(last_TH) @ rows_VH.T - trace.log_sums_T[:, None]).exp()
-        probs_Tk, top_Tk = probs_TV.topk(min(NUM_FAVOURITES, len(vocabulary)), dim=1)
+        top_Tk, probs_Tk = liked(target.final_norm(last_TH) @ rows_VH.T, trace.log_sums_T)
         tokens_T = torch.tensor(trace.example.tokens)
-        found.append(Lesson(trace, places_V[tokens_T], places_V[trace.favourites_T], top_Tk.int(), probs_Tk.half()))
+        found.append(Lesson(trace, places_V[tokens_T], places_V[trace.favourites_T], top_Tk, probs_Tk))
     return found
 
 
@@ -130,14 +124,8 @@ class Trainer:
 
     def __init__(self, head: DraftHead, recipe: Recipe) -> None:
         self._head, self._recipe = head, recipe
-        head.embedding_VH.requires_grad_(False)
-        head.head_VH.requires_grad_(False)
-        maps = [head.features.weight, head.fuse.weight, head.again.weight]
-        layer = [head.qkv.weight, head.o.weight, head.gate_up.weight, head.down.weight]
-        norms = [parameter for parameter in head.parameters() if parameter.ndim == 1]
-        self._rates = (recipe.map_rate, recipe.layer_rate, recipe.norm_rate)
-        groups = [{"params": parameters} for parameters in (maps, layer, norms)]
-        self._optimizer = torch.optim.AdamW(groups, lr=recipe.layer_rate, weight_decay=0.0, betas=(0.9, 0.95))
+        self._optimizer = HeadOptimizer(head)
+        self._num_updates = 0
 
     def train(self, lessons: Sequence[Lesson], on_progress: Callable[[float, float], None]) -> int:
         """Train for the recipe's epochs; `on_progress` gets the share that is done and the loss. Returns the steps taken."""
@@ -167,13 +155,14 @@ class Trainer:
         head, num_steps = self._head, batch.favourites_RS.shape[1]
         noisy_TF = batch.features_TF * (1 + self._recipe.noise * torch.randn_like(batch.features_TF))
         outs = head.unroll(noisy_TF, batch.following_TS, batch.spans, num_steps)
-        classes_C = self._classes(batch, is_sampled)
-        weights_S = torch.tensor([STEP_DECAY**step for step in range(num_steps)])
-        weights_S /= weights_S.sum()
+        truths = [Truth(batch.favourites_RS[:, s], batch.top_RSk[:, s], batch.probs_RSk[:, s]) for s in range(num_steps)]
+        num_classes = len(head.head_VH)
+        classes_C = sampled_classes(num_classes, truths) if is_sampled else torch.arange(num_classes)
+        weights_S = step_weights(num_steps)
         gradients, total = [], 0.0
         for step, out in enumerate(outs):
             leaf = out.detach().requires_grad_()  # one step's logits at a time are in memory
-            loss = weights_S[step] * self._loss(leaf, batch, step, classes_C)
+            loss = weights_S[step] * row_losses(head, leaf, truths[step], classes_C, self._recipe.hard_share).mean()
             loss.backward()  # type: ignore[no-untyped-call]
             assert leaf.grad is not None
             gradients.append(leaf.grad)
@@ -182,35 +171,13 @@ class Trainer:
         self._update(rate)
         return total
 
-    def _classes(self, batch: Batch, is_sampled: bool) -> Tensor:
-        """What the loss tells apart: all, or what the target likes in this batch and some that are there by chance."""
-        num_classes = len(self._head.head_VH)
-        if not is_sampled:
-            return torch.arange(num_classes)
-        by_chance = torch.randint(0, num_classes, (num_classes // 14,))
-        liked = [batch.top_RSk[..., :6].flatten(), batch.favourites_RS.flatten(), torch.tensor([num_classes - 1])]
-        classes_C: Tensor = torch.unique(torch.cat([*liked, by_chance]))
-        return classes_C
-
-    def _loss(self, out_RH: Tensor, batch: Batch, step: int, classes_C: Tensor) -> Tensor:
-        """Cross entropy with the target's distribution, its rest counted as the last class, and with its favourite."""
-        head = self._head
-        place_V = torch.full((len(head.head_VH),), -1)
-        place_V[classes_C] = torch.arange(len(classes_C))
-        log_probs_RC = F.linear(head.normed(out_RH), head.head_VH[classes_C]).log_softmax(-1)
-        top_Rk, probs_Rk = place_V[batch.top_RSk[:, step]], batch.probs_RSk[:, step]
-        soft_R = -(probs_Rk * (top_Rk >= 0) * log_probs_RC.gather(1, top_Rk.clamp(min=0))).sum(1)
-        soft_R = soft_R - (1 - probs_Rk.sum(1)).clamp(min=0) * log_probs_RC[:, -1]
-        hard_R = -log_probs_RC.gather(1, place_V[batch.favourites_RS[:, step]][:, None])[:, 0]
-        loss: Tensor = (self._recipe.hard_share * hard_R + (1 - self._recipe.hard_share) * soft_R).mean()
-        return loss
-
     def _update(self, rate: float) -> None:
-        for group, full in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = full * rate
-        torch.nn.utils.clip_grad_norm_(self._head.parameters(), 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._optimizer.clip(1.0)
+        self._num_updates += 1
+        for name, parameter in self._optimizer.parameters.items():
+            full = self._recipe.map_rate if name in MAPS else self._recipe.layer_rate
+            full = self._recipe.norm_rate if parameter.ndim == 1 else full
+            self._optimizer.update(name, self._num_updates, full * rate)
 
 
 def _decay(done: float) -> float:

@@ -32,8 +32,8 @@ from services.executor.planner_link import PlannerLink
 from services.executor.profile_store import ProfileStore
 from services.executor.scheduler import root_rows
 from services.executor.startup import make_engine
-from services.executor.training import BackwardWork
 from services.executor.training_link import TrainingLink
+from services.executor.training_work import BackwardWork
 
 T = TypeVar("T")
 NUM_LOADS = 3

@@ -16,7 +16,7 @@ import numpy as np
 import structlog
 import torch
 
-from common.latency import Rows, backward_corrected, corrected, predict_ms
+from common.latency import Rows, corrected, predict_ms
 from common.messages import (
     DraftTrees,
     FinishReason,
@@ -46,7 +46,8 @@ from services.executor.sampling import Draws, NonFiniteLogitsError
 from services.executor.scheduler import IterationPlan, Limits
 from services.executor.sequences import Sequence
 from services.executor.sharing import TOKEN, Sharing, Turns, plan_turn
-from services.executor.training import BackwardWork, Training
+from services.executor.training import Training
+from services.executor.training_work import BackwardWork, layers_of
 from services.executor.trees import TreeLimits, attach
 from services.executor.verify import Verdict
 
@@ -209,10 +210,10 @@ class Engine:
         started_at = time.perf_counter()
         num_training = sum(len(window.segment.tokens) for window in windows)
         try:
-            features = PassFeatures(self.feature_wish)
+            features = PassFeatures(self.feature_wish, layers_of(windows))
             ran = self.passes.run(segments, features)
             features.gather(ran.starts, [len(each.segment.tokens) for each in works], [each.is_decode for each in works])
-            self.training.heads(windows, ran.hidden_TH[len(ran.hidden_TH) - num_training :])
+            self.training.heads(windows, ran.hidden_TH, features)
             draws = None if ran.logits_RV is None else Draws(ran.logits_RV)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or not self._shrink(plan.num_tokens):
@@ -238,7 +239,7 @@ class Engine:
         started_at = self._clock()
         work = self.training.backward(plan.backward)
         wait_for(self.decoder.device)
-        self.profile = backward_corrected(self.profile, work.num_tokens, (self._clock() - started_at) * 1e3)
+        self.profile = work.learned(self.profile, (self._clock() - started_at) * 1e3)
         self._backward_tokens += work.num_tokens
         self.counters["backward_tokens"] = round(self._backward_tokens)
         return work

@@ -94,45 +94,54 @@ class FeatureWindow:
 
 
 class PassFeatures:
-    """The states of one pass: gathered in as many operations whatever the pass holds, and shared out to its sequences."""
+    """The states of one pass: gathered in as many operations whatever the pass holds, and shared out to its sequences.
 
-    def __init__(self, wish: FeatureWish) -> None:
+    `also` are layers whose states somebody else than the planner wants.
+    """
+
+    def __init__(self, wish: FeatureWish, also: Iterable[int] = ()) -> None:
         self.wish = wish
-        self._states: list[Tensor] = []
+        self._layers = {*wish.layers, *also}
+        self._states: dict[int, Tensor] = {}
         self._starts: list[int] = []
         self._rows: Rows | None = None
 
     @property
     def states(self) -> list[Tensor]:
-        """What was kept so far, by layer."""
-        return self._states
+        """What was kept so far for the planner, by layer."""
+        return self.of_layers(self.wish.layers)
+
+    def of_layers(self, layers: Iterable[int]) -> list[Tensor]:
+        """What was kept so far of these layers, in their order."""
+        return [self._states[layer] for layer in layers if layer in self._states]
 
     def adopt(self, states: Sequence[Tensor]) -> None:
         """Take the states of a recorded pass as this one's."""
-        self._states = list(states)
+        self._states = dict(zip(self.wish.layers, states, strict=True))
 
     def keep(self, layer: int, x_TH: Tensor) -> None:
-        """The state after this many layers; layers come in their order."""
-        if layer in self.wish.layers:
-            self._states.append(x_TH)
+        """The state after this many layers."""
+        if layer in self._layers:
+            self._states[layer] = x_TH
 
     def room(self, x_TH: Tensor, num_layers: int) -> dict[int, Tensor]:
         """Where the states after the wanted layers but the last one will be, by the number of layers."""
-        found = {layer: torch.empty_like(x_TH) for layer in self.wish.layers if layer < num_layers}
-        self._states += found.values()
+        found = {layer: torch.empty_like(x_TH) for layer in sorted(self._layers) if layer < num_layers}
+        self._states |= found
         return found
 
     def gather(self, starts: Sequence[int], sizes: Sequence[int], are_decoding: Sequence[bool]) -> None:
         """Segment i has `sizes[i]` rows from `starts[i]` on: all of trees, the last `window` of prompts are taken."""
-        if not self._states:
+        states = self.states
+        if not states:
             return
         taken = list[int]()
         for start, size, is_decoding in zip(starts, sizes, are_decoding, strict=False):
             self._starts.append(len(taken))
             taken += range(start if is_decoding else max(start, start + size - self.wish.window), start + size)
         self._starts.append(len(taken))
-        rows_R = torch.tensor(taken, dtype=torch.int64, device=self._states[0].device)
-        rows_RF = torch.cat([state_TH[rows_R] for state_TH in self._states], dim=1).to(torch.bfloat16).cpu()
+        rows_R = torch.tensor(taken, dtype=torch.int64, device=states[0].device)
+        rows_RF = torch.cat([state_TH[rows_R] for state_TH in states], dim=1).to(torch.bfloat16).cpu()
         self._rows = rows_RF.view(torch.int16).numpy().view(np.uint16)
 
     def take(self, segment: int, window: FeatureWindow | None, end: int, nodes: Sequence[int] | None) -> FeatureWindow | None:

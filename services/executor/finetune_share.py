@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from common.latency import Rows, max_rows, predict_ms
+from common.latency import Rows, drafter_ms_per_token, max_rows, predict_ms
 from common.messages import LatencyProfile
 
 MIN_WINDOW_ALONE = 32
@@ -26,6 +26,17 @@ class JobView:
     context_tokens: int = 0
     is_evaluation: bool = False
     """Nothing goes back after its forward pass."""
+    is_drafter: bool = False
+    """Backward it trains a drafter's head, which is counted in tokens of the model's forward pass."""
+
+    def back_ms_per_token(self, profile: LatencyProfile) -> float:
+        """Of its backward work."""
+        return drafter_ms_per_token(profile) if self.is_drafter else profile.backward_ms_per_token
+
+
+def backward_ms(jobs: Sequence[JobView], backward: Mapping[str, float], profile: LatencyProfile) -> float:
+    """Predicted of a plan's backward work."""
+    return sum(backward.get(job.job_id, 0.0) * job.back_ms_per_token(profile) for job in jobs)
 
 
 def share_out(
@@ -53,7 +64,7 @@ def share_out(
     for i, job in enumerate(jobs):
         share_ms = spare_ms / (len(jobs) - i)
         if job.is_backward:
-            per_token = profile.backward_ms_per_token
+            per_token = job.back_ms_per_token(profile)
             back_share_ms = min(share_ms, back_ms)
             backward[job.job_id] = back_share_ms / per_token if per_token > 0 else max_batch_tokens
             spare_ms -= back_share_ms

@@ -16,7 +16,7 @@ from collections.abc import Sequence as Seq
 
 from common.latency import Rows, max_rows, predict_ms
 from common.messages import LatencyProfile
-from services.executor.finetune_share import JobView, share_out
+from services.executor.finetune_share import JobView, backward_ms, share_out
 
 LEAST_IDLE_PASSES = 2.0
 """An iteration of finetuning alone may take so many passes of one row, however slow these are: where reading the weights takes
@@ -83,7 +83,8 @@ class IterationPlan:
     """`decode` maps request to its number of draft nodes, `prefill` to its number of prompt tokens.
 
     `forward` maps a job to training tokens of this pass, `backward` to whole-model token equivalents to go back
-    through: parts of one too, as work comes in layers. What jobs have of these is one budget for all of them.
+    through: parts of one too, as work comes in layers. What jobs have of these is one budget for all of them; a drafter's is
+    its own, in tokens of a forward pass.
     """
 
     decode: dict[str, int]
@@ -148,7 +149,7 @@ def plan_iteration(
         limit_ms=limit_ms,
         prefill_limit_ms=prefill_ms,
         forward_ms=forward_ms,
-        predicted_ms=forward_ms + sum(backward.values()) * profile.backward_ms_per_token,
+        predicted_ms=forward_ms + backward_ms(jobs, backward, profile),
         num_starved=num_starved + 1 if is_starved else 0,
     )
 

@@ -14,18 +14,18 @@ from torch import Tensor
 from common.messages import EvaluationSlice, TrainingSlice
 from services.executor.backward import advance
 from services.executor.batch import Segment
-from services.executor.evaluation import Evaluations, EvaluationWindow, Score
-from services.executor.finetune import (
-    MAX_GROUP_ROWS,
-    FinetuneJob,
-    OutOfOrderSliceError,
-    StepResult,
-    TrainingDivergedError,
-)
+from services.executor.device import wait_for
+from services.executor.distillation import DistillationJob
+from services.executor.evaluation import Evaluations, EvaluationWindow
+from services.executor.features import PassFeatures
+from services.executor.finetune import FinetuneJob
 from services.executor.finetune_share import JobView
+from services.executor.job_steps import MAX_GROUP_ROWS, OutOfOrderSliceError, TrainingDivergedError
+from services.executor.lesson import LessonSequence
 from services.executor.model import Decoder, KvCache
 from services.executor.pages import PageAllocator, PageTable
 from services.executor.training_sequence import InvalidSliceError, TrainingSequence, check_slice, heads
+from services.executor.training_work import BackwardWork, TrainingEvent, Window
 
 MAX_POOL_SHARE = 0.25
 """Training sequences hold at most this share of the pages, so that inference is never starved of them."""
@@ -38,39 +38,9 @@ class TooManySlicesError(Exception):
     """The job's queue is full: send on when a step is done."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingEvent:
-    """A finished optimizer step, an evaluated sequence, or (`failure`) the end of a job that cannot go on."""
-
-    job_id: str
-    lease: int
-    step: StepResult | None = None
-    elapsed_ms: float = 0.0
-    score: Score | None = None
-    failure: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BackwardWork:
-    """What a backward pass did, in whole-model token equivalents, and the steps that it ended."""
-
-    num_tokens: float = 0.0
-    events: tuple[TrainingEvent, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Window:
-    """Rows of a job's sequence that ride in one forward pass."""
-
-    job_id: str
-    sequence: TrainingSequence
-    start: int
-    segment: Segment
-
-
 @dataclasses.dataclass(eq=False)
 class _Entry:
-    job: FinetuneJob
+    job: FinetuneJob | DistillationJob
     lease: int
     table: PageTable
     num_queued: int = 0
@@ -111,7 +81,7 @@ class Training:
         entry = self._entries.get(job_id)
         return None if entry is None else entry.lease
 
-    def held(self, job_id: str, lease: int) -> FinetuneJob | None:
+    def held(self, job_id: str, lease: int) -> FinetuneJob | DistillationJob | None:
         """The job, if it is open under this lease."""
         entry = self._entries.get(job_id)
         return entry.job if entry is not None and entry.lease == lease else None
@@ -121,7 +91,7 @@ class Training:
         entry = self._entries.get(job_id)
         return () if entry is None else tuple(entry.steps)
 
-    def open(self, job: FinetuneJob, lease: int) -> None:
+    def open(self, job: FinetuneJob | DistillationJob, lease: int) -> None:
         """Hold a job, in place of what was held of it under an older lease."""
         self.close(job.job_id)
         self._entries[job.job_id] = _Entry(job, lease, self._pages.table())
@@ -153,6 +123,8 @@ class Training:
             entry.num_queued += entry.job.accept(item)
             return
         check_slice(item, self.decoder)
+        if isinstance(entry.job, DistillationJob):
+            raise InvalidSliceError(f"job {item.job_id} trains a drafter, which is not evaluated")
         if item.step != entry.job.step or entry.num_queued:
             raise OutOfOrderSliceError(f"an evaluation before step {item.step} came, but step {entry.job.step} is next")
         self._evaluations.accept(item, entry.job.adapter)
@@ -174,44 +146,60 @@ class Training:
                         forward_tokens=sum(sequence.num_rows - sequence.num_forwarded for sequence in left),
                         is_backward=not left,
                         context_tokens=left[0].num_forwarded if left else 0,
+                        is_drafter=isinstance(entry.job, DistillationJob),
                     )
                 )
         return views + self._evaluations.views()
 
     def windows(self, forward: dict[str, int]) -> list[Window | EvaluationWindow]:
-        """The windows of a plan's training tokens, a job's sequences one after another, then those of evaluations."""
+        """The windows of a plan's training tokens, a job's sequences one after another: drafters', adapters', evaluations'."""
         windows: list[Window | EvaluationWindow] = []
-        for job_id, num_tokens in forward.items():
-            if (entry := self._entries.get(job_id)) is None:
-                continue
-            first_slot = 0
+        entries = [(self._entries[job_id], num_tokens) for job_id, num_tokens in forward.items() if job_id in self._entries]
+        for entry, num_tokens in sorted(entries, key=lambda each: not isinstance(each[0].job, DistillationJob)):
+            first_slot, left = 0, num_tokens
             for sequence in self._current(entry):
-                num_rows = min(num_tokens, sequence.num_rows - sequence.num_forwarded)
+                num_rows = min(left, sequence.num_rows - sequence.num_forwarded)
                 if num_rows > 0:
                     segment = _segment(entry, sequence, first_slot, num_rows)
-                    windows.append(Window(job_id=job_id, sequence=sequence, start=sequence.num_forwarded, segment=segment))
-                    num_tokens -= num_rows
+                    start = sequence.num_forwarded
+                    windows.append(Window(job_id=entry.job.job_id, sequence=sequence, start=start, segment=segment))
+                    left -= num_rows
                 first_slot += sequence.num_rows
         return windows + self._evaluations.windows(forward)
 
-    def heads(self, windows: Sequence[Window | EvaluationWindow], hidden_TH: Tensor) -> None:
-        """Losses and gradients of the windows that were forwarded, from the rows that they had in the pass."""
-        parts = [(w.sequence, w.start, len(w.segment.tokens)) for w in windows if isinstance(w, Window)]
-        evaluations = [window for window in windows if isinstance(window, EvaluationWindow)]
-        num_training = sum(num_rows for _, _, num_rows in parts)
+    def heads(self, windows: Sequence[Window | EvaluationWindow], hidden_TH: Tensor, features: PassFeatures) -> None:
+        """What comes of the windows that were forwarded, whose rows were the last ones of the pass: losses and gradients, or
+        what drafters learn from.
+        """
+        start = len(hidden_TH) - sum(len(window.segment.tokens) for window in windows)
+        parts: list[tuple[TrainingSequence, int, int]] = []
         try:
+            for window in windows:
+                if isinstance(window, EvaluationWindow):
+                    continue
+                num_rows = len(window.segment.tokens)
+                if isinstance(window.sequence, TrainingSequence):
+                    parts.append((window.sequence, window.start, num_rows))
+                    continue
+                states = features.of_layers(window.sequence.layers)
+                window.sequence.take([state_TH[start : start + num_rows] for state_TH in states])
+                start += num_rows
+            end = start + sum(num_rows for _, _, num_rows in parts)
             if parts:
-                heads(parts, hidden_TH[:num_training])
-            if evaluations:
-                self._evaluations.heads(evaluations, hidden_TH[num_training:])
+                heads(parts, hidden_TH[start:end])
+            if evaluations := [window for window in windows if isinstance(window, EvaluationWindow)]:
+                self._evaluations.heads(evaluations, hidden_TH[end:])
         except (RuntimeError, MemoryError) as error:
             for job_id in {window.job_id for window in windows}:
                 self._fail(job_id, error)
 
     def backward(self, plan: Mapping[str, float]) -> BackwardWork:
         """Go back through a plan's work, all jobs together; reports steps that end and jobs that fail, which are closed."""
+        started_at = time.perf_counter()
+        drafters, drafter_tokens = self._distill(plan)
+        drafter_ms = (time.perf_counter() - started_at) * 1e3
         entries = self._going_back(plan)
-        cursors = [cursor for entry in entries.values() for cursor in entry.job.cursors()]
+        cursors = [cursor for _, job in entries.values() for cursor in job.cursors()]
         budget = math.ceil(sum(plan[job_id] for job_id in entries) * self.decoder.config.num_layers)
         token_layers = 0
         try:
@@ -220,28 +208,47 @@ class Training:
             for job_id in entries:
                 self._fail(job_id, error)
             entries = {}
-        events = [event for job_id, entry in entries.items() if (event := self._finish(job_id, entry)) is not None]
+        done = drafters | {job_id: entry for job_id, (entry, _) in entries.items()}
+        events = [event for job_id, entry in done.items() if (event := self._finish(job_id, entry)) is not None]
         events += [
             TrainingEvent(job_id=job_id, lease=self._entries[job_id].lease, score=score)
             for job_id, score in self._evaluations.scores()
         ]
         events += self._failures
         self._failures = []
-        return BackwardWork(num_tokens=token_layers / self.decoder.config.num_layers, events=tuple(events))
+        num_tokens = token_layers / self.decoder.config.num_layers
+        return BackwardWork(num_tokens=num_tokens, events=tuple(events), drafter_tokens=drafter_tokens, drafter_ms=drafter_ms)
 
-    def _going_back(self, plan: Mapping[str, float]) -> dict[str, _Entry]:
-        """The plan's jobs that can go back; one whose loss is not finite is closed."""
+    def _distill(self, plan: Mapping[str, float]) -> tuple[dict[str, _Entry], float]:
+        """Let the plan's drafters learn; those that could, and what they did. One whose loss is not finite is closed."""
+        entries, num_tokens = dict[str, _Entry](), 0.0
+        for job_id, budget in plan.items():
+            entry = self._entries.get(job_id)
+            if entry is None or not isinstance(entry.job, DistillationJob) or not entry.job.is_forwarded:
+                continue
+            try:
+                num_tokens += entry.job.advance(budget)
+            except (TrainingDivergedError, RuntimeError, MemoryError) as error:
+                self._fail(job_id, error)
+                continue
+            entries[job_id] = entry
+        if entries:
+            wait_for(self.decoder.device)
+        return entries, num_tokens
+
+    def _going_back(self, plan: Mapping[str, float]) -> dict[str, tuple[_Entry, FinetuneJob]]:
+        """The plan's adapters that can go back; one whose loss is not finite is closed."""
         entries = {}
         for job_id in plan:
             entry = self._entries.get(job_id)
-            if entry is None or not entry.job.is_forwarded:
+            if entry is None or not isinstance(entry.job, FinetuneJob) or not entry.job.is_forwarded:
                 continue
             try:
                 entry.job.cursors()
             except (TrainingDivergedError, RuntimeError, MemoryError) as error:
                 self._fail(job_id, error)
                 continue
-            entries[job_id] = entry
+            entries[job_id] = entry, entry.job
         return entries
 
     def _finish(self, job_id: str, entry: _Entry) -> TrainingEvent | None:
@@ -268,9 +275,9 @@ class Training:
         self.close(job_id)
         self._failures.append(TrainingEvent(job_id=job_id, lease=entry.lease, failure=str(error) or type(error).__name__))
 
-    def _current(self, entry: _Entry) -> tuple[TrainingSequence, ...]:
+    def _current(self, entry: _Entry) -> tuple[TrainingSequence | LessonSequence, ...]:
         """The sequences in work, if pages for all of them could be had within training's share."""
-        group = entry.job.start_next(min(MAX_GROUP_ROWS, self.max_tokens))
+        group: tuple[TrainingSequence | LessonSequence, ...] = entry.job.start_next(min(MAX_GROUP_ROWS, self.max_tokens))
         if all(len(sequence.slots_T) == sequence.num_rows for sequence in group):
             return group
         num_rows = sum(sequence.num_rows for sequence in group)
@@ -290,7 +297,7 @@ class Training:
         return True
 
 
-def _segment(entry: _Entry, sequence: TrainingSequence, first_slot: int, num_rows: int) -> Segment:
+def _segment(entry: _Entry, sequence: TrainingSequence | LessonSequence, first_slot: int, num_rows: int) -> Segment:
     """The next rows of a sequence whose slots begin at `first_slot` of the job's."""
     start = sequence.num_forwarded
     end = start + num_rows

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -13,6 +15,7 @@ from nats.js.errors import NotFoundError
 from common import subjects
 from common.artifacts import read_object
 from common.bus import Bus, BusError
+from common.fingerprint import fingerprint
 from common.messages import (
     CheckpointWritten,
     CloseJob,
@@ -30,11 +33,14 @@ from common.messages import (
 )
 from services.executor.adapter_spec import InvalidAdapterError, check_rank
 from services.executor.config import ExecutorConfig
-from services.executor.finetune import FinetuneJob, OutOfOrderSliceError, StepResult, new_job
+from services.executor.distillation import DistillationJob
+from services.executor.finetune import FinetuneJob, new_job
 from services.executor.inbox import Inbox
+from services.executor.job_steps import OutOfOrderSliceError, StepResult
 from services.executor.startup import OnDevice
-from services.executor.training import TooManySlicesError, Training, TrainingEvent
+from services.executor.training import TooManySlicesError, Training
 from services.executor.training_sequence import InvalidSliceError
+from services.executor.training_work import TrainingEvent
 
 log = structlog.get_logger()
 
@@ -95,7 +101,8 @@ class TrainingLink:
         if refused := self._full(order.job_id):
             return refused
         try:
-            check_rank(order.lora, self._config.max_lora_rank, "lora.")
+            if order.drafter is None:
+                check_rank(order.lora, self._config.max_lora_rank, "lora.")
         except InvalidAdapterError as error:
             return Rejected(reason="invalid", message=f"{error}: nobody could serve it")
         checkpoint = None
@@ -103,7 +110,8 @@ class TrainingLink:
             if order.checkpoint is not None:
                 store = await self._bus.object_store(subjects.ARTIFACTS_STORE)
                 checkpoint = await read_object(store, optimizer_object(order.checkpoint), CHECKPOINT_TIMEOUT_S)
-            job = await self._on_device(lambda: self._make(order, checkpoint))
+            drafts_for = "" if order.drafter is None else await asyncio.to_thread(fingerprint, Path(self._config.model_dir))
+            job = await self._on_device(lambda: self._make(order, checkpoint, drafts_for))
         except NotFoundError:
             return Rejected(reason="not_found", message=f"there is no checkpoint {order.checkpoint}")
         except TimeoutError:
@@ -115,7 +123,7 @@ class TrainingLink:
             return Rejected(reason="invalid", message=f"the job does not fit: {error}")
         return await self._inbox.ask(lambda: self._hold(job, order.lease))
 
-    def _hold(self, job: FinetuneJob, lease: int) -> JobOpened | Rejected:
+    def _hold(self, job: FinetuneJob | DistillationJob, lease: int) -> JobOpened | Rejected:
         """Making the job took a while: other orders may have come first."""
         if refused := self._stale(job.job_id, lease) or self._full(job.job_id):
             return refused
@@ -142,9 +150,13 @@ class TrainingLink:
         self._training.close(order.job_id)
         return JobClosed(job_id=order.job_id)
 
-    def _make(self, order: OpenJob, checkpoint: bytes | None) -> FinetuneJob:
-        share = self._config.max_recompute_share
-        job = new_job(order.job_id, order.lora, order.seed, self._training.decoder, self._training.cache, share)
+    def _make(self, order: OpenJob, checkpoint: bytes | None, drafts_for: str) -> FinetuneJob | DistillationJob:
+        decoder, share = self._training.decoder, self._config.max_recompute_share
+        job: FinetuneJob | DistillationJob
+        if order.drafter is not None:
+            job = DistillationJob(order.job_id, order.drafter, decoder, drafts_for, order.seed)
+        else:
+            job = new_job(order.job_id, order.lora, order.seed, decoder, self._training.cache, share)
         if checkpoint is not None:
             job.restore(checkpoint)
         return job
@@ -163,23 +175,23 @@ class TrainingLink:
         return SliceAccepted(job_id=item.job_id, step=item.step, index=item.index)
 
     async def _write(self, order: WriteCheckpoint) -> CheckpointWritten | Rejected:
-        """The adapter goes under the artifact's name as PEFT's file, everything needed to resume beside it."""
+        """What is trained goes under the artifact's name, an adapter as PEFT's file; what resuming needs goes beside it."""
         job = await self._inbox.ask(lambda: self._training.held(order.job_id, order.lease))
         if job is None:
             return Rejected(reason="not_found", message=f"job {order.job_id} is not open here any more")
         # On the device's thread no step can change the job meanwhile, and the event loop goes on.
-        adapter, state, step, last = await self._on_device(
-            lambda: (job.adapter.to_safetensors(), job.checkpoint(), job.step, self._training.last_steps(order.job_id))
+        trained, state, step, last = await self._on_device(
+            lambda: (job.artifact(), job.checkpoint(), job.step, self._training.last_steps(order.job_id))
         )
         store = await self._bus.object_store(subjects.ARTIFACTS_STORE)
         await store.put(optimizer_object(order.artifact), state)
-        await store.put(order.artifact, adapter)
+        await store.put(order.artifact, trained)
         steps = tuple(_step_done(event, event.step) for event in last if event.step is not None and event.step.step < step)
-        return CheckpointWritten(job_id=order.job_id, artifact=order.artifact, step=step, num_bytes=len(adapter), steps=steps)
+        return CheckpointWritten(job_id=order.job_id, artifact=order.artifact, step=step, num_bytes=len(trained), steps=steps)
 
 
 def optimizer_object(artifact: str) -> str:
-    """Name of the object that holds what resuming from an artifact needs: adapter, moments, step."""
+    """Name of the object that holds what resuming from an artifact needs: weights, moments, step."""
     return f"{artifact}.optimizer"
 
 

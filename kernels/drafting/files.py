@@ -1,4 +1,4 @@
-"""A trained drafter as a folder: config.json, safetensors, and its card. Knows files, no training."""
+"""A trained drafter as a folder's files: config.json and safetensors. Knows no training and no model."""
 
 from __future__ import annotations
 
@@ -6,22 +6,33 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from services.cli.distill_head import DraftHead
+from kernels.drafting.head import DraftHead
 
 CONFIG, WEIGHTS, CARD = "config.json", "drafter.safetensors", "README.md"
 FORMAT = "heddle-features-1"
 
 
 def write_drafter(folder: Path, head: DraftHead, vocabulary: Sequence[int], *, fingerprint: str, max_depth: int) -> None:
-    """Write what a planner reads. Matrices become int8 with a scale per row, so that the folder is small."""
+    """Write what a planner reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"format": FORMAT, "fingerprint": fingerprint, "max_depth": max_depth} | dataclasses.asdict(head.shape)
+    config = drafter_config(head, fingerprint=fingerprint, max_depth=max_depth)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / WEIGHTS).write_bytes(drafter_weights(head, vocabulary))
+
+
+def drafter_config(head: DraftHead, *, fingerprint: str, max_depth: int) -> dict[str, Any]:
+    """What config.json says."""
+    return {"format": FORMAT, "fingerprint": fingerprint, "max_depth": max_depth} | dataclasses.asdict(head.shape)
+
+
+def drafter_weights(head: DraftHead, vocabulary: Sequence[int], metadata: dict[str, str] | None = None) -> bytes:
+    """The weights as safetensors bytes. Matrices become int8 with a scale per row, so that the folder is small."""
     tensors = {"vocabulary_V": torch.tensor(vocabulary, dtype=torch.int32)}
     for name, value in head.state_dict().items():
         if name == "head_VH" and torch.equal(value, head.embedding_VH):
@@ -30,7 +41,7 @@ def write_drafter(folder: Path, head: DraftHead, vocabulary: Sequence[int], *, f
             tensors[name], tensors[f"{name}_scale"] = quantized(value)
         else:
             tensors[name] = value.contiguous()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return safetensors.torch.save(tensors, metadata=metadata or {"format": "pt"})
 
 
 def quantized(weight_OI: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,14 @@ class Span:
     start: int
     end: int
     rows_R: Tensor
+
+
+class Read(NamedTuple):
+    """Rows before attention: what the layer adds to [T, H], and keys and values [T, K, D]."""
+
+    x_TH: Tensor
+    keys_TKD: Tensor
+    values_TKD: Tensor
 
 
 class DraftHead(nn.Module):
@@ -91,30 +100,46 @@ class DraftHead(nn.Module):
         """Outputs [R, H] of each step; `next_tokens_TS[i, k]` is the reduced id of token i + 1 + k."""
         rows_R = torch.cat([span.start + span.rows_R for span in spans])
         positions_T = torch.cat([torch.arange(span.end - span.start) for span in spans])
-        cos_PD, sin_PD = self._rotary(int(positions_T.max()) + num_steps + 1)
-        state_TH = self.state(features_TF)
-        x_TH = self._fused(state_TH, next_tokens_TS[:, 0])
-        normed_TH = self._norm(x_TH, self.input_norm_H)
+        read = self.read(features_TF, next_tokens_TS[:, 0], positions_T)
+        following_RS = next_tokens_TS[rows_R, :num_steps]
+        return self.go_on(read.x_TH[rows_R], positions_T[rows_R], following_RS, read.keys_TKD, read.values_TKD, spans)
+
+    def read(self, features_TF: Tensor, next_tokens_T: Tensor, positions_T: Tensor) -> Read:
+        """What rows are before attention: each on its own."""
+        x_TH = self._fused(self.state(features_TF), next_tokens_T)
+        keys_TKD, values_TKD = self._keys(self._norm(x_TH, self.input_norm_H), positions_T)
+        return Read(x_TH, keys_TKD, values_TKD)
+
+    def go_on(
+        self,
+        x_RH: Tensor,
+        positions_R: Tensor,
+        following_RS: Tensor,
+        keys_TKD: Tensor,
+        values_TKD: Tensor,
+        spans: Sequence[Span],
+    ) -> list[Tensor]:
+        """Outputs [R, H] of S steps from rows that were read; `following_RS[i, k]` is the token that step k reads."""
         q_size = self.shape.num_heads * self.shape.head_dim
-        kv_TO = F.linear(normed_TH, self.qkv.weight[q_size:])
-        keys, values = kv_TO.view(len(x_TH), 2, self.shape.num_kv_heads, -1).unbind(1)
-        keys = _rotate(keys, cos_PD[positions_T], sin_PD[positions_T])
         own: list[tuple[Tensor, Tensor]] = []
         outs: list[Tensor] = []
-        x_RH, normed_RH = x_TH[rows_R], normed_TH[rows_R]
-        for step in range(num_steps):
-            at_R = positions_T[rows_R] + step
+        for step in range(following_RS.shape[1]):
+            at_R = positions_R + step
             if step:
-                x_RH = self._continued(outs[-1], next_tokens_TS[rows_R, step])
-                normed_RH = self._norm(x_RH, self.input_norm_H)
-                k_RKD, v_RKD = (
-                    F.linear(normed_RH, self.qkv.weight[q_size:]).view(len(x_RH), 2, self.shape.num_kv_heads, -1).unbind(1)
-                )
-                own.append((_rotate(k_RKD, cos_PD[at_R], sin_PD[at_R]), v_RKD))
+                x_RH = self._continued(outs[-1], following_RS[:, step])
+            normed_RH = self._norm(x_RH, self.input_norm_H)
+            if step:
+                own.append(self._keys(normed_RH, at_R))
             q_RND = F.linear(normed_RH, self.qkv.weight[:q_size]).view(len(x_RH), self.shape.num_heads, -1)
-            attended_RO = self._attend(_rotate(q_RND, cos_PD[at_R], sin_PD[at_R]), keys, values, own, spans)
+            attended_RO = self._attend(_rotate(q_RND, *self._rotary(at_R)), keys_TKD, values_TKD, own, spans)
             outs.append(self._rest(x_RH, attended_RO))
         return outs
+
+    def _keys(self, normed_TH: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        q_size = self.shape.num_heads * self.shape.head_dim
+        kv_TO = F.linear(normed_TH, self.qkv.weight[q_size:])
+        keys_TKD, values_TKD = kv_TO.view(len(normed_TH), 2, self.shape.num_kv_heads, -1).unbind(1)
+        return _rotate(keys_TKD, *self._rotary(positions_T)), values_TKD
 
     def _rest(self, x_RH: Tensor, attended_RO: Tensor) -> Tensor:
         m_RH = x_RH + self.o(attended_RO)
@@ -146,7 +171,7 @@ class DraftHead(nn.Module):
             num_rows = len(span.rows_R)
             q = q_RKGD[at : at + num_rows].permute(1, 2, 0, 3).reshape(kv_heads, groups * num_rows, -1)
             k, v = k_TKD[span.start : span.end].transpose(0, 1), v_TKD[span.start : span.end].transpose(0, 1)
-            behind = span.rows_R[:, None] - torch.arange(span.end - span.start)[None]
+            behind = span.rows_R[:, None] - torch.arange(span.end - span.start, device=q.device)[None]
             hidden_RL = (behind < 0) | (behind >= self.shape.window)
             scores = (q @ k.transpose(1, 2)).view(kv_heads, groups, num_rows, -1).masked_fill(hidden_RL, -torch.inf)
             if own_k_RKSD is None or own_v_RKSD is None:
@@ -166,11 +191,12 @@ class DraftHead(nn.Module):
     def _norm(self, x_TH: Tensor, weight_H: Tensor) -> Tensor:
         return F.rms_norm(x_TH, weight_H.shape, weight_H, self.shape.rms_norm_eps)
 
-    def _rotary(self, num_positions: int) -> tuple[Tensor, Tensor]:
+    def _rotary(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, D] of these positions."""
         half = self.shape.head_dim // 2
-        rates = self.shape.rope_theta ** -(torch.arange(half, dtype=torch.float32) / half)
-        angles_PD = torch.arange(num_positions, dtype=torch.float32)[:, None] * rates.repeat(2)[None]
-        return angles_PD.cos(), angles_PD.sin()
+        rates = self.shape.rope_theta ** -(torch.arange(half, dtype=torch.float32, device=positions_T.device) / half)
+        angles_TD = positions_T.float()[:, None] * rates.repeat(2)[None]
+        return angles_TD.cos(), angles_TD.sin()
 
 
 def _rotate(x_RND: Tensor, cos_RD: Tensor, sin_RD: Tensor) -> Tensor:

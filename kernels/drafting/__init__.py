@@ -1,0 +1,1 @@
+"""The features drafter's head in training: what `heddle distill` and the executor's distillation jobs share."""

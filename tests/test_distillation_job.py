@@ -1,0 +1,272 @@
+"""Distillation in the executor: what a head learns from, its gradients against autograd, the same bits however it is cut."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from common.latency import drafter_corrected, drafter_ms_per_token
+from common.messages import DrafterSpec, LatencyProfile, OptimizerStep, Slo, TrainingSlice
+from kernels.drafting.files import CONFIG, WEIGHTS
+from kernels.drafting.head import DraftHead, Span
+from kernels.drafting.training import Truth, row_losses, step_weights
+from services.executor import lesson_units
+from services.executor.adapter_spec import InvalidAdapterError
+from services.executor.distillation import UPDATE_COST, DistillationJob
+from services.executor.engine import Engine
+from services.executor.lesson import LessonSequence
+from services.executor.lesson_units import LessonUnits
+from services.executor.scheduler import Limits
+from services.planner.features_head import FeaturesHead
+from tests.tiny import SHAPE, Driver, random_prompt, tiny_engine, tiny_pair, tiny_request
+
+VOCABULARY = tuple(range(3, 90))
+SPEC = DrafterSpec(vocabulary=VOCABULARY, num_steps=3)
+RATE = OptimizerStep(learning_rate=1e-2)
+TIGHT = Limits(idle_iteration_ms=5.0)
+
+
+def new_job(spec: DrafterSpec = SPEC, seed: int = 1) -> DistillationJob:
+    return DistillationJob("job", spec, tiny_pair()[1], "name", seed)
+
+
+def lesson(step: int, index: int = 0, num_tokens: int = 40, *, is_last: bool = True, **fields: Any) -> TrainingSlice:
+    """A text whose second half is an answer."""
+    weights = [0.0] * (num_tokens // 2) + [2.0 / num_tokens] * (num_tokens - num_tokens // 2)
+    values: dict[str, Any] = {"tokens": random_prompt(num_tokens, seed=100 * step + index), "weights": tuple(weights)}
+    optimizer = RATE if is_last else None
+    return TrainingSlice(job_id="job", lease=1, step=step, index=index, optimizer=optimizer, **(values | fields))
+
+
+def texts(num_steps: int) -> list[TrainingSlice]:
+    """Steps of two texts of many lengths, of the same few in turn."""
+    sizes = (40, 75, 23, 90)
+    return [
+        lesson(step, i, sizes[(2 * step + i) % 4], is_last=i == 1, tokens=random_prompt(sizes[(2 * step + i) % 4], seed=i))
+        for step in range(num_steps)
+        for i in range(2)
+    ]
+
+
+def opened(slices: Sequence[TrainingSlice], job: DistillationJob | None = None, **options: Any) -> Engine:
+    """An engine with the job and its work; pages for the longest text."""
+    engine = tiny_engine(tiny_pair()[1], **{"num_pages": 512, **options})
+    engine.training.open(job or new_job(), 1)
+    for item in slices:
+        engine.training.accept(item)
+    return engine
+
+
+def trained(slices: Sequence[TrainingSlice], job: DistillationJob | None = None, **options: Any) -> list[float]:
+    """The losses of all steps."""
+    driver = Driver(opened(slices, job, **options))
+    driver.run(100_000)
+    failures = [event.failure for event in driver.events if event.failure]
+    assert not failures
+    return [event.step.loss for event in driver.events if event.step is not None]
+
+
+def forwarded(job: DistillationJob, item: TrainingSlice) -> LessonSequence:
+    """The lesson, its rows gone through the model in windows of 32 or fewer."""
+    engine = opened([item], job, limits=TIGHT)
+    while not job.is_forwarded:
+        engine.forward_pass()
+    (sequence,) = job.group
+    return sequence
+
+
+def test_a_lesson_is_what_the_target_thinks() -> None:
+    item = lesson(0, num_tokens=90)
+    sequence = forwarded(new_job(), item)
+    model, kept = tiny_pair()[0], list[Tensor]()
+    hook = model.model.norm.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0][0]))
+    with torch.no_grad():
+        out = model(torch.tensor([item.tokens]), output_hidden_states=True)
+    hook.remove()
+    states_TF = torch.cat([out.hidden_states[1][0], kept[0]], dim=1)[: sequence.num_rows]
+    torch.testing.assert_close(sequence.features_TF.float(), states_TF, atol=1e-4, rtol=2**-7)
+    rows_R = torch.arange(44, 89)
+    probs_RV = out.logits[0].softmax(-1)[rows_R][:, list(VOCABULARY)]
+    truth = sequence.truth(rows_R)
+    wanted = probs_RV.topk(truth.probs_Rk.shape[1], dim=1)
+    torch.testing.assert_close(truth.probs_Rk, wanted.values, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(probs_RV.gather(1, truth.top_Rk), wanted.values, atol=1e-6, rtol=1e-4)
+    places = {token: i for i, token in enumerate(VOCABULARY)}
+    favourites = out.logits[0].argmax(-1)[rows_R].tolist()
+    assert truth.favourites_R.tolist() == [places.get(token, len(VOCABULARY)) for token in favourites]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_units_add_up_to_the_gradient_of_the_whole_text(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(lesson_units, "NOISE", 0.0)
+    monkeypatch.setattr(lesson_units, "sampled_classes", lambda num_classes, *_: torch.arange(num_classes))
+    rng = random.Random(seed)
+    turns = [rng.choice([0.0, 0.01, 0.03]) for _ in range(10) for _ in range(24)]  # the window is 128, a read part 64 rows
+    item = lesson(0, num_tokens=240, weights=(0.0, *turns[1:]), tokens=random_prompt(240, seed))
+    job = new_job()
+    sequence = forwarded(job, item)
+    for unit in LessonUnits(job.head, sequence, SPEC.num_steps, seed):
+        unit.run()
+    got = {name: parameter.grad for name, parameter in job.head.named_parameters() if parameter.requires_grad}
+    head = DraftHead(job.head.shape, job.head.embedding_VH)
+    head.load_state_dict(job.head.state_dict())
+    loss = whole_loss(head, sequence, item)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert sequence.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert len(got) == 14
+    for name, grad in got.items():
+        torch.testing.assert_close(grad, head.get_parameter(name).grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def whole_loss(head: DraftHead, sequence: LessonSequence, item: TrainingSlice) -> Tensor:
+    """As `heddle distill` computes it: the text as one batch."""
+    rows_R, num_rows, num_steps = torch.tensor(sequence.trained), sequence.num_rows, SPEC.num_steps
+    padded_T = torch.cat([sequence.places_T, torch.zeros(num_steps, dtype=torch.int64)])
+    weights_T = torch.cat([torch.tensor(item.weights), torch.zeros(num_steps + 1)])
+    following_TS = torch.stack([padded_T[1 + step : 1 + step + num_rows] for step in range(num_steps)], dim=1)
+    outs = head.unroll(sequence.features_TF.float(), following_TS, [Span(0, num_rows, rows_R)], num_steps)
+    total = torch.zeros(())
+    for step, (out_RH, share) in enumerate(zip(outs, step_weights(num_steps), strict=True)):
+        truth: Truth = sequence.truth(rows_R + 1 + step)
+        losses_R = row_losses(head, out_RH, truth, torch.arange(len(head.head_VH)))
+        total = total + share * (weights_T[rows_R + 2 + step] * losses_R).sum()
+    return total
+
+
+def test_the_loss_falls_and_the_head_finds_the_favourites() -> None:
+    driver = Driver(opened(texts(30)))
+    driver.run(10_000)
+    steps = [event.step for event in driver.events if event.step is not None]
+    assert [step.step for step in steps] == list(range(30))
+    assert sum(step.loss for step in steps[-4:]) < 0.7 * sum(step.loss for step in steps[:4])
+    accuracy = [step.num_correct / step.num_tokens for step in steps]
+    assert sum(accuracy[-4:]) > sum(accuracy[:4]) + 2.0
+
+
+def test_neither_windows_nor_requests_beside_it_change_a_bit() -> None:
+    slices = texts(6)
+    alone, cut, beside = new_job(), new_job(), new_job()
+    losses = trained(slices, alone, limits=Limits(idle_iteration_ms=10_000.0))
+    assert trained(slices, cut, limits=TIGHT) == losses
+    engine = opened(slices, beside)
+    for i in range(3):
+        assert engine.submit(tiny_request(f"r{i}", random_prompt(9, i), 25, slo=Slo(tpot_ms=12.0)), None) is None
+    driver = Driver(engine)
+    driver.run(10_000)
+    assert [event.step.loss for event in driver.events if event.step is not None] == losses
+    assert alone.artifact() == cut.artifact() == beside.artifact() != new_job().artifact()
+
+
+def test_a_restored_job_goes_on_to_the_bit() -> None:
+    slices = texts(6)
+    whole, first = new_job(), new_job()
+    losses = trained(slices, whole)
+    engine = opened(slices[:8], first)
+    driver = Driver(engine)
+    while first.step < 3 or not first.is_forwarded:  # in the middle of step 3, which is forgotten
+        driver.step()
+    resumed = new_job(seed=2)
+    resumed.restore(first.checkpoint())
+    assert resumed.step == 3
+    assert trained(slices[6:], resumed) == losses[3:]
+    assert resumed.artifact() == whole.artifact()
+    assert resumed.checkpoint() == whole.checkpoint()
+
+
+def test_what_no_job_can_be_restored_from_is_named() -> None:
+    other = new_job(spec_with(vocabulary=VOCABULARY[1:])).checkpoint()
+    for data, reason in ((other, "another vocabulary"), (b"{}", "safetensors"), (safetensors.torch.save({}), "no step")):
+        with pytest.raises(InvalidAdapterError, match=reason):
+            new_job().restore(data)
+
+
+def spec_with(**fields: Any) -> DrafterSpec:
+    return DrafterSpec(**({"vocabulary": VOCABULARY, "num_steps": 3} | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"vocabulary": ()}, "vocabulary"),
+        ({"vocabulary": (5, 4)}, "vocabulary"),
+        ({"vocabulary": (5, 97)}, "vocabulary"),
+        ({"vocabulary": (-1, 5)}, "vocabulary"),
+        ({"num_steps": 0}, "num_steps"),
+        ({"num_steps": 7}, "num_steps"),
+    ],
+)
+def test_an_impossible_drafter_is_refused_by_field(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidAdapterError, match=f"drafter.{field}"):
+        new_job(spec_with(**fields))
+
+
+def test_units_wait_until_they_are_paid_for() -> None:
+    job = new_job()
+    forwarded(job, lesson(0))
+    costs = []
+    for unit in LessonUnits(job.head, job.group[0], SPEC.num_steps, 1):
+        unit.run()
+        costs.append(unit.cost / job._model_cost)
+    costs.append(UPDATE_COST * sum(each.numel() for each in job._optimizer.parameters.values()) / job._model_cost)
+    budget, paid, spent = max(costs) / 7, 0.0, 0.0
+    while job.finish() is None:
+        done = job.advance(budget)
+        paid, spent = paid + budget, spent + done
+        assert spent <= paid * (1 + 1e-9)
+        assert done <= budget + max(costs)
+    assert spent == pytest.approx(sum(costs))
+
+
+def test_a_distillation_beside_requests_keeps_their_targets() -> None:
+    """On a clock that runs as the latency model says, drafters' units included: each target is met, and the head learns."""
+    profile = LatencyProfile(points=((1, 10.0), (1001, 1010.0)), backward_ms_per_token=2.0, drafter_correction=1.0)
+    now = [1000.0]
+    engine = opened(texts(2), profile=profile, clock=lambda: now[0])
+    for i in range(3):
+        assert engine.submit(tiny_request(f"r{i}", random_prompt(4, i), 60, slo=Slo(tpot_ms=30.0)), None) is None
+    learned, since = 0.0, dict[str, float]()
+    counts: dict[str, int] = {}
+    while engine.sequences:
+        iteration = engine.forward_pass()
+        assert engine._plan is not None
+        now[0] += engine._plan.forward_ms / 1e3
+        for chunk in iteration.chunks:
+            counts[chunk.request_id] = counts.get(chunk.request_id, 0) + len(chunk.tokens)
+            since.setdefault(chunk.request_id, now[0])
+            if chunk.finish_reason:
+                mean_ms = (now[0] - since[chunk.request_id]) * 1e3 / (counts[chunk.request_id] - 1)
+                assert mean_ms <= 30.0
+        work = engine.backward_pass()
+        engine.profile = profile
+        learned += work.drafter_tokens
+        now[0] += work.drafter_tokens * drafter_ms_per_token(profile) / 1e3
+    assert learned > 100
+
+
+def test_the_latency_model_learns_what_a_head_costs() -> None:
+    profile = LatencyProfile(points=((1, 10.0), (100, 100.0)))
+    assert drafter_ms_per_token(profile) == pytest.approx(4.0)
+    for _ in range(40):
+        profile = drafter_corrected(profile, 10.0, 5.0)
+    assert drafter_ms_per_token(profile) == pytest.approx(0.5, rel=0.05)
+    assert drafter_corrected(profile, 0.0, 5.0) == profile
+
+
+def test_a_planner_loads_the_artifact(tmp_path: Path) -> None:
+    job = new_job()
+    trained(texts(2), job)
+    data = job.artifact()
+    (tmp_path / WEIGHTS).write_bytes(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    (tmp_path / CONFIG).write_text(header["__metadata__"]["config"])
+    head = FeaturesHead(tmp_path)
+    assert (head.fingerprint, head.feature_layers, head.hidden_size) == ("name", (1, 2), SHAPE["hidden_size"])
+    assert head.vocabulary == list(VOCABULARY)
