@@ -13,7 +13,8 @@ import pytest
 
 from common.bus import Bus
 from common.messages import LoraSpec
-from services.cli.finetune import FinetuneError, Gateway, bar_fields, watch
+from services.cli.__main__ import main
+from services.cli.finetune import FinetuneError, FinetuneOptions, Gateway, bar_fields, body, outcome, watch
 from tests.gateway_stage import Connect, running_gateway
 from tests.trainer_fakes import MODEL, example, write_model_dir
 from tests.trainer_world import World
@@ -112,3 +113,39 @@ def test_what_is_no_gateway_is_named() -> None:
         pytest.raises(FinetuneError, match="no Heddle gateway"),
     ):
         Gateway(client).job("x")
+
+
+def test_a_distillation_asks_for_a_drafter_and_writes_its_folder(tmp_path: Path) -> None:
+    options = FinetuneOptions(
+        data=tmp_path, validation=None, model=None, suffix=None, seed=None, epochs=2, batch_size=None, lora={}, wait=False,
+        url="http://gateway", api_key=None, drafter={"vocabulary_size": 99, "num_steps": None}, out=tmp_path / "drafter",
+    )  # fmt: skip
+    asked = body(options, "m", {"training_file": "file-1"})
+    hyperparameters = {"n_epochs": 2, "vocabulary_size": 99}
+    assert asked["method"] == {"type": "distillation", "distillation": {"hyperparameters": hyperparameters}}
+    assert "lora" not in asked
+    names = {"f1": "step_metrics.csv", "f2": "config.json", "f3": "drafter.safetensors", "f4": "README.md"}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        file_id, _, part = request.url.path.removeprefix("/v1/files/").partition("/")
+        return httpx.Response(200, content=f"of {file_id}") if part else httpx.Response(200, json={"filename": names[file_id]})
+
+    with httpx.Client(transport=httpx.MockTransport(answer), base_url="http://gateway") as client:
+        text = outcome(options, Gateway(client), {"result_files": list(names)})
+    written = {path.name: path.read_text() for path in (tmp_path / "drafter").iterdir()}
+    assert written == {"config.json": "of f2", "drafter.safetensors": "of f3", "README.md": "of f4"}
+    assert text.endswith(f"--draft ngram,features:{tmp_path / 'drafter'}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--method", "distillation", "--rank", "4"], "--rank does not belong to --method distillation"),
+        (["--out", "x"], "belong to --method distillation"),
+        (["--method", "distillation", "--out", "."], "is not an empty folder"),
+    ],
+)
+def test_options_of_another_method_are_refused(tmp_path: Path, arguments: list[str], reason: str) -> None:
+    (tmp_path / "data.jsonl").write_bytes(DATA)
+    with pytest.raises(SystemExit, match=reason):
+        main(["finetune", str(tmp_path / "data.jsonl"), *arguments])

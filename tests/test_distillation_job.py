@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import safetensors.torch
 import torch
@@ -189,7 +190,7 @@ def test_what_no_job_can_be_restored_from_is_named() -> None:
 
 
 def spec_with(**fields: Any) -> DrafterSpec:
-    return DrafterSpec(**({"vocabulary": VOCABULARY, "num_steps": 3} | fields))
+    return msgspec.structs.replace(SPEC, **fields)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,10 @@ class JobError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FineTuningJob(msgspec.Struct, frozen=True, kw_only=True, tag="job.1"):
-    """A finetuning job as OpenAI's API shows it, plus our `lora` block and progress."""
+    """A finetuning job as OpenAI's API shows it, plus our `lora` block and progress.
+
+    The method `distillation` trains a drafter, whose files are among `result_files`; it has neither `lora` nor a model.
+    """
 
     id: str
     created_at: int
@@ -42,6 +45,7 @@ class FineTuningJob(msgspec.Struct, frozen=True, kw_only=True, tag="job.1"):
     hyperparameters: dict[str, Any]
     lora: dict[str, Any]
     seed: int
+    method: Literal["supervised", "distillation"] = "supervised"
     finished_at: int | None = None
     fine_tuned_model: str | None = None
     error: JobError | None = None

@@ -36,6 +36,8 @@ LORA_OPTIONS = (
     "scheduler", "warmup_steps", "optimizer", "weight_decay", "max_grad_norm",
 )  # fmt: skip
 """Options of `heddle finetune` that go into the job's `lora` block."""
+DRAFTER_OPTIONS = ("vocabulary_size", "num_steps")
+"""Those that a distillation has for itself."""
 KEY_VARIABLES = ("HEDDLE_GATEWAY_API_KEY", "HEDDLE_API_KEY")
 
 
@@ -120,6 +122,15 @@ def _finetune(options: argparse.Namespace) -> None:
     lora = {name: given.pop(name) for name in LORA_OPTIONS}
     if lora["target_modules"] == ["all-linear"]:
         lora["target_modules"] = "all-linear"
+    drafter = {name: given.pop(name) for name in DRAFTER_OPTIONS}
+    asked = [name for name, value in lora.items() if value is not None and name not in ("method", "learning_rate")]
+    if lora["method"] == "distillation":
+        if asked:
+            raise FinetuneError(f"--{asked[0].replace('_', '-')} does not belong to --method distillation")
+        finetune(FinetuneOptions(**given, lora={}, drafter={**drafter, "learning_rate": lora["learning_rate"]}))
+        return
+    if given["out"] is not None or any(value is not None for value in drafter.values()):
+        raise FinetuneError("--out, --vocabulary and --ahead belong to --method distillation")
     finetune(FinetuneOptions(**given, lora=lora))
 
 

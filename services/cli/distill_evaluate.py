@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -61,3 +61,23 @@ def _hits(head: DraftHead, lessons: Sequence[Lesson], max_depth: int, num_top: i
             torch.stack([(top == truth_RS[:, [s]]).any(1) & (truth_RS[:, s] != other) for s, top in enumerate(tops)], 1)
         )
     return torch.cat(found)
+
+
+def describe(found: Mapping[str, Acceptance]) -> str:
+    """What a card says of it."""
+    depths = max((len(each.shares[NUM_TOP[0]]) for each in found.values()), default=0)
+    rows = [
+        f"| {kind} | " + " | ".join(_shares(each.shares[n]) for n in NUM_TOP) + f" | {each.chain_tokens:.2f} |"
+        for kind, each in found.items()
+    ]
+    header = "| workload | " + " | ".join(f"top-{n}" for n in NUM_TOP) + " | tokens per verified chain |"
+    return (
+        f"Of {sum(each.num_rows for each in found.values()):,} positions of greedy answers to prompts that were held out, the"
+        " target's next token was among the drafter's first\n"
+        f"{' or '.join(map(str, NUM_TOP))}, given that the path to it was right, at depths 1 to {depths}:\n\n"
+        + "\n".join([header, "|---" * (len(NUM_TOP) + 2) + "|", *rows])
+    )
+
+
+def _shares(shares: Sequence[float]) -> str:
+    return " ".join(f"{share:.2f}" for share in shares)

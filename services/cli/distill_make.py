@@ -12,22 +12,18 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
+from common.drafter_card import Facts, card
+from common.drafter_vocabulary import choose_vocabulary, count_tokens
 from common.fingerprint import fingerprint
 from common.model_shape import read_model_shape
 from kernels.drafting.design import MAX_DEPTH, WINDOW, feature_layers, inner_size, with_rest
 from kernels.drafting.files import CARD, write_drafter
 from kernels.drafting.head import DraftHead, HeadShape
-from services.cli.distill_card import Facts, card
 from services.cli.distill_data import DistillError, Example
-from services.cli.distill_evaluate import evaluate
+from services.cli.distill_evaluate import describe, evaluate
 from services.cli.distill_start import start_from_least_squares
 from services.cli.distill_target import Target
 from services.cli.distill_train import Lesson, Recipe, Trainer, lessons_of
-
-ANSWER_WEIGHT = 3
-"""A token of an answer counts so much more for the vocabulary than one of a prompt."""
-RANK_WEIGHT = 40_000
-"""Tokens of low number are frequent in all texts (byte-pair merges come in that order): a prior for those not seen here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +75,7 @@ def make(
             f" {origin}; {len(material.held_out):,} more were held out.",
             training=f"{num_steps:,} steps, {epochs:g} epochs, {(time.monotonic() - started_at) / 60:.0f} minutes with"
             f" {torch.get_num_threads()} threads. {recipe!r}",
-            acceptance=evaluate(head.eval(), material.held_out, max_depth=5),
+            acceptance=describe(evaluate(head.eval(), material.held_out, max_depth=5)),
         )
     )
     (out / CARD).write_text(text)
@@ -97,7 +93,7 @@ def prepare(
     num_evaluated = max(1, round(evaluated_share * len(order)))
     if len(order) <= num_evaluated:
         raise DistillError(f"{len(order)} answers are too few: some are needed to train on, and some to evaluate with")
-    vocabulary = choose_vocabulary(order[num_evaluated:], target.config.vocab_size, vocabulary_size)
+    vocabulary = _vocabulary(order[num_evaluated:], target.config.vocab_size, vocabulary_size)
     places_V = torch.full((target.config.vocab_size,), len(vocabulary))
     places_V[torch.tensor(vocabulary)] = torch.arange(len(vocabulary))
     task = progress.add_task("hidden states", total=len(order), note="")
@@ -115,15 +111,11 @@ def prepare(
     return Material(head, vocabulary, *parts)
 
 
-def choose_vocabulary(examples: Sequence[Example], vocab_size: int, size: int) -> list[int]:
-    """The tokens that are probably most frequent in answers, rising."""
+def _vocabulary(examples: Sequence[Example], vocab_size: int, size: int) -> list[int]:
     counts: Counter[int] = Counter()
     for example in examples:
-        counts.update(example.tokens)
-        for token in example.tokens[example.num_prompt :]:
-            counts[token] += ANSWER_WEIGHT - 1
-    ranked = sorted(range(vocab_size), key=lambda token: (-(counts[token] + RANK_WEIGHT / (token + 2000)), token))
-    return sorted(ranked[: min(size, vocab_size)])
+        count_tokens(counts, example.tokens, example.tokens[example.num_prompt :])
+    return choose_vocabulary(counts, vocab_size, size)
 
 
 def _shape(target: Target, layers: tuple[int, ...]) -> HeadShape:

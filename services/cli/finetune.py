@@ -21,6 +21,8 @@ MAX_OUTAGE_S = 60.0
 """A gateway that restarts is waited for so long."""
 ENDED = ("succeeded", "failed", "cancelled")
 PAGE = 100
+DRAFTER_FILES = ("config.json", "drafter.safetensors", "README.md")
+"""A drafter's folder."""
 
 
 class FinetuneError(RuntimeError):
@@ -40,6 +42,10 @@ class FinetuneOptions:
     batch_size: int | None
     lora: dict[str, Any]
     wait: bool
+    drafter: dict[str, Any] | None = None
+    """Hyperparameters of a distillation, which has no `lora`."""
+    out: Path | None = None
+    """Where the drafter's folder goes when the job has succeeded, which is waited for."""
     url: str
     api_key: str | None
 
@@ -49,6 +55,8 @@ def finetune(options: FinetuneOptions) -> None:
     for path in (options.data, options.validation):
         if path is not None and not path.is_file():
             raise FinetuneError(f"there is no file {path}")
+    if options.out is not None and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise FinetuneError(f"{options.out} is not an empty folder")
     model = options.model or fetch(options.url, options.api_key)[0].model
     headers = {"authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     with httpx.Client(base_url=options.url.rstrip("/"), headers=headers, timeout=TIMEOUT_S) as client:
@@ -58,28 +66,42 @@ def finetune(options: FinetuneOptions) -> None:
             files["validation_file"] = gateway.upload(options.validation)
         job = gateway.create(body(options, model, files))
         print(f"job {job['id']}: {options.data.name}, {model}", flush=True)
-        if not options.wait:
+        if not options.wait and options.out is None:
             return
         try:
             job = follow(gateway, job["id"])
         except KeyboardInterrupt:
             print(f"the job goes on; POST {options.url}/v1/fine_tuning/jobs/{job['id']}/cancel ends it", file=sys.stderr)
             raise
-    if job["status"] != "succeeded":
-        raise FinetuneError(f"the job {job['status']}" + (f": {job['error']['message']}" if job.get("error") else ""))
-    print(f"{job['fine_tuned_model']}: served as a model, {job['trained_tokens']} tokens trained")
+        if job["status"] != "succeeded":
+            raise FinetuneError(f"the job {job['status']}" + (f": {job['error']['message']}" if job.get("error") else ""))
+        print(outcome(options, gateway, job))
+
+
+def outcome(options: FinetuneOptions, gateway: Gateway, job: dict[str, Any]) -> str:
+    """What came of a job that succeeded; a drafter's folder is written."""
+    if options.drafter is None:
+        return f"{job['fine_tuned_model']}: served as a model, {job['trained_tokens']} tokens trained"
+    if options.out is None:
+        return f"a drafter: its folder is among the job's files, {', '.join(job['result_files'])}"
+    options.out.mkdir(parents=True, exist_ok=True)
+    for file_id in job["result_files"]:
+        if (name := gateway.filename(file_id)) in DRAFTER_FILES:
+            (options.out / name).write_bytes(gateway.content(file_id))
+    return f"a drafter, in {options.out}: heddle up --draft ngram,features:{options.out}"
 
 
 def body(options: FinetuneOptions, model: str, files: dict[str, str]) -> dict[str, Any]:
     """The request that creates the job."""
-    hyperparameters = {"n_epochs": options.epochs, "batch_size": options.batch_size}
+    hyperparameters = {"n_epochs": options.epochs, "batch_size": options.batch_size, **(options.drafter or {})}
+    method = "supervised" if options.drafter is None else "distillation"
     asked = {
         "model": model,
         **files,
         "suffix": options.suffix,
         "seed": options.seed,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": _given(hyperparameters)}},
-        "lora": _given(options.lora),
+        "method": {"type": method, method: {"hyperparameters": _given(hyperparameters)}},
+        "lora": _given(options.lora) if options.drafter is None else None,
     }
     return _given(asked)
 
@@ -103,6 +125,17 @@ class Gateway:
     def job(self, job_id: str) -> dict[str, Any]:
         """The job as it is now."""
         return self._ask("GET", f"/v1/fine_tuning/jobs/{job_id}")
+
+    def filename(self, file_id: str) -> str:
+        """What a file is called."""
+        return str(self._ask("GET", f"/v1/files/{file_id}")["filename"])
+
+    def content(self, file_id: str) -> bytes:
+        """A file's bytes."""
+        response = self._client.get(f"/v1/files/{file_id}/content")
+        if response.is_error:
+            raise FinetuneError(f"the file {file_id} cannot be had: status {response.status_code}")
+        return response.content
 
     def events_since(self, job_id: str, last_id: str | None) -> list[dict[str, Any]]:
         """The job's events behind that one, oldest first."""

@@ -34,7 +34,11 @@ _CREATE_SCHEMA: dict[str, Any] = {
         "suffix": {"type": "string"},
         "seed": {"type": "integer"},
         "hyperparameters": {"type": "object", "description": "n_epochs, batch_size, learning_rate_multiplier, ..."},
-        "method": {"type": "object", "description": "{type: supervised, supervised: {hyperparameters}}"},
+        "method": {
+            "type": "object",
+            "description": "{type: supervised, supervised: {hyperparameters}}, or type distillation: a drafter is trained,"
+            " with the hyperparameters learning_rate, vocabulary_size and num_steps besides.",
+        },
         "metadata": {"type": "object"},
         "lora": {
             "type": "object",
@@ -81,7 +85,10 @@ def finetuning_routes(trainer: Trainer) -> APIRouter:
 
     @router.post("", summary="Start a job", openapi_extra={"requestBody": json_body(_CREATE_SCHEMA)})
     async def create(request: Request) -> Response:
-        """Trains a LoRA adapter on an uploaded file; when it has succeeded, `fine_tuned_model` is served."""
+        """Trains a LoRA adapter on an uploaded file; when it has succeeded, `fine_tuned_model` is served.
+
+        A distillation trains a drafter: its folder's files are among `result_files`.
+        """
         body = decode_json(await request.body(), dict[str, Any])
         return json_response(job_object(await trainer.ask("create", CreateJob(body=body), FineTuningJob)))
 
@@ -122,7 +129,7 @@ def finetuning_routes(trainer: Trainer) -> APIRouter:
 
 def job_object(job: FineTuningJob) -> dict[str, Any]:
     """The job in OpenAI's shape, with our `lora`, `step` and `total_steps` beside it."""
-    method = {"type": "supervised", "supervised": {"hyperparameters": job.hyperparameters}}
+    method = {"type": job.method, job.method: {"hyperparameters": job.hyperparameters}}
     return _object(job, "fine_tuning.job") | {"organization_id": "", "integrations": [], "method": method}
 
 

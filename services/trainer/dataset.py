@@ -13,6 +13,7 @@ from msgspec import Meta
 from common.chat import ChatTemplateError, ChatTokenizer
 
 MAX_REPORTED_ERRORS = 10
+NO_ANSWER = "there is no assistant message to learn"
 
 
 class DatasetError(ValueError):
@@ -95,7 +96,7 @@ def _sequence(line: bytes, tokenizer: ChatTokenizer, max_length: int) -> Trainin
         if message.weight is not None and message.role != "assistant":
             raise DatasetError(f"weight belongs to assistant messages, not to role {message.role}")
     if not any(message.role == "assistant" for message in messages):
-        raise DatasetError("there is no assistant message to learn")
+        raise DatasetError(NO_ANSWER)
     trained = [i for i, message in enumerate(messages) if message.role == "assistant" and message.weight != 0]
     tokens, in_loss = tokenize(tokenizer, [_plain(message) for message in messages], trained)
     if not any(in_loss):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Literal, Protocol, TypeVar
 
-from common.messages import OptimizerStep, SequenceEvaluated, StepDone, TrainingSlice
+from common.messages import DrafterSpec, OptimizerStep, SequenceEvaluated, StepDone, TrainingSlice
 from services.trainer import naming
 from services.trainer.config import TrainerConfig
 from services.trainer.dataset import Dataset
@@ -33,11 +33,19 @@ class Course:
     dataset: Dataset
     plan: StepPlan
     validation: Dataset | None = None
+    drafter: DrafterSpec | None = None
 
     @classmethod
-    def of(cls, job_id: str, spec: JobSpec, dataset: Dataset, validation: Dataset | None = None) -> Course:
+    def of(
+        cls,
+        job_id: str,
+        spec: JobSpec,
+        dataset: Dataset,
+        validation: Dataset | None = None,
+        drafter: DrafterSpec | None = None,
+    ) -> Course:
         """The course of a job over a data set, with another one to be scored at each epoch's end."""
-        return cls(job_id, spec, dataset, plan_steps(spec, len(dataset.sequences)), validation)
+        return cls(job_id, spec, dataset, plan_steps(spec, len(dataset.sequences)), validation, drafter)
 
     @property
     def longest(self) -> int:

@@ -55,6 +55,7 @@ def new_record(job_id: str, spec: JobSpec, now: float) -> JobRecord:
         status="validating_files",
         hyperparameters=job_hyperparameters(spec),
         lora=job_lora(spec),
+        method="supervised" if spec.drafter is None else "distillation",
         seed=spec.seed,
         suffix=spec.suffix,
         metadata=spec.metadata,
@@ -189,8 +190,8 @@ def needed_objects(record: JobRecord) -> frozenset[str]:
     return frozenset(adapters | newest | resumable)
 
 
-def succeeded(record: JobRecord, model: str, trained_tokens: int, files: tuple[str, ...], now: float) -> JobRecord:
-    """The job is done, its adapter has this model name, and these files tell of it."""
+def succeeded(record: JobRecord, model: str | None, trained_tokens: int, files: tuple[str, ...], now: float) -> JobRecord:
+    """The job is done, its adapter has this model name (a drafter none), and these files are what it leaves."""
     done = released(record, "succeeded")
     return with_job(done, fine_tuned_model=model, trained_tokens=trained_tokens, result_files=files, finished_at=int(now))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Literal
 
@@ -10,7 +11,8 @@ import structlog
 
 from common.messages import JobError, StepDone
 from services.trainer import events, jobs
-from services.trainer.dataset import Dataset, DatasetError
+from services.trainer.dataset import NO_ANSWER, Dataset, DatasetError
+from services.trainer.drafter import drafter_spec
 from services.trainer.drive import Course
 from services.trainer.jobs import JobRecord, SupersededError
 from services.trainer.journal import Journal
@@ -22,6 +24,7 @@ from services.trainer.training import Training
 log = structlog.get_logger()
 
 FileParam = Literal["training_file", "validation_file"]
+HINT = "; to learn from the model's own answers to prompts, use `heddle distill`"
 FILE_NAMES: dict[FileParam, str] = {"training_file": "Training file", "validation_file": "Validation file"}
 
 
@@ -102,7 +105,8 @@ class JobRunner:
         spec = self.lease.record.spec
         dataset = await self._load(spec.training_file, "training_file")
         validation = await self._load(spec.validation_file, "validation_file") if spec.validation_file else None
-        return Course.of(self.lease.job_id, spec, dataset, validation)
+        drafter = await asyncio.to_thread(drafter_spec, spec, dataset, self._around.tokenizer.vocab_size)
+        return Course.of(self.lease.job_id, spec, dataset, validation, drafter)
 
     async def _load(self, file_id: str, param: FileParam) -> Dataset:
         """The sequences of one of the job's files; one that cannot be read now is tried again. Raises InvalidFileError."""
@@ -111,7 +115,8 @@ class JobRunner:
             try:
                 return await self._around.load_dataset(file_id, model, validates=self.validates)
             except DatasetError as error:
-                raise InvalidFileError(param, str(error)) from error
+                drafts = self.lease.record.spec.drafter is not None and NO_ANSWER in str(error)
+                raise InvalidFileError(param, f"{error}{HINT if drafts else ''}") from error
             except (TimeoutError, nats.js.errors.Error) as error:
                 reason = str(error) or type(error).__name__
             self.lease.check()
@@ -148,7 +153,8 @@ class JobRunner:
 
     async def _succeed(self, training: Training, trained_tokens: int) -> None:
         model = await training.publish_adapter()
-        await self._journal.write(events.message(time.time(), f"New fine-tuned model created: {model}"))
+        if model is not None:
+            await self._journal.write(events.message(time.time(), f"New fine-tuned model created: {model}"))
         try:
             files = await training.store_results()
             await self.lease.change(lambda record: jobs.succeeded(record, model, trained_tokens, files, time.time()))

@@ -11,9 +11,16 @@ from msgspec import UNSET, Meta, UnsetType
 
 from common.messages import ErrorReply, LoraSpec
 from common.peft_folder import BOTTLENECK_TARGETS
+from services.trainer.drafter_options import (
+    DEFAULT_DRAFTER_LEARNING_RATE,
+    Distillation,
+    DistillationHyperparameters,
+    DrafterOptions,
+    Hyperparameters,
+    drafter_options,
+)
 
 T = TypeVar("T")
-Auto = Literal["auto"]
 Scheduler = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "sgd"]
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -53,6 +60,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int = DEFAULT_BATCH_SIZE
     learning_rate_multiplier: float = 1.0
     lora: LoraSpec = LoraSpec()
+    drafter: DrafterOptions | None = None
+    """What is trained in place of an adapter."""
     base_learning_rate: float = DEFAULT_LEARNING_RATE
     optimizer: Optimizer = "adamw"
     momentum: float = 0.0
@@ -67,19 +76,14 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.base_learning_rate * self.learning_rate_multiplier
 
 
-class _Hyperparameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    n_epochs: Annotated[int, Meta(ge=1, le=50)] | Auto = "auto"
-    batch_size: Annotated[int, Meta(ge=1, le=256)] | Auto = "auto"
-    learning_rate_multiplier: Annotated[float, Meta(gt=0, le=10_000)] | Auto = "auto"
-
-
 class _Supervised(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    hyperparameters: _Hyperparameters | None = None
+    hyperparameters: Hyperparameters | None = None
 
 
 class _Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    type: Literal["supervised"] = "supervised"
+    type: Literal["supervised", "distillation"] = "supervised"
     supervised: _Supervised | None = None
+    distillation: Distillation | None = None
 
 
 class _Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -116,7 +120,7 @@ class _CreateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ) = None
     integrations: Annotated[list[Any], Meta(max_length=0)] | None = None
     method: _Method | None = None
-    hyperparameters: _Hyperparameters | None = None
+    hyperparameters: Hyperparameters | None = None
     lora: _Lora | None = None
 
 
@@ -126,11 +130,18 @@ def parse_create(body: dict[str, Any], new_seed: int) -> JobSpec:
         asked = msgspec.convert(body, _CreateBody)
     except msgspec.ValidationError as error:
         raise _bad_parameter(str(error)) from error
+    method = asked.method or _Method()
+    if method.type == "distillation":
+        return _distillation(asked, method, new_seed)
+    if method.distillation is not None:
+        raise _wrong_method("method.distillation", "supervised")
     return _resolve(asked, _hyperparameters(asked), asked.lora or _Lora(), new_seed)
 
 
 def job_lora(spec: JobSpec) -> dict[str, Any]:
-    """The resolved `lora` block, as a job shows it."""
+    """The resolved `lora` block, as a job shows it; empty if it trains a drafter."""
+    if spec.drafter is not None:
+        return {}
     lora = spec.lora
     adapter: dict[str, Any] = {"method": "rslora" if lora.use_rslora else lora.method}
     if lora.method == "ia3":
@@ -154,14 +165,34 @@ def job_lora(spec: JobSpec) -> dict[str, Any]:
 
 def job_hyperparameters(spec: JobSpec) -> dict[str, Any]:
     """The resolved hyperparameters, as a job shows them."""
-    return {
+    hyper: dict[str, Any] = {
         "n_epochs": spec.n_epochs,
         "batch_size": spec.batch_size,
         "learning_rate_multiplier": spec.learning_rate_multiplier,
     }
+    if spec.drafter is not None:
+        hyper |= {"learning_rate": spec.base_learning_rate, **msgspec.structs.asdict(spec.drafter)}
+    return hyper
 
 
-def _resolve(asked: _CreateBody, hyper: _Hyperparameters, lora: _Lora, new_seed: int) -> JobSpec:
+def _distillation(asked: _CreateBody, method: _Method, new_seed: int) -> JobSpec:
+    """A job that trains a drafter: what belongs to adapters is refused."""
+    for field in ("lora", "suffix", "validation_file", "hyperparameters"):
+        if getattr(asked, field) is not None:
+            raise _wrong_method(field, "distillation")
+    if method.supervised is not None:
+        raise _wrong_method("method.supervised", "distillation")
+    hyper = (method.distillation or Distillation()).hyperparameters or DistillationHyperparameters()
+    rate = DEFAULT_DRAFTER_LEARNING_RATE if hyper.learning_rate == "auto" else hyper.learning_rate
+    spec = _resolve(asked, hyper, _Lora(), new_seed)
+    return msgspec.structs.replace(spec, drafter=drafter_options(hyper), base_learning_rate=rate)
+
+
+def _wrong_method(field: str, method: str) -> ApiError:
+    return ApiError(400, f"{field}: does not belong to the method {method}", "invalid_value", field)
+
+
+def _resolve(asked: _CreateBody, hyper: Hyperparameters, lora: _Lora, new_seed: int) -> JobSpec:
     if lora.momentum and lora.optimizer != "sgd":
         raise ApiError(400, "lora.momentum: belongs to the optimizer sgd", "invalid_value", "lora.momentum")
     return JobSpec(
@@ -243,7 +274,7 @@ def _misplaced(field: str, problem: str) -> ApiError:
     return ApiError(400, f"lora.{field}: {problem}", "invalid_value", f"lora.{field}")
 
 
-def _hyperparameters(asked: _CreateBody) -> _Hyperparameters:
+def _hyperparameters(asked: _CreateBody) -> Hyperparameters:
     """From `method`, or from the deprecated top level; both at once is ambiguous."""
     supervised = asked.method.supervised if asked.method else None
     nested = supervised.hyperparameters if supervised else None
@@ -251,7 +282,7 @@ def _hyperparameters(asked: _CreateBody) -> _Hyperparameters:
         raise ApiError(
             400, "give hyperparameters either in method.supervised or at the top level", "invalid_value", "hyperparameters"
         )
-    return nested or asked.hyperparameters or _Hyperparameters()
+    return nested or asked.hyperparameters or Hyperparameters()
 
 
 def _bad_parameter(text: str) -> ApiError:

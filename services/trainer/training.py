@@ -11,11 +11,13 @@ from typing import Any, Literal
 import structlog
 
 from common import subjects
+from common.artifacts import read_object
 from common.codec import encode
 from common.files import file_meta
-from common.messages import AdapterRecord, CloseJob, OpenJob, StepDone
+from common.messages import AdapterRecord, CloseJob, JobEvent, OpenJob, StepDone
 from services.trainer import events, jobs, naming, results
 from services.trainer.board import Board
+from services.trainer.drafter import DrafterFile, drafter_files
 from services.trainer.drive import Course, Drive
 from services.trainer.evaluation import Evaluation
 from services.trainer.jobs import JobRecord, SupersededError
@@ -69,32 +71,44 @@ class Training:
                 await session.end()
         return "finish"
 
-    async def publish_adapter(self) -> str:
-        """Make the trained adapter known to all executors; returns its model name."""
+    async def publish_adapter(self) -> str | None:
+        """Make the trained adapter known to all executors; returns its model name. A drafter has none."""
         spec = self._course.spec
+        if spec.drafter is not None:
+            return None
         name = naming.model_name(spec.model, spec.suffix, self._lease.job_id)
         await self._announce(name, self._final_artifact())
         return name
 
     async def store_results(self) -> tuple[str, ...]:
-        """The metrics of all steps as files; returns their ids."""
+        """The metrics of all steps, and a drafter's folder, as files; returns their ids."""
         around, job_id, now = self._around, self._lease.job_id, time.time()
         metrics = await around.events.metrics(job_id)
         store = await around.bus.object_store(subjects.FILES_STORE)
-        made = (
+        made = [
             ("csv", "step_metrics.csv", results.step_table(metrics)),
             ("tfevents", f"events.out.tfevents.{int(now)}.{job_id}", results.event_file(metrics)),
-        )
+            *await self._drafter_files(metrics),
+        ]
         ids = []
         for kind, filename, data in made:
             ids.append(naming.result_file_id(job_id, kind))
             await store.put(ids[-1], data, file_meta(ids[-1], filename, "fine-tune-results", now))
         return tuple(ids)
 
-    async def withdraw(self, name: str, files: tuple[str, ...]) -> None:
+    async def _drafter_files(self, metrics: list[JobEvent]) -> list[DrafterFile]:
+        course = self._course
+        if course.drafter is None:
+            return []
+        store = await self._around.bus.object_store(subjects.ARTIFACTS_STORE)
+        weights = await read_object(store, self._final_artifact(), self._config.open_timeout_s)
+        return drafter_files(weights, course.spec, course.dataset, metrics)
+
+    async def withdraw(self, name: str | None, files: tuple[str, ...]) -> None:
         """The job was cancelled at the last moment: its adapter is not to be served, and its files go."""
-        bucket = await self._around.bus.key_value(subjects.ADAPTERS_BUCKET)
-        await bucket.delete(subjects.adapter_key(name))
+        if name is not None:
+            bucket = await self._around.bus.key_value(subjects.ADAPTERS_BUCKET)
+            await bucket.delete(subjects.adapter_key(name))
         store = await self._around.bus.object_store(subjects.FILES_STORE)
         for file_id in files:
             await store.delete(file_id)
@@ -140,9 +154,12 @@ class Training:
         metrics = events.step_metrics(self.last) if self.last and self.last.step + 1 == step else {}
         if self._evaluation is not None and self._evaluation[0] == step:
             metrics |= self._evaluation[1].metrics()
-        await self._record(lambda record: jobs.checkpointed(record, artifact, step, metrics, time.time()))
         spec = self._course.spec
-        await self._announce(naming.checkpoint_model_name(spec.model, spec.suffix, self._lease.job_id, step), artifact)
+        if spec.drafter is not None:  # no model that a user could ask for
+            await self._record(lambda record: jobs.saved(record, artifact, step))
+        else:
+            await self._record(lambda record: jobs.checkpointed(record, artifact, step, metrics, time.time()))
+            await self._announce(naming.checkpoint_model_name(spec.model, spec.suffix, self._lease.job_id, step), artifact)
         epoch, rest = divmod(step, self._course.plan.steps_per_epoch)
         if rest == 0:
             loss = f", full validation loss={metrics['full_valid_loss']:.4f}" if "full_valid_loss" in metrics else ""
@@ -185,8 +202,7 @@ class Training:
         try:
             step = await session.open()
             await self._begin(session, step)
-            listed = max((c.step_number for c in self._lease.record.checkpoints if c.step_number <= step), default=0)
-            ending = await Drive(session, self._course, self, self._config).run(step, listed)
+            ending = await Drive(session, self._course, self, self._config).run(step, self._checkpointed(step))
         except JobRejectedError:
             await session.close()
             raise
@@ -196,6 +212,14 @@ class Training:
             raise
         await session.close()
         return ending
+
+    def _checkpointed(self, step: int) -> int:
+        """The newest step, up to this one, that an artifact of its own holds: it must not be written again."""
+        record = self._lease.record
+        steps = [c.step_number for c in record.checkpoints]
+        if record.checkpoint == naming.artifact_name(self._lease.job_id, record.checkpoint_step):
+            steps.append(record.checkpoint_step)
+        return max((each for each in steps if each <= step), default=0)
 
     async def _begin(self, session: ExecutorSession, step: int) -> None:
         await self._lease.change(lambda record: jobs.with_job(record, status="running", step=step))
@@ -244,6 +268,7 @@ class Training:
             lease=record.lease,
             base_model=record.spec.model,
             lora=record.spec.lora,
+            drafter=self._course.drafter,
             seed=record.spec.seed,
             checkpoint=record.checkpoint,
         )
