@@ -18,13 +18,14 @@ from common.latency import drafter_corrected, drafter_ms_per_token
 from common.messages import DrafterSpec, LatencyProfile, OptimizerStep, Slo, TrainingSlice
 from kernels.drafting.files import CONFIG, WEIGHTS
 from kernels.drafting.head import DraftHead, Span
+from kernels.drafting.start import RIDGE, LeastSquares, Solution, fit_rows
 from kernels.drafting.training import Truth, row_losses, step_weights
 from services.executor import lesson_units
 from services.executor.adapter_spec import InvalidAdapterError
-from services.executor.distillation import UPDATE_COST, DistillationJob
+from services.executor.distillation import DistillationJob
 from services.executor.engine import Engine
 from services.executor.lesson import LessonSequence
-from services.executor.lesson_units import LessonUnits
+from services.executor.lesson_units import UPDATE_COST, LessonUnits
 from services.executor.scheduler import Limits
 from services.planner.features_head import FeaturesHead
 from tests.tiny import SHAPE, Driver, random_prompt, tiny_engine, tiny_pair, tiny_request
@@ -166,15 +167,16 @@ def test_neither_windows_nor_requests_beside_it_change_a_bit() -> None:
     assert alone.artifact() == cut.artifact() == beside.artifact() != new_job().artifact()
 
 
-def test_a_restored_job_goes_on_to_the_bit() -> None:
-    slices = texts(6)
-    whole, first = new_job(), new_job()
+@pytest.mark.parametrize("start_steps", [0, 2, 5])
+def test_a_restored_job_goes_on_to_the_bit(start_steps: int) -> None:
+    slices, spec = texts(6), spec_with(start_steps=start_steps)
+    whole, first = new_job(spec), new_job(spec)
     losses = trained(slices, whole)
     engine = opened(slices[:8], first)
     driver = Driver(engine)
     while first.step < 3 or not first.is_forwarded:  # in the middle of step 3, which is forgotten
         driver.step()
-    resumed = new_job(seed=2)
+    resumed = new_job(spec, seed=2)
     resumed.restore(first.checkpoint())
     assert resumed.step == 3
     assert trained(slices[6:], resumed) == losses[3:]
@@ -200,6 +202,7 @@ def spec_with(**fields: Any) -> DrafterSpec:
         ({"vocabulary": (5, 4)}, "vocabulary"),
         ({"vocabulary": (5, 97)}, "vocabulary"),
         ({"vocabulary": (-1, 5)}, "vocabulary"),
+        ({"start_steps": -1}, "start_steps"),
         ({"num_steps": 0}, "num_steps"),
         ({"num_steps": 7}, "num_steps"),
     ],
@@ -207,6 +210,37 @@ def spec_with(**fields: Any) -> DrafterSpec:
 def test_an_impossible_drafter_is_refused_by_field(fields: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidAdapterError, match=f"drafter.{field}"):
         new_job(spec_with(**fields))
+
+
+def test_parts_of_a_ridge_regression_solve_the_whole() -> None:
+    chance = torch.Generator().manual_seed(0)
+    inputs, outputs = torch.randn(900, 300, generator=chance), torch.randn(900, 7, generator=chance)
+    sums = LeastSquares.empty(300, 7)
+    for part in (slice(0, 500), slice(500, 900)):
+        sums.add(inputs[part], outputs[part])
+    gram = inputs.double().T @ inputs.double()
+    wanted = torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * torch.eye(300), inputs.double().T @ outputs.double())
+    torch.testing.assert_close(Solution(sums).solved().double(), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_the_first_steps_give_the_first_weights() -> None:
+    slices, job = texts(3), new_job(spec_with(start_steps=2))
+    engine = opened(slices, job)
+    driver = Driver(engine)
+    while job.step < 2:
+        driver.step()
+    lessons = [forwarded(new_job(), msgspec.structs.replace(item, step=0, index=0)) for item in slices[:4]]
+    parts = [fit_rows(job.head, each.features_TF[1:], each.places_T[2 : each.num_rows]) for each in lessons]
+    inputs, outputs = (torch.cat(each) for each in zip(*parts, strict=True))
+    hidden = SHAPE["hidden_size"]
+    sums = LeastSquares.empty(inputs.shape[1], hidden)
+    sums.add(inputs, outputs)
+    map_IO = Solution(sums).solved()
+    torch.testing.assert_close(job.head.features.weight.data, map_IO[hidden:].T, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(job.head.fuse.weight.data[:, :hidden], map_IO[:hidden].T, atol=1e-4, rtol=1e-3)
+    driver.run()
+    losses = [event.step.loss for event in driver.events if event.step is not None]
+    assert losses[2] < 0.9 * losses[0]
 
 
 def test_units_wait_until_they_are_paid_for() -> None:

@@ -119,8 +119,9 @@ async def processes(tmp_path: Path) -> AsyncIterator[Processes]:
 
 EPOCHS = {"n_epochs": 3, "batch_size": 3}
 LEARNED = {**EPOCHS, "learning_rate": 0.01, "vocabulary_size": 200}
+WITH_DROPOUT = {"rank": 4, "dropout": 0.2, "learning_rate": 0.01}
 JOBS: dict[str, dict[str, Any]] = {
-    "supervised": {"hyperparameters": EPOCHS, "lora": {"rank": 4, "dropout": 0.2, "learning_rate": 0.01}},
+    "supervised": {"hyperparameters": EPOCHS, "lora": WITH_DROPOUT},
     "distillation": {
         "hyperparameters": None,
         "method": {"type": "distillation", "distillation": {"hyperparameters": LEARNED}},
@@ -128,12 +129,12 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 
-async def create(world: World, method: str) -> FineTuningJob:
+async def create(world: World, fields: dict[str, Any]) -> FineTuningJob:
     """A job of three epochs of three steps, as soon as there is a trainer and an executor."""
     async with asyncio.timeout(120):
         while True:
             with contextlib.suppress(BusError, TimeoutError):
-                return await world.create(**JOBS[method])
+                return await world.create(**fields)
             await asyncio.sleep(0.1)
 
 
@@ -173,7 +174,7 @@ async def drafter_of(world: World, job: FineTuningJob) -> dict[str, bytes]:
 async def disturbed(world: World, processes: Processes, victim: str, method: str) -> FineTuningJob:
     """A job during which a process was killed, and whose outcome is that of one that was left in peace."""
     if method not in undisturbed:
-        undisturbed[method] = await outcome(world, await create(world, method))
+        undisturbed[method] = await outcome(world, await create(world, JOBS[method]))
         assert [step for step, _ in undisturbed[method][0]] == list(range(1, NUM_STEPS + 1))
     reached = asyncio.Event()
 
@@ -181,7 +182,7 @@ async def disturbed(world: World, processes: Processes, victim: str, method: str
         if isinstance(progress, StepDone) and progress.step == KILL_AT:
             reached.set()
 
-    job = await create(world, method)
+    job = await create(world, JOBS[method])
     await world.bus.subscribe(subjects.job_progress(job.id), StepDone, on_progress)
     async with asyncio.timeout(60):
         await reached.wait()

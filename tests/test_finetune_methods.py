@@ -23,7 +23,7 @@ from services.executor.loader import load_decoder
 from services.executor.lora import LoraAdapter
 from tests.bottleneck_oracle import inserted
 from tests.helpers import CPU, PEFT_WARNING, new_cache, random_tokens
-from tests.test_finetune_kills import DATA, Processes, create, no_more, outcome, processes
+from tests.test_finetune_kills import DATA, EPOCHS, Processes, create, no_more, outcome, processes
 from tests.trainer_world import World
 
 __all__ = ["processes"]
@@ -42,7 +42,8 @@ async def test_every_method_trains_and_is_what_others_make_of_it(processes: Proc
     try:
         world = World(no_more, bus, processes.model_dir)
         await world.upload(DATA)
-        jobs = [await create(world, {"method": method} | options) for method, options in METHODS.items()]
+        loras = [{"method": method} | options for method, options in METHODS.items()]
+        jobs = [await create(world, {"hyperparameters": EPOCHS, "lora": lora}) for lora in loras]
         assert [job.lora["method"] for job in jobs] == list(METHODS)
         outcomes = await asyncio.gather(*(outcome(world, job) for job in jobs))
         for job, (losses, weights) in zip(jobs, outcomes, strict=True):

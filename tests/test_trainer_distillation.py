@@ -17,7 +17,8 @@ from common.bus import Bus
 from common.chat import ChatTokenizer
 from common.messages import JobEvent
 from services.trainer.dataset import Dataset, TrainingSequence, read_dataset
-from services.trainer.drafter import drafter_files
+from services.trainer.drafter import drafter_files, start_steps
+from services.trainer.schedule import StepPlan
 from services.trainer.spec import ApiError, job_hyperparameters, job_lora, parse_create
 from tests.executor_stage import Connect
 from tests.trainer_fakes import MODEL, example, write_model_dir
@@ -85,7 +86,7 @@ async def test_the_executor_is_told_what_the_drafter_can_say(world: World) -> No
     await world.until(job.id, lambda record: record.job.status == "running")
     drafter = executor.opened[0].drafter
     assert drafter is not None
-    assert (len(drafter.vocabulary), drafter.num_steps) == (200, 3)
+    assert (len(drafter.vocabulary), drafter.num_steps, drafter.start_steps) == (200, 3, 3)
     dataset = read_dataset(DATA, ChatTokenizer.load(world._model_dir), 2048)
     answered = {token for each in dataset.sequences for token, is_in in zip(each.tokens, each.in_loss, strict=True) if is_in}
     assert answered <= set(drafter.vocabulary)
@@ -101,6 +102,14 @@ async def test_rows_without_an_answer_name_the_command_that_has_the_model_answer
     assert job.error is not None
     assert "line 10: there is no assistant message to learn" in job.error.message
     assert job.error.message.endswith("use `heddle distill`")
+
+
+def test_a_small_part_of_the_steps_gives_the_first_weights() -> None:
+    plan = StepPlan(num_sequences=1000, batch_size=4, n_epochs=3, seed=0)
+    assert start_steps(plan, 200_000) == 25
+    assert start_steps(plan, 2_000_000) == 3
+    assert start_steps(plan, 20_000) == 187
+    assert start_steps(StepPlan(num_sequences=3, batch_size=1, n_epochs=1, seed=0), 90) == 0
 
 
 def test_the_folder_has_a_card_and_the_config_of_the_weights() -> None:

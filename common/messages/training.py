@@ -37,11 +37,12 @@ class DrafterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A drafter in training: the head on the target's hidden states that a planner's `features` drafter runs (EAGLE's).
 
     It can draft the tokens of `vocabulary`, rising ids, and is trained `num_steps` tokens ahead, on its own outputs after the
-    first.
+    first. The first `start_steps` optimizer steps train nothing: their texts give the head's first weights, by least squares.
     """
 
     vocabulary: tuple[int, ...]
     num_steps: int = 3
+    start_steps: int = 0
 
 
 class OpenJob(msgspec.Struct, frozen=True, kw_only=True, tag="open_job.1"):

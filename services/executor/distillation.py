@@ -19,17 +19,18 @@ from kernels.drafting.design import MAX_DEPTH, WINDOW, feature_layers, inner_siz
 from kernels.drafting.files import drafter_config, drafter_weights
 from kernels.drafting.head import DraftHead, HeadShape
 from kernels.drafting.start import start_from_identity
-from kernels.drafting.training import HeadOptimizer
+from kernels.drafting.training import MAPS, HeadOptimizer
 from services.executor.adapter_spec import InvalidAdapterError
+from services.executor.head_start import HeadStart, is_narrow
 from services.executor.job_steps import SteppedJob, number
 from services.executor.lesson import LessonSequence, ReducedVocabulary
-from services.executor.lesson_units import LessonUnits, Unit
+from services.executor.lesson_units import UPDATE_COST, LessonUnits, Unit
 from services.executor.lora import read_tensors
 from services.executor.model import Decoder
 from services.executor.model_config import ModelConfig
 
-UPDATE_COST = 50
-"""Multiply-adds that take as long as to clip and update one weight, which waits for memory."""
+FITTED_SHARE = 0.125
+"""Learning rate of maps that come from least squares, as a share of the layer's: they are easily spoilt."""
 
 
 class DistillationJob(SteppedJob[LessonSequence]):
@@ -44,6 +45,8 @@ class DistillationJob(SteppedJob[LessonSequence]):
         self.head = _new_head(spec, decoder, seed)
         self._optimizer = HeadOptimizer(self.head)
         self._model_cost = _model_cost(decoder.config)
+        self._start = HeadStart(self.head) if spec.start_steps and is_narrow(self.head) else None
+        """While it gathers for the first weights."""
         self._units: Iterator[Unit] | None = None
         self._next: Unit | None = None
         self._credit = 0.0
@@ -84,6 +87,8 @@ class DistillationJob(SteppedJob[LessonSequence]):
         step, seed = (number(tensors, name, what) for name in ("step", "seed"))
         if step < 0:
             raise InvalidAdapterError(f"{what}: step is {step}")
+        if step >= self._spec.start_steps:
+            self._start = None
         if tensors.pop("vocabulary", torch.empty(0)).tolist() != list(self._vocabulary.tokens):
             raise InvalidAdapterError(f"{what} is of another vocabulary")
         state = self._state()
@@ -97,6 +102,7 @@ class DistillationJob(SteppedJob[LessonSequence]):
         optimizer = self._optimizer
         parts = {"": {n: p.data for n, p in optimizer.parameters.items()}, "exp_avg.": optimizer.exp_avg}
         parts["exp_avg_sq."] = optimizer.exp_avg_sq
+        parts["start."] = {} if self._start is None else self._start.tensors()
         return {prefix + name: tensor for prefix, tensors in parts.items() for name, tensor in tensors.items()}
 
     def _sequence(self, item: TrainingSlice) -> LessonSequence:
@@ -119,11 +125,18 @@ class DistillationJob(SteppedJob[LessonSequence]):
 
     def _work(self) -> Iterator[Unit]:
         """All units of the forwarded group, and of the update that it may end with."""
+        start, order = self._start, self.group[-1].item.optimizer
         for sequence in self.group:
-            for unit in LessonUnits(self.head, sequence, self._spec.num_steps, self._seed):
+            for unit in LessonUnits(self.head, sequence, self._spec.num_steps, self._seed, learns=start is None):
                 yield unit
                 self._check_finite("loss", sequence.loss)
-        if (order := self.group[-1].item.optimizer) is not None:
+            if start is not None:
+                yield from start.units(sequence)
+        if order is None:
+            return
+        if start is not None:
+            yield from start.end_step(is_last=self.step + 1 == self._spec.start_steps)
+        else:
             num_weights = sum(parameter.numel() for parameter in self._optimizer.parameters.values())
             yield Unit(UPDATE_COST * num_weights, lambda: self._update(order))
 
@@ -131,10 +144,19 @@ class DistillationJob(SteppedJob[LessonSequence]):
         """As a whole: a checkpoint must not come between."""
         self._grad_norm = self._optimizer.clip(order.max_grad_norm)
         self._check_finite("gradient norm", self._grad_norm)
+        first = self._num_fitted
         for name in self._optimizer.parameters:
-            self._optimizer.update(name, self.step + 1, order.learning_rate)
+            share = FITTED_SHARE if first and name in MAPS else 1.0
+            self._optimizer.update(name, self.step + 1 - first, share * order.learning_rate)
+
+    @property
+    def _num_fitted(self) -> int:
+        """Steps before the first update."""
+        return self._spec.start_steps if is_narrow(self.head) else 0
 
     def _optimize(self, optimizer: OptimizerStep) -> float:
+        if self._start is not None and self.step + 1 >= self._spec.start_steps:
+            self._start = None
         return self._grad_norm  # the last unit took it up
 
 
@@ -145,6 +167,8 @@ def check_drafter(spec: DrafterSpec, config: ModelConfig) -> None:
         raise InvalidAdapterError("drafter.vocabulary: must be rising token ids, at least one")
     if not 0 <= tokens[0] <= tokens[-1] < config.vocab_size:
         raise InvalidAdapterError(f"drafter.vocabulary: ids must be in [0, {config.vocab_size})")
+    if spec.start_steps < 0:
+        raise InvalidAdapterError(f"drafter.start_steps: must not be negative, not {spec.start_steps}")
     if not 1 <= spec.num_steps <= MAX_DEPTH:
         raise InvalidAdapterError(f"drafter.num_steps: must be 1 to {MAX_DEPTH}, not {spec.num_steps}")
 

@@ -25,6 +25,10 @@ BACK = 2
 """A backward pass multiplies this often as much as its forward pass: by the weights and by the inputs."""
 
 
+UPDATE_COST = 50
+"""Multiply-adds that take as long as to clip and update one weight, or to change a sum: these wait for memory."""
+
+
 class Unit(NamedTuple):
     """Work that is done as a whole."""
 
@@ -42,10 +46,13 @@ class _Part(NamedTuple):
 
 
 class LessonUnits:
-    """The units of one forwarded sequence; gradients are added to the head's. `seed` and the slice's place decide chance."""
+    """The units of one forwarded sequence; gradients are added to the head's, unless the head only shows what it knows.
 
-    def __init__(self, head: DraftHead, sequence: LessonSequence, num_steps: int, seed: int) -> None:
-        self._head, self._sequence, self._num_steps = head, sequence, num_steps
+    `seed` and the slice's place decide chance.
+    """
+
+    def __init__(self, head: DraftHead, sequence: LessonSequence, num_steps: int, seed: int, *, learns: bool = True) -> None:
+        self._head, self._sequence, self._num_steps, self._learns = head, sequence, num_steps, learns
         place = f"{seed}/{sequence.item.step}/{sequence.item.index}"
         self._chance = torch.Generator().manual_seed(random.Random(place).getrandbits(63))
         self._parts: list[_Part] = []
@@ -62,7 +69,7 @@ class LessonUnits:
         for i in range(0, len(trained), TRAINED_ROWS):
             rows = trained[i : i + TRAINED_ROWS]
             yield Unit(len(rows) * self._training, lambda rows=rows: self._train(rows))  # type: ignore[misc]
-        for part in self._parts:
+        for part in self._parts if self._learns else ():
             yield Unit(BACK * (part.end - part.start) * self._reading, lambda part=part: _go_back(part))  # type: ignore[misc]
         self._parts = []
 
@@ -79,7 +86,8 @@ class LessonUnits:
         head = self._head
         layer = sum(linear.weight.numel() for linear in (head.again, head.qkv, head.o, head.gate_up, head.down))
         vocabulary = head.head_VH.numel()
-        return self._num_steps * (1 + BACK) * (layer + vocabulary / SAMPLED_SHARE) + vocabulary
+        passes = 1 + BACK if self._learns else 1
+        return self._num_steps * passes * (layer + vocabulary / SAMPLED_SHARE) + vocabulary
 
     def _read(self, start: int, end: int) -> None:
         sequence = self._sequence
@@ -108,8 +116,9 @@ class LessonUnits:
         loss = torch.zeros((), device=leaves.x_TH.device)
         for out_RH, truth, weights_R, share in zip(outs, truths, weights_RS.T, step_weights(self._num_steps), strict=True):
             loss = loss + share * (weights_R * row_losses(self._head, out_RH, truth, classes_C)).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._add(seen, leaves)
+        if self._learns:
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._add(seen, leaves)
         sequence.losses.append(loss.item())
         sequence.num_correct += self._hits(outs[0].detach(), truths[0].favourites_R)
 

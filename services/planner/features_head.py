@@ -1,6 +1,6 @@
 """The trained head of the features drafter, ready to run: weights, keys and values. Knows tensors, no sequences and no trees.
 
-What it computes is `DraftHead` of `heddle distill` (after EAGLE): a row holds the target's features of one token and the
+What it computes is `kernels.drafting.head.DraftHead` (after EAGLE): a row holds the target's features of one token and the
 embedding of the next one, and foresees the features of that. Shapes: R rows, H hidden, F features of all layers side by side,
 N query heads, K kv heads, D head_dim, S slots, V reduced vocabulary and, last, one class for all other tokens.
 """
@@ -20,9 +20,7 @@ from torch import Tensor
 
 from common.config import ConfigError
 from kernels import ops
-
-CONFIG, WEIGHTS = "config.json", "drafter.safetensors"
-FORMAT = "heddle-features-1"
+from kernels.drafting.files import CONFIG, FORMAT, WEIGHTS
 
 
 class FeaturesHead:

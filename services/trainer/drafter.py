@@ -13,8 +13,13 @@ from common.drafter_card import Facts, card
 from common.drafter_vocabulary import choose_vocabulary, count_tokens
 from common.messages import DrafterSpec, JobEvent
 from services.trainer.dataset import Dataset
+from services.trainer.schedule import StepPlan, plan_steps
 from services.trainer.spec import JobSpec
 
+START_TOKENS = 20_000
+"""Tokens whose hidden states give the head's first weights."""
+MAX_START_SHARE = 0.25
+"""Of a job's steps: the rest trains."""
 LAST_STEPS = 20
 """Steps at the end that the card's accuracy is the mean of."""
 UNTRAINED = ("vocabulary_V", "embedding_VH", "head_VH")
@@ -36,7 +41,14 @@ def drafter_spec(spec: JobSpec, dataset: Dataset, vocab_size: int) -> DrafterSpe
     for sequence in dataset.sequences:
         count_tokens(counts, sequence.tokens, compress(sequence.tokens, sequence.in_loss))
     vocabulary = choose_vocabulary(counts, vocab_size, spec.drafter.vocabulary_size)
-    return DrafterSpec(vocabulary=tuple(vocabulary), num_steps=spec.drafter.num_steps)
+    start = start_steps(plan_steps(spec, len(dataset.sequences)), dataset.num_tokens)
+    return DrafterSpec(vocabulary=tuple(vocabulary), num_steps=spec.drafter.num_steps, start_steps=start)
+
+
+def start_steps(plan: StepPlan, num_tokens: int) -> int:
+    """Steps that gather START_TOKENS, if an epoch has so many; at most a share of all."""
+    enough = math.ceil(START_TOKENS * plan.steps_per_epoch / num_tokens)
+    return min(enough, plan.steps_per_epoch, int(MAX_START_SHARE * plan.total_steps))
 
 
 def drafter_files(weights: bytes, spec: JobSpec, dataset: Dataset, metrics: Sequence[JobEvent]) -> list[DrafterFile]:

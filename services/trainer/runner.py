@@ -153,8 +153,8 @@ class JobRunner:
 
     async def _succeed(self, training: Training, trained_tokens: int) -> None:
         model = await training.publish_adapter()
-        if model is not None:
-            await self._journal.write(events.message(time.time(), f"New fine-tuned model created: {model}"))
+        what = f"fine-tuned model created: {model}" if model else "drafter created: its folder is among the result files"
+        await self._journal.write(events.message(time.time(), f"New {what}"))
         try:
             files = await training.store_results()
             await self.lease.change(lambda record: jobs.succeeded(record, model, trained_tokens, files, time.time()))
