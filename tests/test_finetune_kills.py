@@ -224,7 +224,7 @@ async def test_a_killed_executor_changes_no_bit_of_a_drafter_that_a_planner_then
     losses = [loss for _, loss in undisturbed["distillation"][0]]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     config = PlannerConfig(draft=f"features:{folder}", model_dir=str(processes.model_dir))
-    assert make_drafter(config, is_calibrated=True).need == FeatureNeed(fingerprint(processes.model_dir), (1, 2), 128)
+    assert make_drafter(config, is_calibrated=True).need == FeatureNeed(fingerprint(processes.model_dir), (1, 2, 3), 128)
     assert share_of_right_guesses(folder, processes.model_dir) > 0.2
 
 
@@ -238,7 +238,12 @@ def share_of_right_guesses(folder: Path, model_dir: Path) -> float:
         with torch.no_grad():
             out = model(torch.tensor([text.tokens]), output_hidden_states=True)
         hook.remove()
-        rows = torch.cat([out.hidden_states[1][0], kept[0]], dim=1).to(torch.bfloat16).view(torch.int16).numpy()
+        rows = (
+            torch.cat([out.hidden_states[1][0], out.hidden_states[2][0], kept[0]], dim=1)
+            .to(torch.bfloat16)
+            .view(torch.int16)
+            .numpy()
+        )
         for end in (end for end in range(2, len(text.tokens)) if text.in_loss[end]):
             drafter.open(("x", "r"), text.tokens[:end], features=rows[max(0, end - 129) : end - 1].tobytes())
             (pool,) = drafter.draft([DraftOrder(("x", "r"), 1, 1)])
