@@ -4,6 +4,7 @@ tests/test_finetune_kills.py has the whole way, through real processes and a kil
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from services.trainer.schedule import StepPlan
 from services.trainer.spec import ApiError, job_hyperparameters, job_lora, parse_create
 from tests.executor_stage import Connect
 from tests.trainer_fakes import MODEL, example, write_model_dir
-from tests.trainer_world import World
+from tests.trainer_world import World, eventually
 
 BODY = {"model": MODEL, "training_file": "file-1", "seed": 3}
 ANSWERS = ("one two three four", "five six seven", "eight nine ten eleven twelve")
@@ -91,6 +92,31 @@ async def test_the_executor_is_told_what_the_drafter_can_say(world: World) -> No
     answered = {token for each in dataset.sequences for token, is_in in zip(each.tokens, each.in_loss, strict=True) if is_in}
     assert answered <= set(drafter.vocabulary)
     await world.ask("cancel", job.id)
+
+
+async def test_a_distillation_pauses_resumes_and_is_cancelled(world: World) -> None:
+    await world.upload(DATA)
+    await world.trainer()
+    executor = await world.executor(permits=4)
+    job = await world.create(method=METHOD, hyperparameters=None)
+    await world.until(job.id, lambda record: record.job.step == 4)
+    await world.ask("pause", job.id)
+    await executor.allow(2)
+    record = await world.until(job.id, lambda record: record.job.status == "paused")
+    assert (record.checkpoints, record.checkpoint) == ((), f"{job.id}/step-{record.checkpoint_step}")
+    assert 4 < record.checkpoint_step <= 6
+    assert await world.stored() == {record.checkpoint, f"{record.checkpoint}.optimizer"}
+    await world.ask("resume", job.id)
+    await eventually(lambda: len(executor.opened) == 2)
+    assert executor.opened[1].checkpoint == record.checkpoint
+    assert executor.opened[1].drafter == executor.opened[0].drafter
+    await executor.allow(1)
+    await world.until(job.id, lambda resumed: resumed.job.step > record.checkpoint_step)
+    await world.ask("cancel", job.id)
+    async with asyncio.timeout(10):
+        while await world.stored():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert (await world.ask("get", job.id)).result_files == ()
 
 
 async def test_rows_without_an_answer_name_the_command_that_has_the_model_answer(world: World) -> None:
