@@ -25,7 +25,7 @@ test-gpu: $(INSTALLED) model  ## what needs an accelerator
 bench-adapters: $(INSTALLED) model  ## 32 LoRA adapters in one batch beside one, checked, then timed
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_adapters --model-dir "$$($(BIN)/heddle convert)" $(ARGS)
 
-bench-cohorts: $(INSTALLED) model  ## two halves of the requests in turns; ARGS="--requests FILE --humaneval FILE", six minutes
+bench-cohorts: $(INSTALLED) model  ## two halves of the requests in turns; ARGS="--requests FILE --humaneval FILE", 8 minutes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_cohorts $(ARGS)
 
 bench-coserving: $(VENV)/.bench $(PEER)/bin/vllm model  ## finetuning alone and beside serving, against other ways; 40 minutes without --quick

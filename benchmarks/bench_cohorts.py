@@ -1,16 +1,18 @@
-"""Measures when it pays to let two halves of the requests take turns (HEDDLE_EXECUTOR_COHORTS=2), so that drafts for one half
+"""Measures when it pays to let two halves of the requests take turns (`--cohorts 2`), so that drafts for one half
 are made while the other half's are verified.
 
-Run by `make bench-cohorts`. Two stacks side by side are asked in turn with the same prompts, greedily; their answers have to be
-the same before their times count. Knows no other server.
+Run by `make bench-cohorts`. Two stacks side by side are asked in turn with the same prompts, greedily; at each size their
+answers have to be the same before any are timed, and afterwards. Knows no other server.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import statistics
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,7 +29,7 @@ from tests.stack import Stack
 
 SIDES = ("1", "2")
 """Cohorts."""
-CONCURRENCIES = (2, 4, 8, 16)
+CONCURRENCIES = (4, 8, 16)
 MAX_TOKENS = 96
 
 
@@ -51,10 +53,17 @@ def rows_of(concurrency: int, answers: Mapping[str, Sequence[Sample]]) -> list[d
     ]  # fmt: skip
 
 
-def measure(servers: Mapping[str, Stack], texts: Sequence[str], concurrency: int, num_rounds: int) -> dict[str, list[Sample]]:
-    """So many batches of `concurrency` prompts on each side, in turn, each side first as often as the other."""
+def measure(
+    servers: Mapping[str, Stack], texts: Sequence[str], concurrency: int, num_rounds: int, until: float = math.inf
+) -> dict[str, list[Sample]]:
+    """So many batches of `concurrency` prompts on each side, in turn, each side first as often as the other.
+
+    No second batch is begun after `until`, of time.monotonic.
+    """
     answers: dict[str, list[Sample]] = {side: [] for side in SIDES}
     for i in range(num_rounds):
+        if i and time.monotonic() > until:
+            break
         batch = [texts[(i * concurrency + j) % len(texts)] for j in range(concurrency)]
         for side in SIDES[:: -1 if i % 2 else 1]:
             settle()
@@ -68,8 +77,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--requests", type=Path, required=True, help="a request file, for chats and summaries")
     parser.add_argument("--humaneval", type=Path, required=True, help="HumanEval's JSON lines, maybe gzipped")
-    parser.add_argument("--dtype", default="bfloat16", help="float32 where bfloat16 is computed by other code for other sizes")
+    parser.add_argument("--dtype", default="float32", help="bfloat16 where Heddle's compiled operations do all the work")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--minutes", type=float, default=8.0, help="starts included; rounds that do not fit in are left out")
     parser.add_argument("--quick", action="store_true", help="one round of one size")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/cohorts.csv"))
     options = parser.parse_args()
@@ -82,6 +92,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run all, print the rows, write the CSV."""
     options = parse()
+    until = time.monotonic() + 60 * options.minutes
     unwind_when_terminated()
     folder, records = model_folder(options.model), read_json(options.requests)
     found = [humaneval(options.humaneval), *(prompts(records, name) for name in WORKLOADS[1:])]
@@ -91,12 +102,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as state, ExitStack() as started:
         servers = {}
         for side in SIDES:
-            settings = {"HEDDLE_EXECUTOR_COHORTS": side}
-            flags = ("--dtype", options.dtype, "--no-prefix-cache")
-            servers[side] = Stack(folder, Path(state, side), *flags, settings=settings).start()
+            flags = ("--dtype", options.dtype, "--no-prefix-cache", "--cohorts", side)
+            servers[side] = Stack(folder, Path(state, side), *flags).start()
             started.callback(servers[side].stop)
-        for concurrency in options.concurrencies:
-            answers = measure(servers, texts, concurrency, options.rounds)
+        for i, concurrency in enumerate(options.concurrencies):
+            share_s = (until - time.monotonic()) / (len(options.concurrencies) - i)
+            ends_at = time.monotonic() + share_s
+            check(measure(servers, texts[::-1], concurrency, 1))
+            answers = measure(servers, texts, concurrency, options.rounds, ends_at)
             check(answers)
             for row in rows_of(concurrency, answers):
                 print(line(row), flush=True)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from benchmarks.bench_cohorts import check, rows_of
+from benchmarks import bench_cohorts
+from benchmarks.bench_cohorts import check, measure, rows_of
 from benchmarks.streams import Sample
 
 
@@ -28,3 +33,25 @@ def test_answers_that_differ_are_not_timed() -> None:
     check(same)
     with pytest.raises(SystemExit, match="1 of 1 answers"):
         check(same | {"2": [answer("b", 30.0, 5)]})
+
+
+@pytest.mark.parametrize(("until", "num_rounds"), [(math.inf, 3), (0.0, 1)])
+def test_sides_get_the_same_prompts_in_turn_until_time_is_up(
+    until: float, num_rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    async def closed(url: str, batch: list[str], concurrency: int, max_tokens: int) -> list[Sample]:
+        assert (concurrency, max_tokens) == (2, bench_cohorts.MAX_TOKENS)
+        asked.append((url, batch))
+        return [answer(text, 1.0, 1) for text in batch]
+
+    monkeypatch.setattr(bench_cohorts, "closed", closed)
+    monkeypatch.setattr(bench_cohorts, "settle", lambda: None)
+    servers: Any = {side: SimpleNamespace(url=side) for side in ("1", "2")}
+    answers = measure(servers, ["a", "b", "c"], 2, 3, until)
+    batches = [["a", "b"], ["c", "a"], ["b", "c"]][:num_rounds]
+    assert asked == [(side, batch) for i, batch in enumerate(batches) for side in ("12", "21")[i % 2]]
+    assert [[sample.text for sample in answers[side]] for side in ("1", "2")] == [
+        [text for batch in batches for text in batch]
+    ] * 2

@@ -23,7 +23,7 @@ from common.messages import Role
 from common.nats_server import NatsServer, free_port
 from services.cli.layout import START_ORDER, Model, UpOptions, curl_line, environment, screen, service_specs
 from services.cli.nats_once import connect_once
-from services.cli.parser import default_state_dir
+from services.cli.parser import build_parser, default_state_dir
 from services.cli.preflight import UpError, check_port, locked
 from services.cli.up import predecessor, trim_log
 
@@ -66,6 +66,8 @@ def test_services_know_every_setting_that_the_options_mean(tmp_path: Path, folde
         port=8123,
         dtype="float32",
         speculation="none",
+        cohorts=2,
+        finetune_sharing="temporal:64",
         threads=2,
         kv_cache_tokens=4096,
         prefix_cache=False,
@@ -84,6 +86,8 @@ def test_services_know_every_setting_that_the_options_mean(tmp_path: Path, folde
         "executor": {
             "dtype": "float32",
             "speculation": False,
+            "cohorts": 2,
+            "finetune_sharing": "temporal:64",
             "threads": 2,
             "kv_cache_tokens": 4096,
             "prefix_cache": False,
@@ -98,8 +102,20 @@ def test_services_know_every_setting_that_the_options_mean(tmp_path: Path, folde
 
 def test_options_that_are_not_given_leave_the_services_own_defaults(tmp_path: Path, folder: Path) -> None:
     env = environment(options(tmp_path), Model(name="m", folder=folder), "nats://x:1")
-    assert not {"HEDDLE_EXECUTOR_DTYPE", "HEDDLE_EXECUTOR_THREADS", "HEDDLE_LOG_LEVEL", "HEDDLE_GATEWAY_REUSE_PORT"} & set(env)
+    left = {"HEDDLE_EXECUTOR_DTYPE", "HEDDLE_EXECUTOR_THREADS", "HEDDLE_LOG_LEVEL", "HEDDLE_GATEWAY_REUSE_PORT"}
+    assert not (left | {"HEDDLE_EXECUTOR_COHORTS", "HEDDLE_EXECUTOR_FINETUNE_SHARING"}) & set(env)
     assert env["HEDDLE_EXECUTOR_SPECULATION"] == "true"
+
+
+def test_how_iterations_are_shared_is_checked_where_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    given = build_parser().parse_args(["up", "--cohorts", "2", "--finetune-sharing", "dynamic"])
+    assert (given.cohorts, given.finetune_sharing) == (2, "dynamic")
+    for option, value, rule in (("--cohorts", "3", "1 to 2"), ("--finetune-sharing", "temporal:0", "temporal:N")):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args(["up", option, value])
+        complaint = capsys.readouterr().err
+        assert option in complaint
+        assert rule in complaint
 
 
 def test_the_curl_line_survives_a_shell(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ class UpOptions:
     dtype: str | None = None
     draft: str = "auto"
     speculation: str = "heddle"
+    cohorts: int | None = None
+    finetune_sharing: str | None = None
     threads: int | None = None
     kv_cache_tokens: int | None = None
     prefix_cache: bool = True
@@ -97,6 +99,8 @@ def environment(options: UpOptions, model: Model, nats_url: str) -> dict[str, st
         "HEDDLE_PLANNER_MODE": options.speculation,
         "HEDDLE_DRAFT": options.draft,
         "HEDDLE_EXECUTOR_SPECULATION": "false" if options.speculation == "none" else "true",
+        "HEDDLE_EXECUTOR_COHORTS": options.cohorts,
+        "HEDDLE_EXECUTOR_FINETUNE_SHARING": options.finetune_sharing,
         "HEDDLE_EXECUTOR_DTYPE": options.dtype,
         "HEDDLE_EXECUTOR_THREADS": options.threads,
         "HEDDLE_EXECUTOR_KV_CACHE_TOKENS": options.kv_cache_tokens,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from common.config import ConfigError
-from common.drafts import AUTO, parse_drafts
 from common.messages import Role
-from common.speculation import SPELLINGS, parse_speculation
+from common.sharing import MAX_COHORTS
+from common.sharing import SPELLINGS as SHARING_SPELLINGS
+from common.speculation import SPELLINGS
+from services.cli.values import drafts, path, rate, share, sharing, speculation, within
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -109,52 +108,74 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     )
     place = parser.add_argument_group("where")
     place.add_argument("--host", default="127.0.0.1", help="address the gateway listens on; 0.0.0.0 for all")
-    place.add_argument("--port", type=_within(1, 65535), default=8000, help="port the gateway listens on")
-    place.add_argument("--state-dir", type=_path, default=default_state_dir(), help="NATS data and logs; one `heddle up` each")
+    place.add_argument("--port", type=within(1, 65535), default=8000, help="port the gateway listens on")
+    place.add_argument("--state-dir", type=path, default=default_state_dir(), help="NATS data and logs; one `heddle up` each")
     server = place.add_mutually_exclusive_group()
     server.add_argument("--nats", metavar="URL", help="use this NATS server or cluster (with JetStream) and start none")
-    server.add_argument(
-        "--nats-port", type=_within(1, 65535), metavar="N", help="port of the NATS server (default: a free one)"
-    )
+    server.add_argument("--nats-port", type=within(1, 65535), metavar="N", help="port of the NATS server (default: a free one)")
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", default=DEFAULT_MODEL, help="a name, a folder, a .gguf file or a hub name (owner/name)")
     model.add_argument("--served-model-name", metavar="NAME", help="what clients call it (default: its own name)")
     model.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], help="number format (default: auto)")
-    model.add_argument("--kv-cache-tokens", type=_within(1), metavar="N", help="size of the KV cache (default: the executor's)")
+    model.add_argument("--kv-cache-tokens", type=within(1), metavar="N", help="size of the KV cache (default: the executor's)")
     model.add_argument(
         "--no-prefix-cache",
         dest="prefix_cache",
         action="store_false",
         help="compute each prompt anew (default: reuse prefixes)",
     )
-    model.add_argument("--threads", type=_within(1), metavar="N", help="CPU threads of one executor (default: all cores)")
+    model.add_argument("--threads", type=within(1), metavar="N", help="CPU threads of one executor (default: all cores)")
+    _add_policies(parser)
+    _add_processes(parser)
 
-    speculation = parser.add_argument_group("speculation")
-    speculation.add_argument(
+
+def _add_policies(parser: argparse.ArgumentParser) -> None:
+    drafting = parser.add_argument_group("speculation")
+    drafting.add_argument(
         "--draft",
-        type=_drafts,
+        type=drafts,
         default="auto",
         help="who guesses the next tokens: ngram, model:FOLDER, features:FOLDER, or several, with commas"
         " (default: auto, ngram and the trained drafter that ships for the model)",
     )
-    speculation.add_argument(
+    drafting.add_argument(
         "--speculation",
-        type=_speculation,
+        type=speculation,
         default="heddle",
         metavar="MODE",
         help=f"how draft trees are chosen: {SPELLINGS} (the same K tokens for every request); none: off",
     )
+    drafting.add_argument(
+        "--cohorts",
+        type=within(1, MAX_COHORTS),
+        metavar="N",
+        help="2: half of the requests verifies while the other half is drafted for; pays where drafting takes longer"
+        " than a pass of half of them (default: 1)",
+    )
+    finetuning = parser.add_argument_group("finetuning")
+    finetuning.add_argument(
+        "--finetune-sharing",
+        type=sharing,
+        metavar="POLICY",
+        help=f"which iterations finetuning shares: {SHARING_SPELLINGS}; a mini-batch after N iterations of inference, or N by"
+        " load, to compare with (default: token, all of them)",
+    )
 
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
     replicas = parser.add_argument_group("replicas")
     for role in ROLES:
         plural = f"{role}s"
-        replicas.add_argument(f"--{plural}", type=_within(1, 64), default=1, metavar="N", help=f"number of {plural}")
+        replicas.add_argument(f"--{plural}", type=within(1, 64), default=1, metavar="N", help=f"number of {plural}")
 
     logs = parser.add_argument_group("logs")
     logs.add_argument("--log-format", choices=["json", "console"], help="of the services' logs (default: json)")
     logs.add_argument(
-        "--tensorboard-dir", type=_path, metavar="DIR", help="metrics of finetuning jobs (default: tensorboard/ in --state-dir)"
+        "--tensorboard-dir",
+        type=path,
+        metavar="DIR",
+        help="metrics of finetuning jobs (default: tensorboard/ in --state-dir)",
     )
     logs.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="(default: info)")
 
@@ -171,7 +192,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         " and print its path. A folder that is ready to use is printed as it is."
     )
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="a name, a folder, a .gguf file or a hub name")
-    parser.add_argument("--out", type=_path, metavar="DIR", help="write here instead of into the cache; new or empty")
+    parser.add_argument("--out", type=path, metavar="DIR", help="write here instead of into the cache; new or empty")
 
 
 def _add_distill(parser: argparse.ArgumentParser) -> None:
@@ -180,15 +201,13 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
         " card. `heddle up --draft ngram,features:DIR` uses it. Answers are kept in DIR: run again after an interruption."
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, help="the model that is served: a name, a folder, a .gguf file")
-    parser.add_argument("--out", type=_path, required=True, metavar="DIR", help="the drafter's folder; new, or with answers")
-    parser.add_argument(
-        "--prompts", type=_path, metavar="FILE", help="JSONL with messages or text (default: the model's ideas)"
-    )
-    parser.add_argument("--tokens", type=_within(1), default=300_000, dest="num_tokens", metavar="N", help="tokens of answers")
-    parser.add_argument("--epochs", type=_within(1), default=4, metavar="N", help="how often each answer is learned")
-    parser.add_argument("--vocabulary", type=_within(16), default=10_240, metavar="N", help="tokens that it can draft")
-    parser.add_argument("--threads", type=_within(1), metavar="N", help="CPU threads (default: all cores)")
-    parser.add_argument("--seed", type=_within(0), default=0, metavar="N", help="of prompts, order and noise")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="the drafter's folder; new, or with answers")
+    parser.add_argument("--prompts", type=path, metavar="FILE", help="JSONL with messages or text (default: the model's ideas)")
+    parser.add_argument("--tokens", type=within(1), default=300_000, dest="num_tokens", metavar="N", help="tokens of answers")
+    parser.add_argument("--epochs", type=within(1), default=4, metavar="N", help="how often each answer is learned")
+    parser.add_argument("--vocabulary", type=within(16), default=10_240, metavar="N", help="tokens that it can draft")
+    parser.add_argument("--threads", type=within(1), metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("--seed", type=within(0), default=0, metavar="N", help="of prompts, order and noise")
     parser.add_argument("--served-model-name", metavar="NAME", help="what the server calls the model (default: its own name)")
     parser.add_argument("--url", default=DEFAULT_URL, help="a gateway that serves it")
     _add_api_key(parser)
@@ -199,9 +218,9 @@ def _add_adapters(parser: _Parser) -> None:
     listing = _add(actions, "list", "list the adapters that the system serves")
     export = _add(actions, "export", "write one adapter as a Hugging Face PEFT folder")
     export.add_argument("name", help="the adapter's name, as in `heddle adapters list`")
-    export.add_argument("dir", type=_path, metavar="DIR", help="new or empty folder")
+    export.add_argument("dir", type=path, metavar="DIR", help="new or empty folder")
     importing = _add(actions, "import", "serve a Hugging Face PEFT folder as a model of its own, without restart")
-    importing.add_argument("dir", type=_path, metavar="DIR", help="folder with adapter_config.json, adapter_model.safetensors")
+    importing.add_argument("dir", type=path, metavar="DIR", help="folder with adapter_config.json, adapter_model.safetensors")
     importing.add_argument("--name", help="the adapter's name for clients (default: the folder's)")
     importing.add_argument(
         "--base-model", metavar="MODEL", help="the served base model (default: base_model_name_or_path of adapter_config.json)"
@@ -219,23 +238,23 @@ def _add_explain(parser: _Parser) -> None:
     memory = _add(subjects, "memory", "show the activations that finetuning keeps, tensor by tensor")
     memory.add_argument(
         "--recompute-share",
-        type=_share,
+        type=share,
         default=0.0,
         metavar="SHARE",
         help="part of a forward pass that may run again to keep less, as HEDDLE_EXECUTOR_MAX_RECOMPUTE_SHARE",
     )
     parallel = _add(subjects, "parallel", "show how each bypass could run beside a tensor-parallel model, and the cheapest way")
-    parallel.add_argument("--ranks", type=_within(1, 1024), default=4, metavar="N", help="size of the tensor-parallel group")
-    parallel.add_argument("--tflops", type=_rate, default=150.0, help="of one rank, in TFLOP/s")
-    parallel.add_argument("--link-gb", type=_rate, default=200.0, metavar="GB", help="that one rank sends in a second, in GB")
-    parallel.add_argument("--latency-us", type=_rate, default=10.0, metavar="US", help="of one collective, in microseconds")
+    parallel.add_argument("--ranks", type=within(1, 1024), default=4, metavar="N", help="size of the tensor-parallel group")
+    parallel.add_argument("--tflops", type=rate, default=150.0, help="of one rank, in TFLOP/s")
+    parallel.add_argument("--link-gb", type=rate, default=200.0, metavar="GB", help="that one rank sends in a second, in GB")
+    parallel.add_argument("--latency-us", type=rate, default=10.0, metavar="US", help="of one collective, in microseconds")
     parallel.add_argument(
-        "--passes-per-update", type=_within(1), default=8, metavar="N", help="passes between two optimizer steps"
+        "--passes-per-update", type=within(1), default=8, metavar="N", help="passes between two optimizer steps"
     )
     for subject in (memory, parallel):
         subject.add_argument("--model", default=DEFAULT_MODEL, help="a name, or a folder with at least config.json")
-        subject.add_argument("--peft", type=_path, required=True, metavar="FILE", help="an adapter_config.json")
-        subject.add_argument("--sequence-length", type=_within(1, 1 << 20), default=1024, metavar="T", help="tokens at once")
+        subject.add_argument("--peft", type=path, required=True, metavar="FILE", help="an adapter_config.json")
+        subject.add_argument("--sequence-length", type=within(1, 1 << 20), default=1024, metavar="T", help="tokens at once")
         subject.add_argument(
             "--dtype", choices=["float16", "bfloat16", "float32"], help="of activations (default: the model's)"
         )
@@ -246,34 +265,34 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         "Upload a chat JSONL, start a finetuning job, and print its id. What is not given has the trainer's default, which the"
         " job shows. --wait follows the job to its end: loss, tokens per second and time left."
     )
-    parser.add_argument("data", type=_path, metavar="DATA", help='rows: {"messages": [{"role": ..., "content": ...}, ...]}')
-    parser.add_argument("--validation", type=_path, metavar="FILE", help="rows that are scored after each epoch")
+    parser.add_argument("data", type=path, metavar="DATA", help='rows: {"messages": [{"role": ..., "content": ...}, ...]}')
+    parser.add_argument("--validation", type=path, metavar="FILE", help="rows that are scored after each epoch")
     parser.add_argument("--model", help="the base model (default: the one that is served)")
     parser.add_argument("--suffix", help="part of the adapter's model name")
-    parser.add_argument("--seed", type=_within(0, 2**31 - 1), metavar="N", help="of the order, the first weights and dropout")
+    parser.add_argument("--seed", type=within(0, 2**31 - 1), metavar="N", help="of the order, the first weights and dropout")
     parser.add_argument("--wait", action="store_true", help="follow the job until it has ended")
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=_within(1), metavar="N", help="passes over the data")
-    training.add_argument("--batch-size", type=_within(1), metavar="N", help="rows per optimizer step")
+    training.add_argument("--epochs", type=within(1), metavar="N", help="passes over the data")
+    training.add_argument("--batch-size", type=within(1), metavar="N", help="rows per optimizer step")
     training.add_argument("--learning-rate", type=float, metavar="X", help="at its peak")
     training.add_argument("--scheduler", choices=["constant", "linear", "cosine"], help="of the learning rate")
-    training.add_argument("--warmup-steps", type=_within(0), metavar="N", help="steps until the peak")
+    training.add_argument("--warmup-steps", type=within(0), metavar="N", help="steps until the peak")
     training.add_argument("--optimizer", choices=["adamw", "sgd"])
     training.add_argument("--weight-decay", type=float, metavar="X")
     training.add_argument("--max-grad-norm", type=float, metavar="X", help="gradients are clipped to it; 0: never")
     adapter = parser.add_argument_group("adapter")
     methods = ["lora", "rslora", "ia3", "bottleneck", "distillation"]
     adapter.add_argument("--method", choices=methods, help="of an adapter, or distillation: train a drafter in its place")
-    adapter.add_argument("--rank", type=_within(1), metavar="N", help="also a bottleneck's size")
+    adapter.add_argument("--rank", type=within(1), metavar="N", help="also a bottleneck's size")
     adapter.add_argument("--alpha", type=float, metavar="X")
     adapter.add_argument("--dropout", type=float, metavar="P", help="of the adapter's inputs")
     adapter.add_argument("--target-modules", nargs="+", metavar="NAME", help="q_proj, k_proj, ...; all-linear")
     adapter.add_argument("--feedforward-modules", nargs="*", metavar="NAME", help="of ia3: targets whose input is scaled")
     adapter.add_argument("--non-linearity", choices=["relu", "gelu"], help="of a bottleneck")
     drafter = parser.add_argument_group("drafter", "of --method distillation")
-    drafter.add_argument("--out", type=_path, metavar="DIR", help="wait for the job, and write the drafter's folder here")
-    drafter.add_argument("--vocabulary", type=_within(16), dest="vocabulary_size", metavar="N", help="tokens it can draft")
-    drafter.add_argument("--ahead", type=_within(1, 6), dest="num_steps", metavar="N", help="tokens ahead it is trained for")
+    drafter.add_argument("--out", type=path, metavar="DIR", help="wait for the job, and write the drafter's folder here")
+    drafter.add_argument("--vocabulary", type=within(16), dest="vocabulary_size", metavar="N", help="tokens it can draft")
+    drafter.add_argument("--ahead", type=within(1, 6), dest="num_steps", metavar="N", help="tokens ahead it is trained for")
     parser.add_argument("--url", default=DEFAULT_URL, help="a gateway")
     _add_api_key(parser)
 
@@ -289,54 +308,3 @@ def _add_api_key(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key", metavar="KEY", default=os.environ.get("HEDDLE_API_KEY"), help="the gateway's key (default: HEDDLE_API_KEY)"
     )
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser().absolute()
-
-
-def _rate(text: str) -> float:
-    return _number(text, 0.0, math.inf)
-
-
-def _share(text: str) -> float:
-    return _number(text, -math.inf, 1.0)
-
-
-def _number(text: str, above: float, highest: float) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not max(above, -sys.float_info.min) < number <= highest or math.isinf(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {'positive number' if above == 0 else 'number from 0 to 1'}")
-    return number
-
-
-def _speculation(text: str) -> str:
-    try:
-        parse_speculation(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def _drafts(text: str) -> str:
-    """A list of drafters, as the planner takes it."""
-    try:
-        return AUTO if text == AUTO else ",".join(str(spec) for spec in parse_drafts(text))
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _within(lowest: int, highest: int | None = None) -> Callable[[str], int]:
-    """A parser of whole numbers of a range, with a readable complaint."""
-
-    def parse(text: str) -> int:
-        number = int(text) if text.lstrip("-").isdigit() else None
-        if number is None or number < lowest or (highest is not None and number > highest):
-            rule = f"at least {lowest}" if highest is None else f"{lowest} to {highest}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {rule}")
-        return number
-
-    return parse

@@ -6,7 +6,7 @@ import dataclasses
 import os
 
 from common.config import ConfigError, ServiceConfig, require
-from services.executor.sharing import parse_sharing
+from common.sharing import MAX_COHORTS, parse_sharing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class ExecutorConfig(ServiceConfig):
         require(self.max_graph_tokens >= 0, "max_graph_tokens", "not be negative")
         require(self.kv_cache_tokens >= self.page_size, "kv_cache_tokens", "be at least page_size")
         require(self.max_lora_rank > 0, "max_lora_rank", "be positive")
-        require(self.cohorts in (1, 2), "cohorts", "be 1 or 2")
+        require(1 <= self.cohorts <= MAX_COHORTS, "cohorts", f"be from 1 to {MAX_COHORTS}")
         require(self.tree_wait_ms >= 0, "tree_wait_ms", "not be negative")
         cores = os.cpu_count() or 1
         require(self.threads <= cores, "threads", f"not be more than this machine's {cores} cores")
@@ -91,4 +91,4 @@ class ExecutorConfig(ServiceConfig):
         try:
             parse_sharing(self.finetune_sharing)
         except ValueError as error:
-            raise ConfigError(f"finetune_sharing must {error}") from error
+            raise ConfigError(f"finetune_sharing {error}") from error

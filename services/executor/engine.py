@@ -28,6 +28,7 @@ from common.messages import (
     TokenChunk,
 )
 from common.prefix import PageDigests
+from common.sharing import TOKEN, Sharing
 from kernels.upload import upload
 from services.executor.assembly import Assembly, Work
 from services.executor.cohorts import Cohorts
@@ -45,7 +46,7 @@ from services.executor.requests import refusal
 from services.executor.sampling import Draws, NonFiniteLogitsError
 from services.executor.scheduler import IterationPlan, Limits
 from services.executor.sequences import Sequence
-from services.executor.sharing import TOKEN, Sharing, Turns, plan_turn
+from services.executor.sharing import Turns, plan_turn
 from services.executor.training import Training
 from services.executor.training_work import BackwardWork, layers_of
 from services.executor.trees import TreeLimits, attach

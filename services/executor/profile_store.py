@@ -1,4 +1,4 @@
-"""Latency profiles that outlive a process: the KV bucket `heddle_profiles`, by model, device, dtype and threads."""
+"""Latency profiles that outlive a process: the KV bucket `heddle_profiles`, by model, device, dtype, threads and code."""
 
 from __future__ import annotations
 

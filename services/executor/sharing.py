@@ -10,33 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from common.latency import Rows, predict_ms
 from common.messages import LatencyProfile
+from common.sharing import TOKEN, Sharing
 from services.executor.finetune_share import JobView
 from services.executor.scheduler import IterationPlan, Limits, SequenceView, plan_iteration
 
-MAX_FREQUENCY = 1_000_000
-SPELLINGS = f"token, dynamic or temporal:N with N from 1 to {MAX_FREQUENCY}"
 DYNAMIC_FREQUENCIES = (64, 512)
 """The most and the least frequent mini-batches of `dynamic`: those of the fixed frequencies that it is compared with."""
 ARRIVAL_WINDOW_S = 10.0
 MAX_ARRIVALS = 1024
 WHOLE_MS = 1e7
 """An iteration as long as a mini-batch takes."""
-
-
-class Sharing(NamedTuple):
-    """A policy's name, and for `temporal` its inference iterations per mini-batch."""
-
-    name: str = "token"
-    frequency: int = 0
-
-
-TOKEN = Sharing()
 
 
 class Turns(NamedTuple):
@@ -53,16 +41,6 @@ class Turns(NamedTuple):
     """Its tokens so far."""
     arrivals: tuple[float, ...] = ()
     """When requests came in the last ARRIVAL_WINDOW_S."""
-
-
-def parse_sharing(text: str) -> Sharing:
-    """What the option says. Raises ValueError, which tells all that it may be."""
-    if text in ("token", "dynamic"):
-        return Sharing(text)
-    match = re.fullmatch(r"temporal:([0-9]{1,7})", text)
-    if match is None or not 1 <= int(match[1]) <= MAX_FREQUENCY:
-        raise ValueError(f"be {SPELLINGS}, not {text!r}")
-    return Sharing("temporal", int(match[1]))
 
 
 def plan_turn(

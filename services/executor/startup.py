@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Awaitable, Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 
 from common.config import ConfigError
 from common.messages import LatencyProfile
+from common.sharing import parse_sharing
+from kernels import ops
 from kernels.version import kernels_version
 from services.executor.config import ExecutorConfig
 from services.executor.device import choose_device, is_out_of_memory, memory_bytes
@@ -24,9 +27,8 @@ from services.executor.model_config import ModelConfig, read_model_config
 from services.executor.profile_store import ProfileStore
 from services.executor.profiling import NUM_SLOTS, measure_profile
 from services.executor.scheduler import Limits
-from services.executor.sharing import parse_sharing
 
-PROFILE_TERMS = "row-context"
+PROFILE_TERMS = "row-context.scored-row"
 """The newest term of the latency model, in the key: profiles of before would be read, but lack it for ever."""
 log = structlog.get_logger()
 
@@ -128,5 +130,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def profile_key(model: str, dtype: torch.dtype, device: torch.device, num_threads: int) -> str:
-    """Under what a profile is kept: all that the latency depends on, so also the kernels."""
-    return f"{platform.node()}.{model}.{device.type}.{dtype_name(dtype)}.{num_threads}.{PROFILE_TERMS}.{kernels_version()}"
+    """Under what a profile is kept: all that the latency depends on, so also this release, its kernels and their choice."""
+    kernels = f"{kernels_version()}.triton" if ops.interprets_triton else kernels_version()
+    code = f"{PROFILE_TERMS}.{version('heddle')}.{kernels}"
+    return f"{platform.node()}.{model}.{device.type}.{dtype_name(dtype)}.{num_threads}.{code}"
