@@ -1,10 +1,12 @@
 """How long an iteration takes: a piecewise linear function of its tokens, and its inverse. Pure; knows no clock.
 
-f(rows, backward) = correction * (points(tokens) + context * ms_per_context_token + row_context * ms_per_row_context)
+f(rows, backward) = correction * (points(tokens) + context * ms_per_context_token + row_context * ms_per_row_context
+                                  + scored * ms_per_scored_row)
                     + backward * backward_ms_per_token + head * drafter_ms_per_token
 (FlexLLM's f(c, s), dossier 5.4). `points` come from a measurement of the real model on the real device. A segment's context is
 read once, whatever its rows (`context`), and each of its rows attends to all of it (`row_context`): a prefill chunk of 32 rows
-behind 6,000 tokens costs far more than 32 rows.
+behind 6,000 tokens costs far more than 32 rows. Of a prompt only the last row needs the model's head, unless its rows are
+`scored`: with a large vocabulary that costs as much as the rest of a small model.
 """
 
 from __future__ import annotations
@@ -21,19 +23,25 @@ MAX_SLOWER = 2.0
 
 
 class Rows(NamedTuple):
-    """What a forward pass costs by: its rows, and over its segments the sum of contexts and of rows times context."""
+    """What a forward pass costs by: its rows, over its segments the sum of contexts and of rows times context, and the rows of
+    prompts whose log probabilities are wanted.
+    """
 
     tokens: int = 0
     context: int = 0
     row_context: int = 0
+    scored: int = 0
 
-    def with_segment(self, rows: int, context: int) -> Rows:
-        """Beside a new segment of that many rows behind that context; one without rows is none."""
-        return self if rows <= 0 else Rows(self.tokens + rows, self.context + context, self.row_context + rows * context)
+    def with_segment(self, rows: int, context: int, scored: int = 0) -> Rows:
+        """Beside a new segment of that many rows behind that context; one without rows is none. Up to `scored` are scored."""
+        if rows <= 0:
+            return self
+        row_context = self.row_context + rows * context
+        return Rows(self.tokens + rows, self.context + context, row_context, self.scored + min(rows, scored))
 
     def widened(self, rows: int, context: int) -> Rows:
         """With that many more rows in a segment that is there already, so that its context is read anyway."""
-        return Rows(self.tokens + rows, self.context, self.row_context + rows * context)
+        return self._replace(tokens=self.tokens + rows, row_context=self.row_context + rows * context)
 
 
 NO_ROWS = Rows()
@@ -53,17 +61,20 @@ def predict_ms(profile: LatencyProfile, rows: Rows) -> float:
     if rows.tokens <= 0:
         return 0.0
     forward = interpolate(profile.points, rows.tokens)
-    return profile.correction * (forward + rows.context * profile.ms_per_context_token + _row_context_ms(profile, rows))
+    context_ms = rows.context * profile.ms_per_context_token + _row_context_ms(profile, rows)
+    return profile.correction * (forward + context_ms + _scored_ms(profile, rows))
 
 
-def max_rows(profile: LatencyProfile, budget_ms: float, limit: int, beside: Rows = NO_ROWS, context: int = 0) -> int:
+def max_rows(
+    profile: LatencyProfile, budget_ms: float, limit: int, beside: Rows = NO_ROWS, context: int = 0, scored: int = 0
+) -> int:
     """f inverted: the most rows, up to `limit`, that a new segment behind `context` tokens may have beside the rest of the pass
-    for the pass to stay within `budget_ms`; 0 if not even one may.
+    for the pass to stay within `budget_ms`; 0 if not even one may. Its first `scored` rows are scored.
     """
     low, high = 0, max(limit, 0)
     while low < high:
         middle = (low + high + 1) // 2
-        if predict_ms(profile, beside.with_segment(middle, context)) <= budget_ms:
+        if predict_ms(profile, beside.with_segment(middle, context, scored)) <= budget_ms:
             low = middle
         else:
             high = middle - 1
@@ -75,6 +86,7 @@ def make_profile(
     *,
     ms_per_context_token: float = 0.0,
     ms_per_row_context: float = 0.0,
+    ms_per_scored_row: float = 0.0,
     backward_ms_per_token: float = 0.0,
 ) -> LatencyProfile:
     """A profile from (tokens, ms) measurements: sorted, and made monotone, since noise must not make more tokens cheaper.
@@ -90,6 +102,7 @@ def make_profile(
         points=tuple(points),
         ms_per_context_token=ms_per_context_token,
         ms_per_row_context=ms_per_row_context,
+        ms_per_scored_row=ms_per_scored_row,
         backward_ms_per_token=backward_ms_per_token,
     )
 
@@ -106,20 +119,28 @@ def context_costs(narrow: tuple[Rows, float], wide: tuple[Rows, float]) -> tuple
 def corrected(profile: LatencyProfile, rows: Rows, measured_ms: float, weight: float = 0.05) -> LatencyProfile:
     """The profile after a forward pass: an EWMA of measured / predicted, one observation bounded to a factor of 4.
 
-    What attention to a context had as its share of the prediction goes to its own coefficient: else a long prompt, whose cost
-    per row was measured behind a shorter context, would spoil what is predicted of every other pass. The points beside the
-    pass's size move as well, the first times by more: passes of one size say little of another's measurement.
+    What attention to a context and scoring had as their shares of the prediction goes to their own coefficients: else a long
+    prompt, whose cost per row was measured behind a shorter context, would spoil what is predicted of every other pass. The
+    points beside the pass's size move as well, the first times by more: passes of one size say little of another's measurement.
     """
     predicted_ms = predict_ms(profile, rows)
     if predicted_ms <= 0 or measured_ms <= 0:
         return profile
     ratio = measured_ms / predicted_ms
     share = profile.correction * _row_context_ms(profile, rows) / predicted_ms
-    correction = profile.correction * _smoothed(ratio, weight * (1.0 - share))
+    scored_share = profile.correction * _scored_ms(profile, rows) / predicted_ms
+    rest = 1.0 - share - scored_share
+    correction = profile.correction * _smoothed(ratio, weight * rest)
     per_row = profile.ms_per_row_context * _smoothed(ratio, weight * share)
-    points, seen = _corrected_points(profile, rows.tokens, ratio, weight, 1.0 - share)
+    per_scored = profile.ms_per_scored_row * _smoothed(ratio, weight * scored_share)
+    points, seen = _corrected_points(profile, rows.tokens, ratio, weight, rest)
     return msgspec.structs.replace(
-        profile, points=points, seen=seen, correction=min(10.0, max(0.1, correction)), ms_per_row_context=per_row
+        profile,
+        points=points,
+        seen=seen,
+        correction=min(10.0, max(0.1, correction)),
+        ms_per_row_context=per_row,
+        ms_per_scored_row=per_scored,
     )
 
 
@@ -172,6 +193,10 @@ def drafter_corrected(profile: LatencyProfile, tokens: float, measured_ms: float
 
 def _row_context_ms(profile: LatencyProfile, rows: Rows) -> float:
     return rows.row_context * profile.ms_per_row_context
+
+
+def _scored_ms(profile: LatencyProfile, rows: Rows) -> float:
+    return rows.scored * profile.ms_per_scored_row
 
 
 def _smoothed(ratio: float, weight: float) -> float:

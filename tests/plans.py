@@ -68,7 +68,7 @@ class Case:
         for view in self.decoding:
             rows = rows.with_segment(1 + nodes.get(view.request_id, 0), view.context_tokens)
         for view in self.waiting:
-            rows = rows.with_segment(prefill.get(view.request_id, 0), view.context_tokens)
+            rows = rows.with_segment(prefill.get(view.request_id, 0), view.context_tokens, view.num_unscored)
         for job in self.jobs:
             rows = rows.with_segment((forward or {}).get(job.job_id, 0), job.context_tokens)
         return rows
@@ -91,6 +91,7 @@ def random_case(seed: int) -> Case:
         list(zip((1, 16, 64, 256, 1024), measured, strict=True)),
         ms_per_context_token=rng.choice([0.0, rng.uniform(0.0, 0.002)]),
         ms_per_row_context=rng.choice([0.0, rng.uniform(0.0, 0.0002)]),
+        ms_per_scored_row=rng.choice([0.0, rng.uniform(0.0, 0.5)]),
         backward_ms_per_token=rng.uniform(0.01, 1),
     )
     limits = Limits(
@@ -107,7 +108,8 @@ def random_sequence(request_id: str, rng: random.Random) -> SequenceView:
     if rng.random() < 0.4:
         context = rng.choice([0, rng.randint(1, 6000)])
         fields = {"arrived_at": rng.uniform(0, 10), "first_token_due_at": due, "context_tokens": context}
-        return waiting(request_id, rng.randint(1, 300), **fields)
+        num_tokens = rng.randint(1, 300)
+        return waiting(request_id, num_tokens, num_unscored=rng.choice([0, 0, num_tokens - 1, num_tokens // 2]), **fields)
     probs = tuple(sorted((rng.random() for _ in range(rng.randint(0, 8))), reverse=True))
     num_decoded, tpot_ms = rng.randint(0, 30), rng.choice([None, rng.uniform(5, 200)])
     return decoding(

@@ -126,6 +126,13 @@ def test_the_rest_of_a_prompt_is_predicted_behind_what_is_cached() -> None:
     assert idle == sorted(idle, reverse=True)
 
 
+def test_a_prompt_that_is_scored_takes_longer() -> None:
+    """Each row, whether its page is cached or not: all of them are computed."""
+    scoring = load(latency=msgspec.structs.replace(PROFILE, ms_per_scored_row=0.5, correction=2.0))
+    plain, scored = (forecast(request(400, prompt_logprobs=number), "e", scoring, 50.0, LIMITS).ttft_ms for number in (None, 0))
+    assert scored - plain == pytest.approx(399 * 0.5 * 2.0)
+
+
 def test_of_executors_that_keep_the_target_the_one_with_the_prefix_may_have_the_longer_queue() -> None:
     asked = request(500, ttft_ms=5000.0)
     idle = beat("idle")

@@ -15,7 +15,8 @@ from common.codec import encode
 from common.messages import InferenceRequest, Logprobs, Sampling, TokenChunk
 from services.executor.logprobs import BLOCK_ROWS, LOWEST, score, score_blocks
 from services.executor.sampling import NonFiniteLogitsError
-from services.executor.scheduler import Limits
+from services.executor.scheduler import IterationPlan, Limits
+from services.executor.sharing import plan_turn
 from tests.drafts import oracle_draft
 from tests.tiny import (
     NUM_TOKENS,
@@ -120,6 +121,27 @@ def test_prompt_logprobs_come_once_under_preemption() -> None:
         prompt, output = request.prompt_tokens, driver.streams.tokens[request.request_id]
         assert_log_softmax(prompt_logprobs(chunks_of(driver), request.request_id), log_softmax(prompt)[:-1], prompt[1:], 1)
         assert len(output_logprobs(chunks_of(driver), request.request_id).chosen) == len(output) == NUM_TOKENS
+
+
+@pytest.mark.parametrize("pages", [96, 20])
+def test_a_plan_knows_the_rows_that_are_scored(pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, and no more unless pages were short, or a sequence that lost its pages computes rows again."""
+    plans: list[IterationPlan] = []
+
+    def planned(*arguments: Any) -> Any:
+        result = plan_turn(*arguments)
+        plans.append(result[0])
+        return result
+
+    monkeypatch.setattr("services.executor.engine.plan_turn", planned)
+    requests = [msgspec.structs.replace(each, prompt_logprobs=(None, 1)[i % 2]) for i, each in enumerate(all_requests())]
+    engine = tiny_engine(tiny_pair()[1], num_pages=pages, limits=Limits(max_batch_tokens=9, min_prefill_tokens=4))
+    driver = serve(tiny_pair()[1], *requests, engine=engine)
+    told = [sum(len(c.prompt_logprobs.chosen) for c in i.chunks if c.prompt_logprobs) for i in driver.iterations]
+    assert sum(told) == sum(len(each.prompt_tokens) - 1 for each in requests[1::2])
+    for plan, num_told in zip(plans, told, strict=True):
+        assert num_told <= plan.rows.scored
+        assert num_told == plan.rows.scored or engine.counters["preemptions"]
 
 
 def test_output_of_an_earlier_executor_is_no_prompt() -> None:

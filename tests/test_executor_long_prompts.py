@@ -49,10 +49,10 @@ def live(
     believed: LatencyProfile | None = None,
     jobs: tuple[JobView, ...] = (),
     done: int = 0,
+    scored: int = 0,
 ) -> Life:
-    """A stream of `num_tokens` tokens after its first, and a prompt, of which `done` tokens are computed, that waits beside it.
-
-    The scheduler knows `believed`, corrected by what each pass takes on `device`.
+    """A stream of `num_tokens` tokens after its first, and a prompt, of which `done` tokens are computed, that waits beside it,
+    of which the first `scored` rows are scored. The scheduler knows `believed`, corrected by what each pass takes on `device`.
     """
     profile = believed or device
     clock_ms, longest_ms, starved = 0.0, 0.0, 0
@@ -69,7 +69,8 @@ def live(
         )
         views: list[SequenceView] = [stream]
         if done < prompt:
-            views.append(waiting("prompt", prompt - done, context_tokens=done, arrived_at=1.0))
+            unscored = max(0, scored - done)
+            views.append(waiting("prompt", prompt - done, context_tokens=done, arrived_at=1.0, num_unscored=unscored))
         plan = plan_iteration(clock_ms / 1e3, views, jobs, profile, Limits(), starved)
         starved = plan.num_starved
         took_ms = predict_ms(device, plan.rows)
@@ -125,6 +126,19 @@ def test_a_cost_of_context_that_was_measured_wrongly_is_learned_and_the_stream_a
         assert predict_ms(profile, rows) == pytest.approx(predict_ms(DEVICE, rows), rel=0.03)
 
 
+def test_a_stream_keeps_its_target_beside_a_prompt_that_is_scored() -> None:
+    """Each of its rows needs the model's head, so fewer fit beside the stream, down to what its tokens cost alone."""
+    device = msgspec.structs.replace(DEVICE, ms_per_scored_row=0.5)
+    plain, scored = live(2000, 60.0, device=device), live(2000, 60.0, device=device, scored=1999)
+    for life in (plain, scored):
+        assert life.tpot_ms <= 60.0
+        assert life.longest_ms <= 60.0
+    assert plain.num_passes_to_end is not None
+    assert scored.num_passes_to_end is not None
+    assert scored.num_passes_to_end > 2 * plain.num_passes_to_end
+    assert live(2000, 60.0, device=device, believed=DEVICE, scored=1999).longest_ms > 60.0, "the term is what keeps it"
+
+
 def test_the_costs_of_context_are_found_from_two_passes() -> None:
     narrow, wide = Rows().with_segment(1, 1024), Rows().with_segment(64, 1024)
     alone = make_profile([(1, 28.0), (64, 34.0)])
@@ -147,8 +161,10 @@ def test_the_measurement_finds_a_device_in_few_passes(monkeypatch: pytest.Monkey
         return predict_ms(DEVICE, Rows().with_segment(num_tokens, context_tokens))
 
     monkeypatch.setattr(profiling, "_pass_ms", pass_ms)
+    monkeypatch.setattr(profiling, "_scoring_ms", lambda decoder: 0.25 * profiling.SCORED_ROWS)
     decoder = tiny_pair(max_position_embeddings=2048)[1]
     found = profiling.measure_profile(decoder, KvCache(decoder.config, 1, decoder.dtype, decoder.device), 1024)
+    assert found.ms_per_scored_row == 0.25
     for rows in ((1, 0), (1, 8000), (32, 500), (16, 6000)):
         segment = Rows().with_segment(*rows)
         assert predict_ms(found, segment) == pytest.approx(predict_ms(DEVICE, segment))
@@ -175,10 +191,10 @@ def test_a_cost_of_context_that_noise_has_hidden_can_still_be_learned(monkeypatc
 def test_a_profile_of_before_the_term_is_read_and_measured_anew() -> None:
     old = msgpack.packb({"points": [[1, 5.0]], "ms_per_context_token": 0.1, "backward_ms_per_token": 0.2, "correction": 1.5})
     profile = decode(old, LatencyProfile)
-    assert profile.ms_per_row_context == 0.0
+    assert profile.ms_per_row_context == profile.ms_per_scored_row == 0.0
     assert predict_ms(profile, Rows(1, 10, 10_000)) == pytest.approx(1.5 * 6.0)
     key = profile_key("model", torch.float32, torch.device("cpu"), 2)
-    assert ".row-context." in key, "what older versions kept lies under another key"
+    assert ".row-context.scored-row." in key, "what older versions kept lies under another key"
 
 
 def test_other_kernels_have_another_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,3 +210,17 @@ def test_other_kernels_have_another_profile(tmp_path: Path, monkeypatch: pytest.
         keys.add(profile_key("model", torch.float32, torch.device("cpu"), 2))
     kernels_version.cache_clear()
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("version", lambda _: "99.0"), ("kernels_version", lambda: "ffffffff"), ("ops.interprets_triton", True)]
+)
+def test_another_release_and_another_choice_of_kernels_have_another_profile(
+    name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key() -> str:
+        return profile_key("model", torch.float32, torch.device("cpu"), 2)
+
+    before = key()
+    monkeypatch.setattr(f"services.executor.startup.{name}", value)
+    assert key() != before

@@ -7,7 +7,7 @@ import random
 import msgspec
 import pytest
 
-from common.latency import Rows, corrected, make_profile, predict_ms
+from common.latency import Rows, corrected, make_profile, max_rows, predict_ms
 
 DEVICE = make_profile([(1, 13.0), (8, 30.0), (64, 150.0), (256, 520.0)])
 
@@ -50,3 +50,23 @@ def test_one_stalled_pass_of_a_new_size_does_not_price_larger_ones_out() -> None
     stalled = corrected(DEVICE, Rows(8), 3000.0)
     for tokens in (8, 64, 256):
         assert predict_ms(stalled, Rows(tokens)) < 2.1 * predict_ms(DEVICE, Rows(tokens))
+
+
+def test_what_scoring_costs_is_learned_apart() -> None:
+    """A device that scores four times as slowly as it was measured to: decoding is not blamed for it."""
+    device = msgspec.structs.replace(DEVICE, ms_per_scored_row=2.0)
+    profile = msgspec.structs.replace(DEVICE, ms_per_scored_row=0.5)
+    plain, scored = Rows(8), Rows(8).with_segment(200, 0, 199)
+    assert scored.scored == 199
+    for rows in (plain, scored) * 300:
+        profile = corrected(profile, rows, predict_ms(device, rows))
+    for rows in (plain, scored):
+        assert predict_ms(profile, rows) == pytest.approx(predict_ms(device, rows), rel=0.05)
+
+
+def test_a_segment_has_fewer_rows_for_its_time_when_they_are_scored() -> None:
+    profile = msgspec.structs.replace(DEVICE, ms_per_scored_row=2.0)
+    for scored in (0, 10, 1000):
+        num = max_rows(profile, 200.0, 1000, Rows(8), 0, scored)
+        assert predict_ms(profile, Rows(8).with_segment(num, 0, scored)) <= 200.0
+        assert predict_ms(profile, Rows(8).with_segment(num + 1, 0, scored)) > 200.0

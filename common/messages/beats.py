@@ -17,6 +17,8 @@ class LatencyProfile(msgspec.Struct, frozen=True, kw_only=True):
     ms_per_context_token: float = 0.0
     ms_per_row_context: float = 0.0
     """Of one row's attention to one token of its context; 0 in profiles of a time that did not measure it."""
+    ms_per_scored_row: float = 0.0
+    """Of the log probabilities after one row of a prompt: the model's head, and what is asked of its logits. 0 as above."""
     backward_ms_per_token: float = 0.0
     drafter_correction: float = 4.0
     """How much slower the training of a drafter's head is, per multiply-add, than the widest pass that was measured."""

@@ -153,12 +153,13 @@ def forecast(
     num_tokens = len(request.prompt_tokens)
     chunk = chunk_tokens(load, limits.prefill_chunk, context=(cached_tokens + num_tokens) // 2)
     own = num_tokens - cached_tokens
-    ttft_ms = waited_ms + prefill_ms(load, [*ahead, own], chunk, cached_tokens)
+    own_scored = 0 if request.prompt_logprobs is None else num_tokens - 1
+    ttft_ms = waited_ms + prefill_ms(load, [*ahead, own], chunk, cached_tokens, own_scored)
     return Forecast(
         executor_id=executor_id,
         backlog_ms=prefill_ms(load, ahead, limits.prefill_chunk),  # a queue is too long by its work, not by who is polite
         ttft_ms=ttft_ms,
-        work_ms=prefill_ms(load, [own], chunk, cached_tokens),
+        work_ms=prefill_ms(load, [own], chunk, cached_tokens, own_scored),
         tpot_ms=tpot_ms,
         excess=_excess(ttft_ms, request.slo.ttft_ms) + _excess(tpot_ms, request.slo.tpot_ms),
         num_broken=sum(tpot_before_ms <= promised < tpot_ms for promised in load.promised_tpot_ms),
@@ -188,10 +189,10 @@ def chunk_tokens(load: ExecutorLoad, largest: int, context: int) -> int:
     return max(min(LEAST_CHUNK, largest), max_rows(load.latency, PACE * min(kept), largest, roots, context))
 
 
-def prefill_ms(load: ExecutorLoad, prompts: Sequence[int], chunk: int, cached_tokens: int = 0) -> float:
+def prefill_ms(load: ExecutorLoad, prompts: Sequence[int], chunk: int, cached_tokens: int = 0, scored: int = 0) -> float:
     """How long prompts of these lengths take in chunks, each behind its context, beside the running requests' roots.
 
-    The last one goes on behind so many tokens that are cached.
+    The last one goes on behind so many tokens that are cached, and the log probabilities of so many of its own are wanted.
     """
     roots = Rows(load.num_running, load.context_tokens, load.context_tokens)
     num_full, rest = divmod(sum(prompts), chunk)
@@ -199,7 +200,7 @@ def prefill_ms(load: ExecutorLoad, prompts: Sequence[int], chunk: int, cached_to
     rest_ms = predict_ms(load.latency, roots.widened(rest, 0)) if rest else 0.0
     contexts = [_chunk_contexts(length, chunk) for length in prompts]
     contexts.append((cached_tokens * -(-prompts[-1] // chunk), cached_tokens * prompts[-1]))
-    behind = Rows(1, sum(context for context, _ in contexts), sum(row_context for _, row_context in contexts))
+    behind = Rows(1, sum(context for context, _ in contexts), sum(row_context for _, row_context in contexts), scored)
     return num_full * full_ms + rest_ms + predict_ms(load.latency, behind) - predict_ms(load.latency, Rows(1))
 
 

@@ -10,6 +10,7 @@ from common.latency import Rows, context_costs, make_profile
 from common.messages import LatencyProfile
 from services.executor.batch import Segment
 from services.executor.features import FeatureWish, PassFeatures
+from services.executor.logprobs import score
 from services.executor.model import Decoder, KvCache
 from services.executor.model_config import ModelConfig
 from services.executor.passes import Passes
@@ -21,6 +22,8 @@ CONTEXT_TOKENS = 1024
 CONTEXT_ROWS = 64
 """The two passes behind a context have 1 and this many rows: one of the points, whose pass without it is measured.
 More rows than these are prompts, of which only the last row needs logits."""
+SCORED_ROWS = 32
+"""Rows of the measurement of scoring."""
 NUM_SLOTS = max(CONTEXT_TOKENS + CONTEXT_ROWS, GPU_POINTS[-1])
 """Cache slots that the measurement needs."""
 REPEATS = 3
@@ -47,6 +50,7 @@ def measure_profile(decoder: Decoder, cache: KvCache, max_tokens: int, max_graph
         measured,
         ms_per_context_token=per_context_token,
         ms_per_row_context=per_row_context or slope * attention_share(decoder.config),
+        ms_per_scored_row=min(_scoring_ms(decoder) for _ in range(REPEATS + 1)) / SCORED_ROWS,
         backward_ms_per_token=BACKWARD_FACTOR * slope,
     )
 
@@ -71,6 +75,14 @@ def _context_costs(config: ModelConfig, passes: Passes, measured: list[tuple[int
         behind_ms = min(_pass_ms(passes, num_tokens, num_context) for _ in range(REPEATS + 1))
         slower.append((Rows().with_segment(num_tokens, num_context), behind_ms - alone_ms))
     return context_costs(slower[0], slower[1])
+
+
+def _scoring_ms(decoder: Decoder) -> float:
+    """What log probabilities of SCORED_ROWS rows take, with the head that they need; one alternative each."""
+    hidden_RH = torch.ones(SCORED_ROWS, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
+    started_at = time.perf_counter()
+    score(decoder.logits(hidden_RH), [0] * SCORED_ROWS, 1)  # it waits for the device
+    return (time.perf_counter() - started_at) * 1e3
 
 
 def _pass_ms(passes: Passes, num_tokens: int, context_tokens: int = 0) -> float:

@@ -74,6 +74,8 @@ class SequenceView:
     """Mean of its decode iterations so far; what drafts may be hoped to bring."""
     tree_probs: tuple[float, ...] = ()
     num_required: int = 0
+    num_unscored: int = 0
+    """Of the uncomputed tokens so many, the first ones, whose rows are scored: each costs the model's head besides."""
     is_resting: bool = False
     """It decodes, but not in this iteration: the other half does (see cohorts)."""
 
@@ -239,10 +241,10 @@ def _prefill_chunks(
     beside = rows.widened(reserve, 0)
     for view in waiting:
         room = min(view.num_uncomputed, limits.max_batch_tokens - beside.tokens)
-        num = max_rows(profile, limit_ms, room, beside, view.context_tokens)
+        num = max_rows(profile, limit_ms, room, beside, view.context_tokens, view.num_unscored)
         if num > 0:
             chunks[view.request_id] = num
-            beside = beside.with_segment(num, view.context_tokens)
+            beside = beside.with_segment(num, view.context_tokens, view.num_unscored)
         if num < view.num_uncomputed:  # who is next has to wait too, else a long prompt could be overtaken for ever
             break
     floor = min(limits.min_prefill_tokens, sum(view.num_uncomputed for view in waiting))
@@ -264,7 +266,7 @@ def _in_order(waiting: Seq[SequenceView], num_tokens: int) -> dict[str, int]:
 
 def _with_chunks(rows: Rows, waiting: Seq[SequenceView], chunks: dict[str, int]) -> Rows:
     for view in waiting:
-        rows = rows.with_segment(chunks.get(view.request_id, 0), view.context_tokens)
+        rows = rows.with_segment(chunks.get(view.request_id, 0), view.context_tokens, view.num_unscored)
     return rows
 
 

@@ -82,8 +82,12 @@ class Sequence:
     @property
     def num_unneeded(self) -> int:
         """Tokens whose rows are of no use if their keys and values are cached: all but the last, and prompts to be scored."""
-        is_scored = self.request.prompt_logprobs is None or self.num_scored >= self.num_prompt
-        return (len(self.tokens) if is_scored else self.num_scored) - 1
+        return (self.num_scored if self.num_unscored else len(self.tokens)) - 1
+
+    @property
+    def num_unscored(self) -> int:
+        """Prompt tokens whose log probabilities are wanted and not told yet."""
+        return 0 if self.request.prompt_logprobs is None else max(0, self.num_prompt - self.num_scored)
 
     @property
     def remaining_output(self) -> int:
@@ -111,6 +115,7 @@ class Sequence:
             first_token_due_at=self.first_token_due_at,
             tokens_per_step=(self.num_output - self.num_first) / self.verify_steps if self.verify_steps else 1.0,
             tree_probs=() if tree is None else tree.probs[1:],
+            num_unscored=self.num_unscored,
             num_required=0 if tree is None else tree.num_required,
         )
 
