@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
 
+from common.latency import Rows
 from services.executor.batch import Segment
 from services.executor.pages import PageAllocator
 from services.executor.scheduler import IterationPlan
@@ -149,6 +150,15 @@ class Assembly:
 def _held(sequences: Iterable[Sequence]) -> set[int]:
     """The pages of all of them, each once."""
     return set().union(*(sequence.table.pages for sequence in sequences))
+
+
+def decode_rows(works: Iterable[Work]) -> Rows:
+    """What the decoding sequences' part of a pass costs by."""
+    rows = Rows()
+    for work in works:
+        if work.is_decode:
+            rows = rows.with_segment(len(work.segment.tokens), len(work.segment.context_slots))
+    return rows
 
 
 def _arrival(sequence: Sequence) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 import structlog
 import torch
 
-from common.latency import Rows, corrected, predict_ms
+from common.latency import corrected, predict_ms
 from common.messages import (
     DraftTrees,
     FinishReason,
@@ -30,7 +30,7 @@ from common.messages import (
 from common.prefix import PageDigests
 from common.sharing import TOKEN, Sharing
 from kernels.upload import upload
-from services.executor.assembly import Assembly, Work
+from services.executor.assembly import Assembly, Work, decode_rows
 from services.executor.cohorts import Cohorts
 from services.executor.commit import Moves, commit, verify
 from services.executor.device import is_out_of_memory, wait_for
@@ -313,7 +313,7 @@ class Engine:
             progress=tuple(progress),
             planned_ms=plan.predicted_ms,
             limit_ms=plan.limit_ms,
-            decode_ms=predict_ms(self.profile, _decode_rows(works)),
+            decode_ms=predict_ms(self.profile, decode_rows(works)),
         )
 
     def _starts_to_decode(self, work: Work) -> bool:
@@ -341,11 +341,3 @@ class Engine:
         del self.sequences[sequence.request_id]
         self.counters[f"finished_{reason}"] += 1
         return self._chunk(sequence, tokens, reason, **fields)
-
-
-def _decode_rows(works: list[Work]) -> Rows:
-    rows = Rows()
-    for work in works:
-        if work.is_decode:
-            rows = rows.with_segment(len(work.segment.tokens), len(work.segment.context_slots))
-    return rows
