@@ -14,14 +14,14 @@ from common.prefix import KEY_BYTES, MAX_TOLD_PAGES
 from services.admission.policy import Placement, admit, forecast, prefill_ms
 from services.admission.prefixes import Prefixes, page_keys
 from services.executor.engine import Engine
-from services.executor.load import executor_load
+from services.executor.load import cached_pages, executor_load
 from tests.test_admission_policy import LIMITS, PROFILE, beat, load, request
 from tests.test_executor_prefix import ask, engine_of
 from tests.tiny import random_prompt, tiny_request
 
 
 def beat_of(engine: Engine) -> Beat:
-    told = executor_load(engine, "tiny", "")
+    told = executor_load(engine, "tiny", "", pages=cached_pages(engine))
     return Beat(role="executor", instance_id="e", state="ready", sent_at=0.0, period_s=1.0, executor=told)
 
 

@@ -14,6 +14,7 @@ import torch
 from common import subjects
 from common.bus import TooLargeError
 from common.messages import Admitted, InferenceRequest, Rejected, Slo
+from common.prefix import KEY_BYTES
 from services.executor.engine import Iteration
 from tests.executor_stage import MODEL, TIMEOUT_S, Connect, Gate, Stage, known_profile, running_executor, write_model
 from tests.tiny import NUM_TOKENS, PROMPTS, all_requests, tiny_request, truth
@@ -120,6 +121,9 @@ async def test_vitals_follow_requests(stage: Stage) -> None:
     finished, counters = stage.load, stage.counters()
     assert (finished.num_running, finished.num_waiting, finished.free_pages) == (0, 0, 128)
     assert (finished.context_tokens, finished.promised_tpot_ms) == (0, ())
+    assert idle.cached_pages == b""
+    assert finished.cached_pages is not None
+    assert len(finished.cached_pages) == (33 + NUM_TOKENS - 1) // 4 * KEY_BYTES
     wanted = {"requests": 1, "finished_length": 1, "prefill_tokens": 33, "generated_tokens": NUM_TOKENS, "decode_tokens": 17}
     assert {name: counters[name] for name in wanted} == wanted
     assert counters["iterations"] == NUM_TOKENS

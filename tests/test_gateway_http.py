@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
+from common.chat import ChatTokenizer
 from tests.fakes import MODEL, REPLY, SAID, write_tiny_model
 from tests.gateway_stage import Connect, Stage, staged
 
@@ -70,6 +71,36 @@ async def test_a_streamed_chat_with_usage(connect: Connect, model_dir: Path) -> 
         assert last.usage.completion_tokens == len(stage.tokenizer.encode(REPLY))
         assert all(chunk.usage is None for chunk in with_choices)
         assert len({chunk.id for chunk in chunks}) == 1
+
+
+CHAT_PARTS = [{"role": "user", "content": [{"type": "text", "text": "one two"}]}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "one two", "repetition_penalty": 1.0, "max_tokens": 3, "logprobs": None}),
+        ("/v1/chat/completions", {"messages": CHAT_PARTS, "max_completion_tokens": 3}),
+    ],
+)
+async def test_vllm_bench_serve_is_understood_and_understands(
+    path: str, body: dict[str, Any], connect: Connect, model_dir: Path
+) -> None:
+    """What its client sends (vLLM 0.32): the first model by name and folder, and a chunk with choices for a token, one without
+    for the usage. The token count of its random prompts is checked with /tokenize."""
+    async with staged(connect, model_dir) as stage:
+        card = (await stage.http.get("/v1/models")).json()["data"][0]
+        assert ChatTokenizer.load(Path(card["root"])).encode("one two") == stage.tokenizer.encode("one two")
+        asked = {"model": card["root"], "prompt": "one two", "add_special_tokens": False}
+        assert (await stage.http.post("/tokenize", json=asked)).json()["tokens"] == stage.tokenizer.encode("one two")
+        common = {"model": card["id"], "stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
+        *chunks, usage, done = await events(stage, path, body | common | {"temperature": 0.0})
+        assert len(chunks) == 3
+        assert all(chunk["choices"] and not chunk.get("usage") for chunk in chunks)
+        assert (usage["choices"], usage["usage"]["completion_tokens"], done) == ([], 3, "[DONE]")
+        request = stage.executor.requests[0]
+        assert usage["usage"]["prompt_tokens"] == len(request.prompt_tokens)
+        assert (request.ignore_eos, request.max_tokens, request.sampling.temperature) == (True, 3, 0.0)
 
 
 async def test_the_wire_format_of_a_stream(connect: Connect, model_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from services.executor.features import bounded, wish_of
 from services.executor.gateway_watch import GatewayWatch
 from services.executor.grammar_store import GrammarStore
 from services.executor.inbox import Inbox
-from services.executor.load import executor_vitals
+from services.executor.load import cached_pages, executor_vitals
 from services.executor.planner_link import PlannerLink
 from services.executor.profile_store import ProfileStore
 from services.executor.scheduler import root_rows
@@ -54,6 +55,8 @@ class ExecutorActor:
         self._idle = asyncio.Event()
         self._draining = False
         self._vitals = Vitals(state="starting")
+        self._pages: bytes | None = None
+        self._pages_at = -math.inf
         self._iteration_ms = 0.0
         self._other_ms = {False: 0.0, True: 0.0}
         """Mean time of an iteration beyond what its decoding rows are predicted to take: messages; and, if it holds other rows
@@ -180,7 +183,7 @@ class ExecutorActor:
         while True:
             self._inbox.apply()
             if not self._engine.has_work:
-                self._refresh_vitals()
+                self._refresh_vitals(is_idle=True)
                 self._idle.set()
                 await self._inbox.wait()
                 continue
@@ -296,13 +299,18 @@ class ExecutorActor:
     async def _on_device(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _refresh_vitals(self) -> None:
+    def _refresh_vitals(self, *, is_idle: bool = False) -> None:
+        """After each iteration; which pages are cached as often as a beat can tell it."""
+        now = time.monotonic()
+        if is_idle or now - self._pages_at >= self._config.heartbeat_s / 2:
+            self._pages, self._pages_at = cached_pages(self._engine), now
         self._vitals = executor_vitals(
             self._engine,
             model=self._model,
             planner_id=self._planner.planner_id or "",
             draining=self._draining,
             max_loras=self._config.max_loras,
+            pages=self._pages,
             gauges={
                 "iteration_ms": self._iteration_ms,
                 "planner_turnaround_ms": self._planner.mean_turnaround_ms,

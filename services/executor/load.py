@@ -10,10 +10,17 @@ from services.executor.sequences import Sequence
 
 
 def executor_vitals(
-    engine: Engine, *, model: str, planner_id: str, draining: bool, max_loras: int, gauges: dict[str, float]
+    engine: Engine,
+    *,
+    model: str,
+    planner_id: str,
+    draining: bool,
+    max_loras: int,
+    pages: bytes | None,
+    gauges: dict[str, float],
 ) -> Vitals:
-    """The vitals of this moment; call it while no pass runs."""
-    load = executor_load(engine, model, planner_id, max_loras)
+    """The vitals of this moment, with the `cached_pages` of one; call it while no pass runs."""
+    load = executor_load(engine, model, planner_id, max_loras, pages)
     own = {
         "num_running": load.num_running,
         "num_waiting": load.num_waiting,
@@ -32,7 +39,12 @@ def executor_vitals(
     )
 
 
-def executor_load(engine: Engine, model: str, planner_id: str, max_loras: int = 0) -> ExecutorLoad:
+def cached_pages(engine: Engine) -> bytes | None:
+    """Keys of the pages that a prompt may begin with; some tenths of a millisecond, so not for each iteration."""
+    return b"".join(map(page_key, engine.pages.published(MAX_TOLD_PAGES))) if engine.has_prefix_cache else None
+
+
+def executor_load(engine: Engine, model: str, planner_id: str, max_loras: int = 0, pages: bytes | None = None) -> ExecutorLoad:
     """What admission needs to choose an executor."""
     sequences = list(engine.sequences.values())
     decoding = [sequence for sequence in sequences if sequence.is_decoding]
@@ -55,7 +67,7 @@ def executor_load(engine: Engine, model: str, planner_id: str, max_loras: int = 
         max_loras=max_loras,
         running_adapters=_names(decoding),
         waiting_adapters=_names(waiting),
-        cached_pages=b"".join(map(page_key, engine.pages.published(MAX_TOLD_PAGES))) if engine.has_prefix_cache else None,
+        cached_pages=pages,
         adapter_versions=tuple(adapter.version for adapter in engine.adapters.values()),
     )
 
