@@ -175,6 +175,26 @@ async def test_a_stop_amid_a_start_ends_the_child_too(tmp_path: Path, monkeypatc
     assert child.process.returncode == -signal.SIGTERM
 
 
+async def test_kill_reaches_a_child_that_is_just_being_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    up, started, create = pipe(tmp_path, "up"), asyncio.Event(), asyncio.create_subprocess_exec
+
+    async def slow(*command: Any, **options: Any) -> asyncio.subprocess.Process:
+        process = await create(*command, **options)
+        await started.wait()
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", slow)
+    keeper = Supervisor(Speech(), QUICK)
+    child = keeper.add(shell(tmp_path, 'trap "" TERM; echo up > "$HERE/up"; while :; do sleep 0.01; done'))
+    await asyncio.to_thread(up.read_text)
+    stopping = asyncio.create_task(keeper.stop([[child]], 60))
+    await asyncio.sleep(0)
+    keeper.kill()
+    started.set()
+    await asyncio.wait_for(stopping, 10)
+    assert not child.is_running
+
+
 async def test_kill_hurries_a_stop(tmp_path: Path) -> None:
     up = pipe(tmp_path, "up")
     keeper = Supervisor(Speech(), QUICK)

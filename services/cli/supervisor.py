@@ -110,6 +110,7 @@ class Supervisor:
         self._say = say
         self._backoff = backoff or Backoff()
         self._all_ready = False
+        self._is_hurried = False
         self._keepers: list[asyncio.Task[None]] = []
 
     def add(self, spec: ChildSpec) -> Child:
@@ -129,8 +130,8 @@ class Supervisor:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
         for stage in stages:
-            for child in stage:
-                child.signal(signal.SIGTERM)
+            for child in stage:  # one that was just being started may have missed kill()
+                child.signal(signal.SIGKILL if self._is_hurried else signal.SIGTERM)
             await _wait(stage, min(WAITING_S, grace_s))
             if names := [child.spec.name for child in stage if child.is_running]:
                 left_s = max(grace_s - WAITING_S, 0.0)
@@ -142,6 +143,7 @@ class Supervisor:
 
     def kill(self) -> None:
         """SIGKILL to all that still runs, to hurry a stop() that is under way."""
+        self._is_hurried = True
         for child in self.children:
             child.signal(signal.SIGKILL)
 
