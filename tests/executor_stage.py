@@ -220,7 +220,7 @@ async def running_executor(connect: Connect, model_dir: Path, **settings: Any) -
     await client.subscribe(subjects.stream("*"), TokenChunk, stage.chunks.put)
     reports: Any = StepDone | SequenceEvaluated | JobFailed
     await client.subscribe(subjects.ALL_PROGRESS, reports, stage.progress.put)
-    await client.client.flush()
+    await client.flush()
     waiting = asyncio.create_task(ready.wait())
     await asyncio.wait((ended, waiting), timeout=TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
@@ -228,7 +228,7 @@ async def running_executor(connect: Connect, model_dir: Path, **settings: Any) -
         if ended.done():
             await ended
         assert ready.is_set()
-        await bus.client.flush()
+        await bus.flush()
         yield stage
     finally:
         stop.set()

@@ -71,7 +71,7 @@ class FakeExecutor:
     async def listen(self) -> FakeExecutor:
         subject = subjects.executor_admit(self.executor_id)
         self.subscription = await self.bus.subscribe(subject, Admit, self.on_admit, concurrent=True)
-        await self.bus.client.flush()
+        await self.bus.flush()
         return self
 
     async def on_admit(self, order: Admit) -> Reply:
@@ -86,7 +86,7 @@ class FakeExecutor:
         message = Beat(role="executor", instance_id=self.executor_id, state=state, sent_at=now, period_s=60.0)
         message = msgspec.structs.replace(message, executor=self.load)
         await self.bus.publish(subjects.beat("executor", self.executor_id), message)
-        await self.bus.client.flush()
+        await self.bus.flush()
 
 
 @asynccontextmanager
@@ -98,7 +98,7 @@ async def admission(bus: Bus, *beating: FakeExecutor, **settings: object) -> Asy
         start = tasks.create_task(actor.start(bus, tasks))
         await hear(actor, beating)
         await start
-        await bus.client.flush()
+        await bus.flush()
         yield actor
 
 
@@ -226,7 +226,7 @@ async def test_an_executor_that_may_have_taken_the_request_is_cancelled_and_nobo
     unsure.refusal = ErrorReply(status=500, message="internal error") if failure == "error" else None
     cancelled: asyncio.Queue[Cancel] = asyncio.Queue()
     await unsure.bus.subscribe(subjects.ALL_CANCELS, Cancel, cancelled.put)
-    await unsure.bus.client.flush()
+    await unsure.bus.flush()
     async with admission(bus, unsure, living, admit_timeout_s=0.1) as actor:
         answer = await infer(await connect(), request())
         assert isinstance(answer, Rejected)

@@ -52,6 +52,20 @@ async def test_messages_of_a_subscription_arrive_in_order(bus: Bus) -> None:
     assert seen == list(range(100))
 
 
+async def test_who_has_flushed_is_heard_of_by_others(bus: Bus, connect: Connect) -> None:
+    """Each time; the client's own flush lost a twentieth of them."""
+    asker = await connect()
+
+    async def on_cancel(message: Cancel) -> Cancel:
+        return message
+
+    for i in range(150):
+        subscription = await bus.subscribe(f"work.{i}", Cancel, on_cancel)
+        await bus.flush()
+        assert await asker.request(f"work.{i}", Cancel(request_id="r"), Cancel) == Cancel(request_id="r")
+        await subscription.unsubscribe()
+
+
 async def test_a_queue_group_delivers_each_message_once(connect: Connect) -> None:
     counts = [0, 0]
     done = asyncio.Event()
@@ -64,7 +78,7 @@ async def test_a_queue_group_delivers_each_message_once(connect: Connect) -> Non
                 done.set()
 
         await worker.subscribe("work", Cancel, on_cancel, queue="workers")
-        await worker.client.flush()
+        await worker.flush()
     sender = await connect()
     for i in range(200):
         await sender.publish("work", Cancel(request_id=str(i)))

@@ -92,7 +92,7 @@ async def stopped(process: asyncio.subprocess.Process, number: int = signal.SIGT
 async def beats(bus: Bus) -> Mailbox[Beat]:
     found: Mailbox[Beat] = Mailbox()
     await bus.subscribe(subjects.ALL_BEATS, Beat, found.put)
-    await bus.client.flush()
+    await bus.flush()
     return found
 
 

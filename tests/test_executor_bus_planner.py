@@ -56,7 +56,7 @@ class FakePlanner:
         """Listen."""
         await self.bus.subscribe(subjects.CLAIM, PlannerClaim, self._on_claim, queue="planner")
         await self.bus.subscribe(subjects.planner_report(self.planner_id), IterationReport, self._on_report)
-        await self.bus.client.flush()
+        await self.bus.flush()
         await self.beat()
 
     async def beat(self) -> None:

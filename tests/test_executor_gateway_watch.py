@@ -78,8 +78,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def tell(stage: Stage, gateway_beat: Beat) -> None:
     """A beat on the bus; returns when the executor's connection has it."""
     await stage.client.publish(subjects.beat("gateway", gateway_beat.instance_id), gateway_beat)
-    await stage.client.client.flush()
-    await stage.bus.client.flush()
+    await stage.client.flush()
+    await stage.bus.flush()
 
 
 async def admit(stage: Stage, name: str, **fields: Any) -> None:

@@ -46,7 +46,7 @@ async def start_trainer(bus: Bus, *jobs: tuple[str, JobStatus]) -> None:
         return JobPage(data=tuple(known[start : start + 1]), has_more=start + 1 < len(known))
 
     await bus.subscribe(subjects.finetune("list"), JobQuery, on_list)
-    await bus.client.flush()
+    await bus.flush()
 
 
 async def test_a_file_that_a_job_needs_is_kept(connect: Connect, model_dir: Path) -> None:

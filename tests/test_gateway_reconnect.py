@@ -44,7 +44,7 @@ def restart(server: NatsServer) -> None:
 async def test_a_bus_tells_when_it_is_back(bus: Bus, nats_server: NatsServer) -> None:
     back = asyncio.Event()
     bus.on_reconnect.append(back.set)
-    await bus.client.flush()
+    await bus.flush()
     assert not back.is_set()
     restart(nats_server)
     await asyncio.wait_for(back.wait(), WAIT_S)
@@ -60,8 +60,8 @@ async def test_chunks_that_nobody_heard_are_made_again(
         while stage.executor.num_stalls > 0:
             stage.executor.stalled.clear()
             await asyncio.wait_for(stage.executor.stalled.wait(), WAIT_S)
-        await stage.bus.client.flush()
-        await stage.gateway.bus.client.flush()
+        await stage.bus.flush()
+        await stage.gateway.bus.flush()
         restart(nats_server)
         texts, reasons = await asyncio.wait_for(collecting, WAIT_S)
         assert (texts, reasons) == ([SAID] * num_choices, ["stop"] * num_choices)

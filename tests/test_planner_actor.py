@@ -45,7 +45,7 @@ class FakeExecutor:
 
     async def start(self) -> FakeExecutor:
         await self.bus.subscribe(subjects.executor_trees(self.executor_id), DraftTrees, self.answers.put)
-        await self.bus.client.flush()
+        await self.bus.flush()
         return self
 
     async def claim(self) -> str:
@@ -100,7 +100,7 @@ async def running(bus: Bus, **settings: object) -> AsyncIterator[PlannerActor]:
 async def _hold(actor: PlannerActor, bus: Bus, started: asyncio.Event) -> None:
     async with asyncio.TaskGroup() as tasks:
         await actor.start(bus, tasks)
-        await bus.client.flush()
+        await bus.flush()
         started.set()
         await asyncio.Event().wait()
 

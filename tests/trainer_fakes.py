@@ -103,7 +103,7 @@ class FakeExecutor:
         orders: Any = OpenJob | TrainingSlice | EvaluationSlice | WriteCheckpoint | CloseJob
         self._subscription = await self.bus.subscribe(subjects.executor_slices(self.name), orders, self._on_order)
         self._beats = asyncio.create_task(self._beat())
-        await self.bus.client.flush()
+        await self.bus.flush()
         return self
 
     def num_queued(self, job_id: str) -> int:

@@ -45,7 +45,7 @@ class RunningTrainer:
     async def start(self) -> RunningTrainer:
         self._task = asyncio.create_task(self._main())
         await asyncio.wait_for(self._started.wait(), 5)
-        await self.bus.client.flush()
+        await self.bus.flush()
         return self
 
     async def _main(self) -> None:

@@ -54,7 +54,7 @@ class AdmissionActor:
         self._requests = await bus.subscribe(
             subjects.INFER, InferenceRequest, self._on_request, queue="admission", concurrent=True
         )
-        await bus.client.flush()
+        await bus.flush()
 
     async def drain(self) -> None:
         """Leave the queue group; the bus waits for the handlers that still run."""

@@ -110,7 +110,7 @@ class _Run:
         try:
             ready = _Readiness(self._services)
             await bus.subscribe(subjects.ALL_BEATS, Beat, ready.on_beat)
-            await bus.client.flush()
+            await bus.flush()
             for role, spec in service_specs(self._options, self._model, nats_url):
                 self._services.append((role, self._add(spec)))
             await ready.wait()

@@ -48,9 +48,9 @@ class PlannerActor:
         await bus.subscribe(subjects.ALL_BEATS, Beat, self._on_beat)
         reports = subjects.planner_report(self._config.instance_id)
         self._reports = await bus.subscribe(reports, IterationReport, self._on_report)
-        await bus.client.flush()
+        await bus.flush()
         self._claims = await bus.subscribe(subjects.CLAIM, PlannerClaim, self._on_claim, queue="planner")
-        await bus.client.flush()
+        await bus.flush()
         tasks.create_task(self._sweep())
 
     async def drain(self) -> None:
