@@ -11,6 +11,7 @@ from nats.errors import Error as NatsError
 from nats.errors import TimeoutError as NatsTimeoutError
 
 from common.bus import Bus
+from common.cancellation import raise_if_cancelled
 from common.codec import MalformedMessageError, decode
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ async def _follow(watcher: Any, record_type: type[T], on_change: Callable[[dict[
     is_replayed = False
     while True:
         entry = await watcher.updates(timeout=REFRESH_S)
+        raise_if_cancelled()
         if entry is None:
             is_replayed = True
         elif entry.operation is not None:

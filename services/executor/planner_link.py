@@ -13,6 +13,7 @@ from nats.errors import Error as NatsError
 
 from common import subjects
 from common.bus import Bus, BusError
+from common.cancellation import raise_if_cancelled
 from common.fleet import Fleet
 from common.messages import (
     Beat,
@@ -162,6 +163,7 @@ class PlannerLink:
                 self._lose()
             if self.planner_id is None and ready:
                 await self._claim()
+                raise_if_cancelled()
             await asyncio.sleep(0.25)
 
     async def _claim(self) -> None:

@@ -10,9 +10,9 @@ import nats.errors
 import structlog
 
 from common.bus import BusError
+from common.cancellation import raise_if_cancelled
 from common.messages import StepDone
 from services.trainer import jobs
-from services.trainer.cancellation import raise_if_cancelled
 from services.trainer.jobs import JobRecord, SupersededError
 from services.trainer.runner import JobRunner
 from services.trainer.spec import ApiError

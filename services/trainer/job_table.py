@@ -10,8 +10,8 @@ from nats.js.kv import KeyValue
 
 from common import subjects
 from common.bus import Bus
+from common.cancellation import raise_if_cancelled
 from common.codec import MalformedMessageError, decode, encode
-from services.trainer.cancellation import raise_if_cancelled
 from services.trainer.jobs import JobRecord
 from services.trainer.spec import ApiError
 

@@ -6,8 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from common.cancellation import raise_if_cancelled
 from services.trainer import jobs
-from services.trainer.cancellation import raise_if_cancelled
 from services.trainer.config import TrainerConfig
 from services.trainer.job_table import JobTable
 from services.trainer.jobs import JobRecord, SupersededError

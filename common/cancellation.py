@@ -1,4 +1,4 @@
-"""Cancellation that Python 3.11 may lose. Knows no job."""
+"""Cancellation that Python 3.11 may lose. Knows no message."""
 
 from __future__ import annotations
 
