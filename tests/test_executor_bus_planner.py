@@ -157,7 +157,8 @@ async def test_trees_of_a_claimed_planner_save_iterations(connect: Connect, mode
         assert stage.actor.vitals().gauges["planner_turnaround_ms"] > 0
         assert (await planner.reports.first(lambda report: "r4" in report.closed)).iteration > 0
         assert planner.known == {}
-        assert all(report.token_budget > 0 and report.t_spec_ms > report.wait_ms >= 0 for report in planner.reports)
+        assert all(report.token_budget > 0 and report.t_spec_ms >= report.wait_ms >= 0 for report in planner.reports)
+        assert all(report.t_spec_ms > report.wait_ms for report in planner.reports if report.base_tokens)
         assert planner.reports[-1].wait_ms > 0
         counters = stage.counters()
         assert all(counters[f"{part}_ms"] > 0 for part in ("verify", "commit", "send", "wait"))
@@ -207,6 +208,9 @@ async def test_a_planner_that_rests_is_not_waited_for_and_says_when_it_drafts_ag
         gate.let(NUM_TOKENS - 4)
         reports = await planner.reports.hold(NUM_TOKENS - 4)
         assert stage.counters()["draft_tokens"] == 0
+        first, *later = [report.measured_ms for report in reports]
+        assert first is None, "it held a prompt"
+        assert all(ms is not None and ms > 0 for ms in later)
         planner.num_resting = 0
         await planner.send(reports[-1])
         planner.answers = lambda report: True

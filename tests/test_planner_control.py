@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -14,12 +13,7 @@ from common.messages import DraftTree, IterationReport, LatencyProfile, OpenedSe
 from services.planner.actor import make_planner
 from services.planner.config import PlannerConfig
 from services.planner.control import (
-    FIRST_REST,
-    LONGEST_REST,
-    NUM_PROBED,
     AcceptRate,
-    Pacing,
-    Round,
     draft_depth,
     draft_width,
     least_worth,
@@ -153,55 +147,6 @@ def test_requests_that_their_target_leaves_behind_are_drafted_for_where_throughp
     """A third of the text repeats: drafts cost tokens per ms at this load, but some debts are paid by them."""
     texts = [text + LOOP * 6 for text in noise(32, 90, 4)]
     assert play("heddle", texts, tpot_ms=50.0).drafted > 1.5 * play("heddle", texts).drafted
-
-
-def round_of(num_requests: int, tokens: float, *, ms: float = 40.0, in_debt: int = 0, paid: int = 0) -> Round:
-    return Round(
-        num_requests=num_requests, num_running=num_requests, tokens=tokens, ms=ms, plain_ms=30.0, num_in_debt=in_debt,
-        num_paid=paid,
-    )  # fmt: skip
-
-
-def rested(pacing: Pacing, num_running: int = 32, in_debt: int = 0) -> int:
-    """Reports that are answered without drafts from here on."""
-    count = 0
-    while pacing.rests(num_running, in_debt):
-        count += 1
-    return count
-
-
-def test_rests_grow_while_drafts_do_not_pay_and_start_small_again_when_they_did() -> None:
-    pacing = Pacing()
-    lengths = []
-    for _ in range(6):
-        while pacing.num_left == 0:
-            pacing.observe(round_of(32, 33.0))
-        lengths.append(rested(pacing))
-    assert lengths == [FIRST_REST, 32, 64, LONGEST_REST, LONGEST_REST, LONGEST_REST]
-    for _ in range(math.ceil(NUM_PROBED / 32)):
-        pacing.observe(round_of(32, 60.0))
-    assert rested(pacing) == 0
-    while pacing.num_left == 0:
-        pacing.observe(round_of(32, 33.0))
-    assert rested(pacing) == FIRST_REST
-
-
-@pytest.mark.parametrize(("num_requests", "in_debt", "goes_on"), [(32, 0, True), (30, 0, True), (20, 0, False), (32, 1, False)])
-def test_other_load_or_a_new_debt_ends_a_rest(num_requests: int, in_debt: int, goes_on: bool) -> None:
-    pacing = Pacing()
-    while pacing.num_left == 0:
-        pacing.observe(round_of(32, 33.0))
-    assert pacing.rests(num_requests, in_debt) == goes_on
-
-
-def test_drafting_goes_on_while_it_pays_debts_and_not_for_debts_that_it_cannot_pay() -> None:
-    paying, hopeless = Pacing(), Pacing()
-    for _ in range(20):
-        paying.observe(round_of(32, 33.0, in_debt=32, paid=3))
-        if hopeless.num_left == 0:
-            hopeless.observe(round_of(32, 33.0, in_debt=32))
-    assert rested(paying, in_debt=32) == 0
-    assert rested(hopeless, in_debt=32) == FIRST_REST
 
 
 def test_depth_ends_where_even_the_best_path_is_worth_less_than_it_costs() -> None:

@@ -78,6 +78,8 @@ class IterationReport(msgspec.Struct, frozen=True, kw_only=True, tag="report.1")
     token_budget: int
     base_tokens: int
     t_spec_ms: float
+    measured_ms: float | None = None
+    """What it was since the report before this one, if nothing but decoding was done; else None."""
     wait_ms: float = 0.0
     patience_ms: float = math.inf
     """Trees that come later than this after the report are dropped."""

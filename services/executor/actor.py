@@ -62,6 +62,8 @@ class ExecutorActor:
         """Mean time of an iteration beyond what its decoding rows are predicted to take: messages; and, if it holds other rows
         than those that decode, prefill and finetuning too.
         """
+        self._has_worked_back = False
+        """In the last iteration, on finetuning."""
         self._num_failures = 0
         self._unknown: frozenset[str] = frozenset()
         self._dropped: list[str] = []
@@ -222,10 +224,11 @@ class ExecutorActor:
         reported_at = time.perf_counter()
         self._inbox.apply()
         work = await self._on_device(self._engine.backward_pass)
+        self._has_worked_back = work.is_any
         elapsed_ms = (time.perf_counter() - started_at) * 1e3
         self._iteration_ms += 0.2 * (elapsed_ms - self._iteration_ms)
         plain_ms = elapsed_ms - (reported_at - sent_at) * 1e3
-        is_mixed = bool(iteration.prefill_tokens or iteration.finetune_tokens or work.num_tokens)
+        is_mixed = bool(iteration.prefill_tokens or iteration.finetune_tokens or work.is_any)
         self._other_ms[is_mixed] += 0.2 * (max(0.0, plain_ms - iteration.decode_ms) - self._other_ms[is_mixed])
         self._engine.counters["send_ms"] += (sent_at - passed_at) * 1e3  # type: ignore[assignment]
         self._note(iteration, work, elapsed_ms)
@@ -263,6 +266,7 @@ class ExecutorActor:
             token_budget=min(self._config.max_draft_tokens, self._config.max_batch_tokens - len(decoding)),
             base_tokens=len(next_pass),
             plain_ms=turns * (self._other_ms[is_mixed] + predict_ms(profile, root_rows(contexts))),
+            is_mixed=bool(iteration.prefill_tokens or iteration.finetune_tokens or self._has_worked_back),
             latency=profile,
         )
 

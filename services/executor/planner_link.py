@@ -83,9 +83,13 @@ class PlannerLink:
         token_budget: int,
         base_tokens: int,
         plain_ms: float,
+        is_mixed: bool,
         latency: LatencyProfile,
     ) -> None:
-        """Tell the planner what an iteration did; it answers with the next one's trees. That takes `plain_ms` without them."""
+        """Tell the planner what an iteration did; it answers with the next one's trees. That takes `plain_ms` without them.
+
+        `is_mixed` says that other work than decoding was done since the last report.
+        """
         if self.planner_id is None:
             return
         now = time.perf_counter()
@@ -98,6 +102,7 @@ class PlannerLink:
             token_budget=token_budget,
             base_tokens=base_tokens,
             t_spec_ms=plain_ms + self.mean_wait_ms,
+            measured_ms=self._measured_ms(iteration, is_mixed, now),
             wait_ms=self.mean_wait_ms,
             patience_ms=self._max_wait_s * 1e3,
             latency=latency,
@@ -111,6 +116,11 @@ class PlannerLink:
         except (BusError, NatsError) as error:
             log.warning("planner.unreported", error=str(error) or type(error).__name__)
         self._report_ms = (time.perf_counter() - now) * 1e3
+
+    def _measured_ms(self, iteration: int, is_mixed: bool, now: float) -> float | None:
+        """With cohorts iterations overlap, and the time between two reports is that of none."""
+        last = self._reported_at.get(iteration - 1)
+        return None if is_mixed or last is None or self._num_cohorts > 1 else (now - last) * 1e3
 
     async def trees(self, iteration: int) -> DraftTrees | None:
         """The trees that answer the report of this iteration, waiting for them a little; None if they are late."""

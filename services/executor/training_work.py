@@ -38,6 +38,11 @@ class BackwardWork:
     drafter_tokens: float = 0.0
     drafter_ms: float = 0.0
 
+    @property
+    def is_any(self) -> bool:
+        """Whether something was done."""
+        return bool(self.num_tokens or self.drafter_tokens)
+
     def learned(self, profile: LatencyProfile, elapsed_ms: float) -> LatencyProfile:
         """The profile, now that all of it took so long."""
         profile = drafter_corrected(profile, self.drafter_tokens, self.drafter_ms)

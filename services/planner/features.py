@@ -20,6 +20,10 @@ from services.planner.features_head import FeaturesHead
 
 MAX_BEAM_SLOTS = 64
 """Rows of one draft, per sequence."""
+MAX_READ_ROWS = 256
+"""Rows that one draft reads of all sequences together: after a rest the latest of each must do: reading all takes longer
+than an executor waits.
+"""
 
 
 @dataclasses.dataclass(slots=True)
@@ -131,7 +135,11 @@ class FeaturesDrafter:
         size = self.head.row_bytes
         followed.features += [features[at : at + size] for at in range(0, len(features), size)]
         followed.tokens += following
-        if (surplus := len(followed.tokens) - self.head.window) > 0:
+        self._forget_before(followed, self.head.window)
+
+    def _forget_before(self, followed: _Followed, most: int) -> None:
+        """Keep the last `most` pending rows; if that leaves a gap, nothing before it."""
+        if (surplus := len(followed.tokens) - most) > 0:
             del followed.features[:surplus], followed.tokens[:surplus]
             followed.start = followed.end = followed.end + surplus
 
@@ -147,6 +155,8 @@ class FeaturesDrafter:
                 followed.end -= 1
             if followed.tokens:
                 found.append((i, followed))
+        for _, followed in found:
+            self._forget_before(followed, max(1, MAX_READ_ROWS // len(found)))
         return found
 
     def _read(self, roots: Sequence[tuple[int, _Followed]]) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from services.planner.draft_cost import DraftCost
 from services.planner.drafter import DraftOrder, FeatureNeed, Pool
 from services.planner.mixed import MixedDrafter
 from services.planner.modes import Mode
+from services.planner.pacing import Round
 from services.planner.selection import TOLERANCE, Candidates, Demand, Selection, select, select_chains, select_equally
 from services.planner.sequences import Sequence, SequenceTable
 
@@ -62,12 +63,13 @@ class Planner:
             return ()
         debts = _debts(sequences, report.t_spec_ms - report.wait_ms)
         pacing = self.table.pacing(report.executor_id)
-        pacing.judge(sum(each.accepted_len for each in report.progress), len(sequences))
+        pacing.judge(sum(each.accepted_len for each in report.progress), len(sequences), report.measured_ms)
         if is_stale:
             self.counters["stale_reports"] += 1
             return ()
         num_running = self.table.num_running(report.executor_id)
-        if self._mode.has_stop_rule and pacing.rests(num_running, int(np.count_nonzero(debts > 1.0))):
+        num_in_debt, plain_ms = int(np.count_nonzero(debts > 1.0)), report.t_spec_ms - report.wait_ms
+        if self._mode.has_stop_rule and pacing.rests(num_running, num_in_debt, plain_ms):
             self.counters["rests"] += 1
             return ()
         limits = self._limits(report, self._mode, sequences, debts)
@@ -134,7 +136,7 @@ class Planner:
             limits.append((own_depth, control.useful_width(rate, least, width)))
         return limits
 
-    def _select(self, drafts: _Drafts, mode: Mode, plain_debts: Floats) -> tuple[Selection, control.Round]:
+    def _select(self, drafts: _Drafts, mode: Mode, plain_debts: Floats) -> tuple[Selection, Round]:
         """The selection, and what it is expected to bring."""
         report = drafts.report
         selection, ms = _choose(drafts, mode, report.t_spec_ms)
@@ -145,9 +147,8 @@ class Planner:
             if second.num_unmet < selection.num_unmet:
                 selection, ms = second, second_ms
         in_debt, is_unmet = plain_debts > 1.0, selection.is_unmet
-        last = control.Round(
+        last = Round(
             num_requests=len(in_debt),
-            num_running=self.table.num_running(report.executor_id),
             tokens=len(in_debt) + float(drafts.candidates.prob[selection.chosen].sum()),
             ms=ms,
             plain_ms=report.t_spec_ms - report.wait_ms,

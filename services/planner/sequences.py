@@ -6,8 +6,9 @@ import dataclasses
 from collections import Counter
 
 from common.messages import IterationReport, OpenedSequence, SequenceProgress
-from services.planner.control import AcceptRate, Pacing
+from services.planner.control import AcceptRate
 from services.planner.drafter import Drafter
+from services.planner.pacing import Pacing
 
 MAX_UNKNOWN = 32
 """Unknown sequences named at a time: each is opened with all its tokens, and a report must fit into a message."""

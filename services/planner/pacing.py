@@ -1,0 +1,163 @@
+"""Whether to draft on an executor at all, by what drafts brought there lately. Pure: times are arguments; knows no tree."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+GAIN_FORGETTING = 0.99
+"""What drafts brought a request counts e times less after a hundred more drafts, of whatever requests."""
+TRUST_FORGETTING = 0.998
+TRUST_PRIOR = 4.0
+"""Tokens that are taken as accepted just as expected, before there is evidence."""
+PACE_FORGETTING = 0.95
+PACE_PRIOR = 4.0
+"""Iterations that are taken to last just as predicted, before there is evidence."""
+MAX_SURPRISE = 3.0
+"""An iteration that took more times what was predicted was held up by something else, and counts as this much."""
+LEAST_GAIN = 1.03
+"""Times as many tokens per ms as roots alone that drafts must bring: they also keep a core busy that others can use."""
+NUM_PROBED = 32
+"""Drafts (requests times iterations) that are tried before they may be judged as not worth their time."""
+FIRST_REST, LONGEST_REST = 16, 256
+"""Reports that are answered without drafts after drafts did not pay; doubled each time that they still do not."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Round:
+    """What a round of drafts was expected to bring, and its requests without it."""
+
+    num_requests: int
+    tokens: float
+    ms: float
+    plain_ms: float
+    num_in_debt: int
+    num_paid: int
+    """Of the requests in debt, those whose drafts pay for it."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Pace:
+    """Iterations of a kind: how long they took for each ms that was predicted."""
+
+    predicted_ms: float = 0.0
+    measured_ms: float = 0.0
+    num: float = 0.0
+
+    def observe(self, predicted_ms: float, measured_ms: float) -> None:
+        self.predicted_ms = PACE_FORGETTING * self.predicted_ms + predicted_ms
+        self.measured_ms = PACE_FORGETTING * self.measured_ms + min(measured_ms, MAX_SURPRISE * predicted_ms)
+        self.num = PACE_FORGETTING * self.num + 1.0
+
+    @property
+    def ratio(self) -> float:
+        if self.num == 0.0:
+            return 1.0
+        prior_ms = PACE_PRIOR * self.predicted_ms / self.num
+        return (prior_ms + self.measured_ms) / (prior_ms + self.predicted_ms)
+
+
+@dataclasses.dataclass(slots=True)
+class _Load:
+    """What is known of drafting while about so many requests run."""
+
+    num_left: int = 0
+    """Reports still to be answered without drafts."""
+    next_rest: int = FIRST_REST
+    num_in_debt: int = 0
+    """When the rest began."""
+    num_probed: int = 0
+    tokens: float = 0.0
+    ms: float = 0.0
+    plain_tokens: float = 0.0
+    plain_ms: float = 0.0
+    paid: float = 0.0
+    drafted: _Pace = dataclasses.field(default_factory=_Pace)
+    plain: _Pace = dataclasses.field(default_factory=_Pace)
+
+    def begin(self) -> None:
+        """Drafts are tried (again): what they brought before counts no more."""
+        self.num_left = self.num_probed = 0
+        self.tokens = self.ms = self.plain_tokens = self.plain_ms = self.paid = 0.0
+
+    def pays(self) -> bool:
+        """Whether drafts bring more tokens per ms, or pay debts."""
+        faster = self.tokens * self.plain_ms * self.plain.ratio
+        return faster > LEAST_GAIN * self.plain_tokens * self.ms * self.drafted.ratio or self.paid >= 0.5
+
+
+def load_of(num_running: int) -> int:
+    """Loads that are as good as the same: two steps for each doubling."""
+    return round(2.0 * math.log2(max(1, num_running)))
+
+
+class Pacing:
+    """Of one executor. Drafting costs time before any node is verified: what it brought lately is held against decoding roots
+    alone, and where that is faster and no debt is paid, drafting rests and is probed ever more rarely. Each load has a record
+    of its own, so that load which comes and goes is not probed anew.
+
+    What drafts bring is what they are expected to, times the share of such expectations that came true: less noisy than what
+    was accepted in a few steps, and true in the end. So it is with the time that iterations take.
+    """
+
+    def __init__(self) -> None:
+        self._loads: dict[int, _Load] = {}
+        self._load = _Load()
+        self._pending = 0.0
+        """Tokens that the last drafts were expected to bring beyond the roots'; not judged yet."""
+        self._accepted = self._expected = 0.0
+        self._pace: _Pace | None = None
+        self._predicted_ms = 0.0
+
+    @property
+    def num_left(self) -> int:
+        """Reports still to be answered without drafts, while the load is what it is."""
+        return self._load.num_left
+
+    def judge(self, num_accepted: int, num_requests: int, measured_ms: float | None) -> None:
+        """What the last round came to: its drafts may have been late as well as wrong. None: its time tells nothing."""
+        if self._pace is not None and measured_ms is not None:
+            self._pace.observe(self._predicted_ms, measured_ms)
+        self._pace = None
+        if self._pending <= 0.0:
+            return
+        kept = TRUST_FORGETTING**num_requests
+        self._accepted = kept * self._accepted + num_accepted
+        self._expected = kept * self._expected + self._pending
+        self._pending = 0.0
+
+    def rests(self, num_running: int, num_in_debt: int, plain_ms: float) -> bool:
+        """Whether this report is answered without drafts, so that its iteration takes `plain_ms`. A new debt ends a rest."""
+        load = self._load = self._loads.setdefault(load_of(num_running), _Load())
+        if load.num_left <= 0:
+            return False
+        if num_in_debt > load.num_in_debt:
+            load.begin()
+            load.next_rest = FIRST_REST
+            return False
+        self._pace, self._predicted_ms = load.plain, plain_ms
+        load.num_left -= 1
+        if load.num_left == 0:
+            load.begin()
+        return True
+
+    def observe(self, last: Round) -> None:
+        """A round of drafts was made for a report that was not to rest; it may have been the last before a rest."""
+        load = self._load
+        self._pending = last.tokens - last.num_requests
+        self._pace, self._predicted_ms = load.drafted, last.ms
+        kept = GAIN_FORGETTING**last.num_requests
+        trust = (TRUST_PRIOR + self._accepted) / (TRUST_PRIOR + self._expected)
+        load.tokens = kept * load.tokens + last.num_requests + trust * self._pending
+        load.ms = kept * load.ms + last.ms
+        load.plain_tokens = kept * load.plain_tokens + last.num_requests
+        load.plain_ms = kept * load.plain_ms + last.plain_ms
+        load.paid = kept * load.paid + last.num_paid
+        load.num_probed += last.num_requests
+        if load.num_probed < NUM_PROBED:
+            return
+        if load.pays():
+            load.next_rest = FIRST_REST
+            return
+        load.num_left, load.next_rest = load.next_rest, min(LONGEST_REST, 2 * load.next_rest)
+        load.num_in_debt = last.num_in_debt

@@ -1,0 +1,120 @@
+"""Whether to draft at all: rests where drafts do not pay, by load, by debts, and by the time that iterations really take."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from services.planner.pacing import FIRST_REST, LONGEST_REST, NUM_PROBED, Pacing, Round, load_of
+
+PLAIN_MS, DRAFTED_MS = 30.0, 40.0
+
+
+def round_of(num_requests: int, tokens: float, *, in_debt: int = 0, paid: int = 0) -> Round:
+    return Round(
+        num_requests=num_requests, tokens=tokens, ms=DRAFTED_MS, plain_ms=PLAIN_MS, num_in_debt=in_debt, num_paid=paid
+    )  # fmt: skip
+
+
+def rested(pacing: Pacing, num_running: int = 32, in_debt: int = 0, *, plain_ms: float | None = None) -> int:
+    """Reports that are answered without drafts from here on; each iteration takes as long as is said."""
+    count = 0
+    while pacing.rests(num_running, in_debt, PLAIN_MS):
+        pacing.judge(0, num_running, plain_ms)
+        count += 1
+    return count
+
+
+def probe(pacing: Pacing, tokens: float, *, num_running: int = 32, drafted_ms: float | None = None) -> int:
+    """Rounds of drafts, all accepted as expected, until drafting rests; at most a hundred."""
+    for count in range(100):
+        if pacing.num_left > 0 or pacing.rests(num_running, 0, PLAIN_MS):
+            return count
+        pacing.observe(round_of(num_running, tokens))
+        pacing.judge(round(tokens - num_running), num_running, drafted_ms)
+    return 100
+
+
+def test_rests_grow_while_drafts_do_not_pay_and_start_small_again_when_they_did() -> None:
+    pacing = Pacing()
+    lengths = []
+    for _ in range(6):
+        probe(pacing, 33.0)
+        lengths.append(rested(pacing))
+    assert lengths == [FIRST_REST, 32, 64, 128, LONGEST_REST, LONGEST_REST]
+    for _ in range(math.ceil(NUM_PROBED / 32)):
+        pacing.observe(round_of(32, 60.0))
+    assert rested(pacing) == 0
+    probe(pacing, 33.0)
+    assert rested(pacing) == FIRST_REST
+
+
+def test_each_load_has_its_own_record_which_outlives_other_loads() -> None:
+    pacing = Pacing()
+    for _ in range(3):
+        probe(pacing, 33.0)
+        rested(pacing)
+    probe(pacing, 33.0)
+    assert pacing.rests(32, 0, PLAIN_MS)
+    assert not pacing.rests(2, 0, PLAIN_MS), "nothing is known of two requests"
+    assert probe(pacing, 4.0, num_running=2) == 100
+    assert rested(pacing) == 8 * FIRST_REST - 1, "the rest of 32 requests goes on"
+
+
+@pytest.mark.parametrize(("num_running", "goes_on"), [(32, True), (28, True), (39, False), (24, False), (8, False)])
+def test_a_load_is_the_same_within_a_fifth(num_running: int, goes_on: bool) -> None:
+    assert (load_of(num_running) == load_of(32)) == goes_on
+
+
+def test_a_new_debt_ends_a_rest() -> None:
+    pacing = Pacing()
+    probe(pacing, 33.0)
+    assert pacing.rests(32, 0, PLAIN_MS)
+    assert not pacing.rests(32, 1, PLAIN_MS)
+
+
+def test_drafting_goes_on_while_it_pays_debts_and_not_for_debts_that_it_cannot_pay() -> None:
+    paying, hopeless = Pacing(), Pacing()
+    for pacing in (paying, hopeless):
+        assert not pacing.rests(32, 32, PLAIN_MS)
+    for _ in range(20):
+        paying.observe(round_of(32, 33.0, in_debt=32, paid=3))
+        if hopeless.num_left == 0:
+            hopeless.observe(round_of(32, 33.0, in_debt=32))
+    assert rested(paying, in_debt=32) == 0
+    assert rested(hopeless, in_debt=32) == FIRST_REST
+
+
+def test_drafts_that_take_longer_than_predicted_do_not_pay() -> None:
+    """50 tokens in 40 ms beat 32 in 30; not if they take 55."""
+    assert probe(Pacing(), 50.0, drafted_ms=DRAFTED_MS) == 100
+    assert probe(Pacing(), 50.0, drafted_ms=None) == 100, "nothing was measured"
+    assert probe(Pacing(), 50.0, drafted_ms=1.4 * DRAFTED_MS) < 20
+
+
+def test_where_roots_alone_take_longer_than_predicted_drafts_pay_earlier() -> None:
+    slow, even = Pacing(), Pacing()
+    for pacing, plain_ms in ((slow, 1.5 * PLAIN_MS), (even, PLAIN_MS)):
+        assert probe(pacing, 36.0) == 1
+        rested(pacing, plain_ms=plain_ms)
+    assert probe(slow, 36.0) == 100
+    assert probe(even, 36.0) == 1
+
+
+def test_an_iteration_that_something_else_held_up_does_not_end_drafting() -> None:
+    pacing = Pacing()
+    for round_index in range(30):
+        assert not pacing.rests(32, 0, PLAIN_MS)
+        pacing.observe(round_of(32, 60.0))
+        pacing.judge(28, 32, 100.0 * DRAFTED_MS if round_index == 10 else DRAFTED_MS)
+
+
+def test_drafts_that_come_late_are_judged_as_wrong() -> None:
+    """Nothing that was expected is accepted: trust falls until drafting rests."""
+    pacing, num_drafted = Pacing(), 0
+    while num_drafted < 100 and not pacing.rests(32, 0, PLAIN_MS):
+        pacing.observe(round_of(32, 60.0))
+        pacing.judge(0, 32, None)
+        num_drafted += 1
+    assert num_drafted < 10
