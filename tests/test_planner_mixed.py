@@ -21,6 +21,7 @@ class TableDrafter:
     """Drafts what a table says of each path: its next tokens and their conditional probabilities."""
 
     def __init__(self, table: dict[tuple[int, ...], Fork]) -> None:
+        self.is_free = False
         self.table = table
         self.seen: list[tuple[str, tuple[int, ...], str, bytes]] = []
 
@@ -94,6 +95,18 @@ def test_probabilities_of_a_mix_are_combined_along_the_path() -> None:
     ours = mixed(TableDrafter({(): {1: 0.5, 2: 0.2}, (1,): {3: 0.4}}), TableDrafter({(): {1: 0.4}, (1,): {4: 0.1}}))
     (pool,) = ours.draft([DraftOrder(KEY, 2, 3)])
     assert paths(pool) == pytest.approx({(1,): 0.7, (2,): 0.2, (1, 3): 0.7 * 0.4, (1, 4): 0.7 * 0.1})
+
+
+def test_only_drafters_that_cost_nothing_draft_for_the_free_tier() -> None:
+    free, costly = TableDrafter({(): {1: 0.5}}), TableDrafter({(): {1: 0.4, 2: 0.2}})
+    free.is_free = True
+    ours = mixed(free, costly)
+    assert ours.has_tiers
+    assert not mixed(costly).has_tiers
+    (pool,) = ours.draft([DraftOrder(KEY, 2, 3)], "free")
+    assert paths(pool) == pytest.approx({(1,): 0.5})
+    (pool,) = ours.draft([DraftOrder(KEY, 2, 3)], "all")
+    assert paths(pool) == pytest.approx({(1,): 0.7, (2,): 0.2})
 
 
 def test_tokens_tenants_and_features_reach_every_drafter() -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from services.planner.pacing import FIRST_REST, LONGEST_REST, NUM_PROBED, Pacing, Round, load_of
+from services.planner.pacing import FIRST_REST, LONGEST_REST, NUM_PROBED, Pacing, Round, Tier, load_of
 
 PLAIN_MS, DRAFTED_MS = 30.0, 40.0
 
@@ -20,16 +20,28 @@ def round_of(num_requests: int, tokens: float, *, in_debt: int = 0, paid: int = 
 def rested(pacing: Pacing, num_running: int = 32, in_debt: int = 0, *, plain_ms: float | None = None) -> int:
     """Reports that are answered without drafts from here on; each iteration takes as long as is said."""
     count = 0
-    while pacing.rests(num_running, in_debt, PLAIN_MS):
+    while pacing.choose(num_running, in_debt, PLAIN_MS) is None:
         pacing.judge(0, num_running, plain_ms)
         count += 1
     return count
 
 
+def play(pacing: Pacing, num_reports: int, tokens: dict[Tier, float], num_running: int = 8) -> list[Tier | None]:
+    """Who is chosen for each report, when each kind of drafts brings as many tokens as is said, all accepted."""
+    chosen = []
+    for _ in range(num_reports):
+        tier = pacing.choose(num_running, 0, PLAIN_MS)
+        chosen.append(tier)
+        if tier is not None:
+            pacing.observe(round_of(num_running, tokens[tier]))
+            pacing.judge(round(tokens[tier] - num_running), num_running, None)
+    return chosen
+
+
 def probe(pacing: Pacing, tokens: float, *, num_running: int = 32, drafted_ms: float | None = None) -> int:
     """Rounds of drafts, all accepted as expected, until drafting rests; at most a hundred."""
     for count in range(100):
-        if pacing.num_left > 0 or pacing.rests(num_running, 0, PLAIN_MS):
+        if pacing.num_left > 0 or pacing.choose(num_running, 0, PLAIN_MS) is None:
             return count
         pacing.observe(round_of(num_running, tokens))
         pacing.judge(round(tokens - num_running), num_running, drafted_ms)
@@ -56,8 +68,8 @@ def test_each_load_has_its_own_record_which_outlives_other_loads() -> None:
         probe(pacing, 33.0)
         rested(pacing)
     probe(pacing, 33.0)
-    assert pacing.rests(32, 0, PLAIN_MS)
-    assert not pacing.rests(2, 0, PLAIN_MS), "nothing is known of two requests"
+    assert pacing.choose(32, 0, PLAIN_MS) is None
+    assert pacing.choose(2, 0, PLAIN_MS) == "all", "nothing is known of two requests"
     assert probe(pacing, 4.0, num_running=2) == 100
     assert rested(pacing) == 8 * FIRST_REST - 1, "the rest of 32 requests goes on"
 
@@ -70,14 +82,14 @@ def test_a_load_is_the_same_within_a_fifth(num_running: int, goes_on: bool) -> N
 def test_a_new_debt_ends_a_rest() -> None:
     pacing = Pacing()
     probe(pacing, 33.0)
-    assert pacing.rests(32, 0, PLAIN_MS)
-    assert not pacing.rests(32, 1, PLAIN_MS)
+    assert pacing.choose(32, 0, PLAIN_MS) is None
+    assert pacing.choose(32, 1, PLAIN_MS) == "all"
 
 
 def test_drafting_goes_on_while_it_pays_debts_and_not_for_debts_that_it_cannot_pay() -> None:
     paying, hopeless = Pacing(), Pacing()
     for pacing in (paying, hopeless):
-        assert not pacing.rests(32, 32, PLAIN_MS)
+        assert pacing.choose(32, 32, PLAIN_MS) == "all"
     for _ in range(20):
         paying.observe(round_of(32, 33.0, in_debt=32, paid=3))
         if hopeless.num_left == 0:
@@ -105,7 +117,7 @@ def test_where_roots_alone_take_longer_than_predicted_drafts_pay_earlier() -> No
 def test_an_iteration_that_something_else_held_up_does_not_end_drafting() -> None:
     pacing = Pacing()
     for round_index in range(30):
-        assert not pacing.rests(32, 0, PLAIN_MS)
+        assert pacing.choose(32, 0, PLAIN_MS) == "all"
         pacing.observe(round_of(32, 60.0))
         pacing.judge(28, 32, 100.0 * DRAFTED_MS if round_index == 10 else DRAFTED_MS)
 
@@ -113,8 +125,35 @@ def test_an_iteration_that_something_else_held_up_does_not_end_drafting() -> Non
 def test_drafts_that_come_late_are_judged_as_wrong() -> None:
     """Nothing that was expected is accepted: trust falls until drafting rests."""
     pacing, num_drafted = Pacing(), 0
-    while num_drafted < 100 and not pacing.rests(32, 0, PLAIN_MS):
+    while num_drafted < 100 and pacing.choose(32, 0, PLAIN_MS):
         pacing.observe(round_of(32, 60.0))
         pacing.judge(0, 32, None)
         num_drafted += 1
     assert num_drafted < 10
+
+
+# 8 tokens in 30 ms are plain decoding; drafts, which make it 40 ms, must bring 3 more
+
+
+def test_drafters_that_cost_nothing_go_on_while_the_others_rest() -> None:
+    chosen = play(Pacing(has_free=True), 200, {"all": 10.0, "free": 13.0})
+    assert chosen[:4] == ["all"] * 4
+    assert chosen.count("free") > 150
+    assert None not in chosen
+
+
+def test_all_must_bring_more_than_those_that_cost_nothing() -> None:
+    assert play(Pacing(has_free=True), 200, {"all": 12.0, "free": 13.5}).count("free") > 150
+    better = play(Pacing(has_free=True), 200, {"all": 13.5, "free": 12.0})
+    assert 0 < better.count("free") < 20, "they are tried, as all bring little"
+    assert "free" not in play(Pacing(has_free=True), 200, {"all": 20.0, "free": 12.0})
+
+
+def test_where_nothing_pays_all_rest_together_and_say_so() -> None:
+    pacing = Pacing(has_free=True)
+    chosen = play(pacing, 400, {"all": 9.0, "free": 9.0})
+    assert chosen.count(None) > 250
+    while pacing.choose(8, 0, PLAIN_MS) is not None:
+        pacing.observe(round_of(8, 9.0))
+    left = pacing.num_left
+    assert rested(pacing, num_running=8) >= left

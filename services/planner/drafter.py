@@ -57,6 +57,9 @@ class Drafter(Protocol):
     Its probabilities are its own belief: `MixedDrafter` corrects them by what the target accepts.
     """
 
+    is_free: bool
+    """Whether it computes no model, so that its drafts take next to no time."""
+
     def open(self, key: Key, tokens: Sequence[int], *, tenant: str = "", features: bytes = b"") -> None:
         """Follow a sequence that holds these tokens; replaces what was known under this key.
 

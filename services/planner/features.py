@@ -46,6 +46,8 @@ class _Followed:
 class FeaturesDrafter:
     """Follows sequences whose executor sends features; of others it has no candidates."""
 
+    is_free = False
+
     def __init__(self, head: FeaturesHead, *, min_prob: float = 0.02, min_gain: float = 0.45) -> None:
         """Nodes under `min_prob` are no candidates; a level, which costs 2 ms, is drafted if it can bring `min_gain` tokens."""
         self.head = head

@@ -9,6 +9,7 @@ from itertools import groupby
 
 from services.planner.calibration import MAX_PROB, Calibration, Reliability
 from services.planner.drafter import Drafter, DraftOrder, FeatureNeed, Key, Pool
+from services.planner.pacing import Tier
 
 SILENT, DISSENTS, NAMES = 0, 1, 2
 """What a drafter says of a node: nothing of its siblings either; only siblings; the node itself."""
@@ -51,6 +52,9 @@ class MixedDrafter:
         """`forgetting` as in Calibration; frozen, probabilities stay as the drafters believe them."""
         self.need = need
         """Of one of the drafters."""
+        self.is_free = all(drafter.is_free for drafter in drafters)
+        self.has_tiers = len({drafter.is_free for drafter in drafters}) == 2
+        """Whether some drafters cost next to nothing, and some do not."""
         self._drafters = tuple(drafters)
         self._own = [Calibration(forgetting=forgetting, is_frozen=is_frozen) for _ in drafters]
         self._mixes = [Calibration(forgetting=forgetting, is_frozen=is_frozen) for _ in range(3 ** len(drafters))]
@@ -79,9 +83,12 @@ class MixedDrafter:
             for drafter in self._drafters:
                 drafter.close(key)
 
-    def draft(self, orders: Sequence[DraftOrder]) -> list[Pool]:
-        """See Drafter."""
-        by_drafter = [drafter.draft(orders) for drafter in self._drafters]
+    def draft(self, orders: Sequence[DraftOrder], tier: Tier = "all") -> list[Pool]:
+        """See Drafter; who does not belong to the tier has nothing to say."""
+        by_drafter = [
+            drafter.draft(orders) if tier == "all" or drafter.is_free else [Pool() for _ in orders]
+            for drafter in self._drafters
+        ]
         pools = []
         for order, *own in zip(orders, *by_drafter, strict=True):
             draft = self._merge(own) if len(own) > 1 else self._correct(own[0])

@@ -57,6 +57,8 @@ class _Reading:
 class ModelDrafter:
     """Follows sequences with a draft model. Keys and values of those that were not drafted for lately make room for others."""
 
+    is_free = False
+
     def __init__(self, model: DraftModel, *, min_prob: float = 0.02) -> None:
         """Nodes under `min_prob` are no candidates."""
         self.model = model

@@ -134,6 +134,8 @@ def belief(match_len: int, depth: int) -> float:
 class NgramDrafter:
     """Follows sequences by their n-grams, and by those of what was lately served to the same tenant."""
 
+    is_free = True
+
     def __init__(
         self,
         *,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 GAIN_FORGETTING = 0.99
 """What drafts brought a request counts e times less after a hundred more drafts, of whatever requests."""
@@ -15,12 +16,19 @@ PACE_PRIOR = 4.0
 """Iterations that are taken to last just as predicted, before there is evidence."""
 MAX_SURPRISE = 3.0
 """An iteration that took more times what was predicted was held up by something else, and counts as this much."""
-LEAST_GAIN = 1.03
+LEAST_GAIN = 1.08
 """Times as many tokens per ms as roots alone that drafts must bring: they also keep a core busy that others can use."""
+DOUBTFUL_GAIN = 1.3
+"""Below it, drafters that cost nothing are tried by themselves."""
 NUM_PROBED = 32
 """Drafts (requests times iterations) that are tried before they may be judged as not worth their time."""
-FIRST_REST, LONGEST_REST = 16, 256
-"""Reports that are answered without drafts after drafts did not pay; doubled each time that they still do not."""
+FIRST_REST, LONGEST_REST, LONGEST_FREE_REST = 16, 256, 32
+"""Reports that are answered without drafts after drafts did not pay; doubled each time that they still do not. Drafts that cost
+nothing but the wait for them are probed more often.
+"""
+
+Tier = Literal["all", "free"]
+"""Who drafts: all drafters, or those that compute no model."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,6 +80,10 @@ class _Load:
     plain_tokens: float = 0.0
     plain_ms: float = 0.0
     paid: float = 0.0
+    gain: float = 0.0
+    """As of the last round that was judged; 0: none was."""
+    age: int = 0
+    """Reports since then."""
     drafted: _Pace = dataclasses.field(default_factory=_Pace)
     plain: _Pace = dataclasses.field(default_factory=_Pace)
 
@@ -80,10 +92,10 @@ class _Load:
         self.num_left = self.num_probed = 0
         self.tokens = self.ms = self.plain_tokens = self.plain_ms = self.paid = 0.0
 
-    def pays(self) -> bool:
-        """Whether drafts bring more tokens per ms, or pay debts."""
-        faster = self.tokens * self.plain_ms * self.plain.ratio
-        return faster > LEAST_GAIN * self.plain_tokens * self.ms * self.drafted.ratio or self.paid >= 0.5
+    @property
+    def current_gain(self) -> float:
+        """Times as many tokens per ms as roots alone."""
+        return self.tokens * self.plain_ms * self.plain.ratio / (self.plain_tokens * self.ms * self.drafted.ratio)
 
 
 def load_of(num_running: int) -> int:
@@ -91,31 +103,24 @@ def load_of(num_running: int) -> int:
     return round(2.0 * math.log2(max(1, num_running)))
 
 
-class Pacing:
-    """Of one executor. Drafting costs time before any node is verified: what it brought lately is held against decoding roots
-    alone, and where that is faster and no debt is paid, drafting rests and is probed ever more rarely. Each load has a record
-    of its own, so that load which comes and goes is not probed anew.
+class _Arm:
+    """One way to draft. Each load has a record of its own, so that load which comes and goes is not probed anew.
 
     What drafts bring is what they are expected to, times the share of such expectations that came true: less noisy than what
     was accepted in a few steps, and true in the end. So it is with the time that iterations take.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, longest_rest: int) -> None:
+        self._longest_rest = longest_rest
         self._loads: dict[int, _Load] = {}
-        self._load = _Load()
+        self.load = _Load()
         self._pending = 0.0
         """Tokens that the last drafts were expected to bring beyond the roots'; not judged yet."""
         self._accepted = self._expected = 0.0
         self._pace: _Pace | None = None
         self._predicted_ms = 0.0
 
-    @property
-    def num_left(self) -> int:
-        """Reports still to be answered without drafts, while the load is what it is."""
-        return self._load.num_left
-
     def judge(self, num_accepted: int, num_requests: int, measured_ms: float | None) -> None:
-        """What the last round came to: its drafts may have been late as well as wrong. None: its time tells nothing."""
         if self._pace is not None and measured_ms is not None:
             self._pace.observe(self._predicted_ms, measured_ms)
         self._pace = None
@@ -126,24 +131,24 @@ class Pacing:
         self._expected = kept * self._expected + self._pending
         self._pending = 0.0
 
-    def rests(self, num_running: int, num_in_debt: int, plain_ms: float) -> bool:
-        """Whether this report is answered without drafts, so that its iteration takes `plain_ms`. A new debt ends a rest."""
-        load = self._load = self._loads.setdefault(load_of(num_running), _Load())
-        if load.num_left <= 0:
-            return False
-        if num_in_debt > load.num_in_debt:
+    def rests(self, num_running: int, num_in_debt: int) -> bool:
+        load = self.load = self._loads.setdefault(load_of(num_running), _Load())
+        if load.num_left > 0 and num_in_debt > load.num_in_debt:
             load.begin()
             load.next_rest = FIRST_REST
+        if load.num_left == 0:
             return False
-        self._pace, self._predicted_ms = load.plain, plain_ms
         load.num_left -= 1
         if load.num_left == 0:
             load.begin()
         return True
 
-    def observe(self, last: Round) -> None:
-        """A round of drafts was made for a report that was not to rest; it may have been the last before a rest."""
-        load = self._load
+    def skip(self, plain_ms: float) -> None:
+        """Roots alone are decoded."""
+        self._pace, self._predicted_ms = self.load.plain, plain_ms
+
+    def observe(self, last: Round, least_gain: float) -> None:
+        load = self.load
         self._pending = last.tokens - last.num_requests
         self._pace, self._predicted_ms = load.drafted, last.ms
         kept = GAIN_FORGETTING**last.num_requests
@@ -156,8 +161,62 @@ class Pacing:
         load.num_probed += last.num_requests
         if load.num_probed < NUM_PROBED:
             return
-        if load.pays():
+        load.gain, load.age = load.current_gain, 0
+        if load.gain > least_gain or load.paid >= 0.5:
             load.next_rest = FIRST_REST
             return
-        load.num_left, load.next_rest = load.next_rest, min(LONGEST_REST, 2 * load.next_rest)
+        load.num_left, load.next_rest = load.next_rest, min(self._longest_rest, 2 * load.next_rest)
         load.num_in_debt = last.num_in_debt
+
+
+class Pacing:
+    """Of one executor. Drafting costs time before any node is verified: what it brought lately is held against decoding roots
+    alone, and where that is faster and no debt is paid, drafting rests and is probed ever more rarely.
+
+    Where some drafters cost next to nothing, these go on while the others rest, or rest by themselves. They are also tried
+    where all together bring little, which then must bring more than they do.
+    """
+
+    def __init__(self, *, has_free: bool = False) -> None:
+        """`has_free`: some drafters cost nothing, and some do."""
+        self._all = _Arm(LONGEST_REST)
+        self._free = _Arm(LONGEST_FREE_REST) if has_free else None
+        self._chosen: _Arm | None = None
+
+    @property
+    def num_left(self) -> int:
+        """Reports still to be answered without drafts, while the load is what it is."""
+        return min(arm.load.num_left for arm in (self._all, self._free) if arm is not None)
+
+    def judge(self, num_accepted: int, num_requests: int, measured_ms: float | None) -> None:
+        """What the last round came to: its drafts may have been late as well as wrong. None: its time tells nothing."""
+        for arm in (self._all, self._free):
+            if arm is not None:
+                arm.judge(num_accepted, num_requests, measured_ms)
+
+    def choose(self, num_running: int, num_in_debt: int, plain_ms: float) -> Tier | None:
+        """Who drafts for this report; None: nobody, and its iteration takes `plain_ms`. A new debt ends a rest."""
+        rests = self._all.rests(num_running, num_in_debt)
+        if self._free is None:
+            self._chosen = None if rests else self._all
+        else:
+            free_rests = self._free.rests(num_running, num_in_debt)
+            load, free = self._all.load, self._free.load
+            free.age += 1
+            in_doubt = 0.0 < load.gain < DOUBTFUL_GAIN and (free.gain == 0.0 or free.age > LONGEST_REST)
+            is_trial = not free_rests and num_in_debt == 0 and (in_doubt or 0 < free.num_probed < NUM_PROBED)
+            self._chosen = self._free if is_trial or (rests and not free_rests) else None if rests else self._all
+        if self._chosen is None:
+            for arm in (self._all, self._free):
+                if arm is not None:
+                    arm.skip(plain_ms)
+            return None
+        return "free" if self._chosen is self._free else "all"
+
+    def observe(self, last: Round) -> None:
+        """A round of drafts was made by those who were chosen; it may have been their last before a rest."""
+        if self._chosen is self._free and self._free is not None:
+            self._free.observe(last, LEAST_GAIN)
+        else:
+            others = self._free.load.gain if self._free is not None else 0.0
+            self._all.observe(last, LEAST_GAIN * max(1.0, others))

@@ -17,7 +17,7 @@ from services.planner.draft_cost import DraftCost
 from services.planner.drafter import DraftOrder, FeatureNeed, Pool
 from services.planner.mixed import MixedDrafter
 from services.planner.modes import Mode
-from services.planner.pacing import Round
+from services.planner.pacing import Pacing, Round, Tier
 from services.planner.selection import TOLERANCE, Candidates, Demand, Selection, select, select_chains, select_equally
 from services.planner.sequences import Sequence, SequenceTable
 
@@ -49,8 +49,8 @@ class Planner:
         self._mode = mode
         self._shape = shape
         self._clock = clock
-        self._cost = DraftCost()
-        self.table = SequenceTable(drafter)
+        self._costs: dict[Tier, DraftCost] = {"all": DraftCost(), "free": DraftCost()}
+        self.table = SequenceTable(drafter, lambda: Pacing(has_free=drafter.has_tiers))
         self.counters: Counter[str] = Counter()
 
     def answer(self, report: IterationReport, now: float, *, is_stale: bool = False) -> tuple[DraftTree, ...]:
@@ -69,16 +69,18 @@ class Planner:
             return ()
         num_running = self.table.num_running(report.executor_id)
         num_in_debt, plain_ms = int(np.count_nonzero(debts > 1.0)), report.t_spec_ms - report.wait_ms
-        if self._mode.has_stop_rule and pacing.rests(num_running, num_in_debt, plain_ms):
+        tier = pacing.choose(num_running, num_in_debt, plain_ms) if self._mode.has_stop_rule else "all"
+        if tier is None:
             self.counters["rests"] += 1
             return ()
-        limits = self._limits(report, self._mode, sequences, debts)
+        cost = self._costs[tier]
+        limits = self._limits(report, self._mode, sequences, debts, cost)
         if self._mode.chain_length is None:
-            limits = self._cost.affordable(limits, PATIENCE * report.patience_ms)
+            limits = cost.affordable(limits, PATIENCE * report.patience_ms)
         orders = [DraftOrder((report.executor_id, name), *own) for name, own in zip(sequences, limits, strict=True)]
         depths = [depth for depth, _ in limits]
         started_at = self._clock()
-        pools = self._drafter.draft(orders)
+        pools = self._drafter.draft(orders, tier)
         drafted_at = self._clock()
         selection, last = self._select(_drafts(report, sequences, depths, pools), self._mode, debts)
         picked = trees.split(selection.chosen.tolist(), pools)
@@ -86,7 +88,7 @@ class Planner:
             self._drafter.choose(order.key, nodes)
         drafted = _trees(sequences, pools, picked, selection.num_required.tolist())
         draft_ms = 1e3 * (drafted_at - started_at)
-        self._cost.observe(*trees.size(pools), draft_ms)
+        cost.observe(*trees.size(pools), draft_ms)
         self._count(selection, draft_ms, 1e3 * (self._clock() - drafted_at))
         pacing.observe(last)
         return drafted
@@ -110,7 +112,7 @@ class Planner:
         return () if self._mode is None else self.table.unknown(report)
 
     def _limits(
-        self, report: IterationReport, mode: Mode, sequences: dict[str, Sequence], debts: Floats
+        self, report: IterationReport, mode: Mode, sequences: dict[str, Sequence], debts: Floats, cost: DraftCost
     ) -> list[tuple[int, int]]:
         """Depth and width per request, by load; where the planner learns, also by how well each request is guessed.
 
@@ -127,7 +129,7 @@ class Planner:
             return [(min(depth, sequence.max_depth), width) for sequence in sequences.values()]
         base, plain_ms = max(1, report.base_tokens), report.t_spec_ms - report.wait_ms
         level_rows_ms = predict_ms(report.latency, Rows(base + num_requests)) - predict_ms(report.latency, Rows(base))
-        level_ms = self._cost.of(1, num_requests)
+        level_ms = cost.of(1, num_requests)
         worth = max(shape.min_prob, control.least_worth(num_requests, plain_ms, level_rows_ms / num_requests, level_ms))
         limits = []
         for each, debt in zip(sequences.values(), debts.tolist(), strict=True):

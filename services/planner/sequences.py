@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 
 from common.messages import IterationReport, OpenedSequence, SequenceProgress
 from services.planner.control import AcceptRate
@@ -39,8 +40,8 @@ class Sequence:
 
 @dataclasses.dataclass(slots=True)
 class _Executor:
+    pacing: Pacing
     reported_at: float = 0.0
-    pacing: Pacing = dataclasses.field(default_factory=Pacing)
     sequences: dict[str, Sequence] = dataclasses.field(default_factory=dict)
 
 
@@ -51,8 +52,9 @@ class SequenceTable:
     unknown, and decoded without drafts until its executor opens it again.
     """
 
-    def __init__(self, drafter: Drafter) -> None:
+    def __init__(self, drafter: Drafter, make_pacing: Callable[[], Pacing] = Pacing) -> None:
         self._drafter = drafter
+        self._make_pacing = make_pacing
         self._executors: dict[str, _Executor] = {}
         self.counters: Counter[str] = Counter()
 
@@ -66,7 +68,9 @@ class SequenceTable:
 
     def apply(self, report: IterationReport, now: float) -> dict[str, Sequence]:
         """Take a report in; returns the sequences that decode in the executor's next iteration."""
-        executor = self._executors.setdefault(report.executor_id, _Executor())
+        if report.executor_id not in self._executors:
+            self._executors[report.executor_id] = _Executor(self._make_pacing())
+        executor = self._executors[report.executor_id]
         executor.reported_at = now
         for sequence in executor.sequences.values():
             sequence.num_silent += 1
