@@ -212,6 +212,12 @@ def test_other_kernels_have_another_profile(tmp_path: Path, monkeypatch: pytest.
     assert len(keys) == 2
 
 
+def test_graphs_of_other_sizes_have_another_profile() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    keys = [profile_key("model", torch.float32, device, 2, size) for device in (cuda, cpu) for size in (0, 256)]
+    assert len(set(keys)) == 3, "on a CPU there are none"
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("version", lambda _: "99.0"), ("kernels_version", lambda: "ffffffff"), ("ops.interprets_triton", True)]
 )

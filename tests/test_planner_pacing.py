@@ -87,15 +87,15 @@ def test_a_new_debt_ends_a_rest() -> None:
 
 
 def test_drafting_goes_on_while_it_pays_debts_and_not_for_debts_that_it_cannot_pay() -> None:
-    paying, hopeless = Pacing(), Pacing()
-    for pacing in (paying, hopeless):
+    paying, hopeless, dear = Pacing(), Pacing(), Pacing()
+    for pacing, tokens, paid in ((paying, 40.0, 3), (hopeless, 40.0, 0), (dear, 33.0, 3)):
         assert pacing.choose(32, 32, PLAIN_MS) == "all"
-    for _ in range(20):
-        paying.observe(round_of(32, 33.0, in_debt=32, paid=3))
-        if hopeless.num_left == 0:
-            hopeless.observe(round_of(32, 33.0, in_debt=32))
+        for _ in range(20):
+            if pacing.num_left == 0:
+                pacing.observe(round_of(32, tokens, in_debt=32, paid=paid))
     assert rested(paying, in_debt=32) == 0
     assert rested(hopeless, in_debt=32) == FIRST_REST
+    assert rested(dear, in_debt=32) == FIRST_REST, "three gain, and all others lose a quarter"
 
 
 def test_drafts_that_take_longer_than_predicted_do_not_pay() -> None:

@@ -24,7 +24,7 @@ from services.executor.adapter_store import AdapterStore
 from services.executor.config import ExecutorConfig
 from services.executor.device import is_out_of_memory
 from services.executor.engine import Iteration
-from services.executor.features import bounded, wish_of
+from services.executor.features import FeatureWish, bounded, wish_of
 from services.executor.gateway_watch import GatewayWatch
 from services.executor.grammar_store import GrammarStore
 from services.executor.inbox import Inbox
@@ -248,7 +248,7 @@ class ExecutorActor:
         if not decoding and not closed:
             return
         if (everyone := self._planner.takes_reopening()) and self._planner.granted is not None:
-            self._engine.feature_wish = wish_of(self._planner.granted, self._engine.decoder.config.num_layers)
+            await self._wish(wish_of(self._planner.granted, self._engine.decoder.config.num_layers))
         fresh = {sequence.request_id for sequence in iteration.opened} | self._unknown
         opened = tuple(s.opened() for s in decoding if everyone or s.request_id in fresh)
         self._unknown = frozenset()
@@ -265,10 +265,17 @@ class ExecutorActor:
             progress=tuple(step for step in iteration.progress if step.request_id not in known),
             token_budget=min(self._config.max_draft_tokens, self._config.max_batch_tokens - len(decoding)),
             base_tokens=len(next_pass),
-            plain_ms=turns * (self._other_ms[is_mixed] + predict_ms(profile, root_rows(contexts))),
+            plain_ms=turns * (self._other_ms[False] + predict_ms(profile, root_rows(contexts))),
+            other_ms=turns * max(0.0, self._other_ms[True] - self._other_ms[False]) if is_mixed else 0.0,
             is_mixed=bool(iteration.prefill_tokens or iteration.finetune_tokens or self._has_worked_back),
             latency=profile,
         )
+
+    async def _wish(self, wish: FeatureWish) -> None:
+        """Keep these states from now on; graphs that do are recorded at once, lest passes with requests in them do it."""
+        self._engine.feature_wish = wish
+        if num_graphs := await self._on_device(lambda: self._engine.passes.record_all(wish.layers)):
+            log.info("executor.graphs", recorded=num_graphs, layers=wish.layers)
 
     def _decoding(self) -> list[str]:
         return [sequence.request_id for sequence in self._engine.sequences.values() if sequence.is_decoding]

@@ -83,10 +83,12 @@ class PlannerLink:
         token_budget: int,
         base_tokens: int,
         plain_ms: float,
+        other_ms: float,
         is_mixed: bool,
         latency: LatencyProfile,
     ) -> None:
-        """Tell the planner what an iteration did; it answers with the next one's trees. That takes `plain_ms` without them.
+        """Tell the planner what an iteration did; it answers with the next one's trees. That takes `plain_ms` without them, and
+        `other_ms` for prompts and training.
 
         `is_mixed` says that other work than decoding was done since the last report.
         """
@@ -101,9 +103,10 @@ class PlannerLink:
             progress=progress,
             token_budget=token_budget,
             base_tokens=base_tokens,
-            t_spec_ms=plain_ms + self.mean_wait_ms,
+            t_spec_ms=plain_ms + other_ms + self.mean_wait_ms,
             measured_ms=self._measured_ms(iteration, is_mixed, now),
             wait_ms=self.mean_wait_ms,
+            other_ms=other_ms,
             patience_ms=self._max_wait_s * 1e3,
             latency=latency,
         )

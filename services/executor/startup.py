@@ -48,7 +48,7 @@ async def make_engine(config: ExecutorConfig, model: str, profiles: ProfileStore
     check_pool_fits(shape, config.kv_cache_tokens, dtype, device)
     with _out_of_memory_is(f"the weights of {folder} do not fit into memory as {dtype_name(dtype)}"):
         decoder = await on_device(lambda: load_decoder(folder, dtype, device))
-    key = profile_key(model, dtype, device, num_threads)
+    key = profile_key(model, dtype, device, num_threads, config.max_graph_tokens)
     profile = await profiles.recall(key)
     if profile is None:
         scratch = KvCache(decoder.config, NUM_SLOTS, dtype, device)
@@ -129,8 +129,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def profile_key(model: str, dtype: torch.dtype, device: torch.device, num_threads: int) -> str:
-    """Under what a profile is kept: all that the latency depends on, so also this release, its kernels and their choice."""
+def profile_key(model: str, dtype: torch.dtype, device: torch.device, num_threads: int, max_graph_tokens: int = 0) -> str:
+    """Under what a profile is kept: all that the latency depends on, so also this release, its kernels and their choice, and
+    how large passes are replayed from graphs.
+    """
     kernels = f"{kernels_version()}.triton" if ops.interprets_triton else kernels_version()
+    if device.type == "cuda":
+        kernels = f"{kernels}.graphs-{max_graph_tokens}"
     code = f"{PROFILE_TERMS}.{version('heddle')}.{kernels}"
     return f"{platform.node()}.{model}.{device.type}.{dtype_name(dtype)}.{num_threads}.{code}"

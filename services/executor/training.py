@@ -86,10 +86,10 @@ class Training:
         entry = self._entries.get(job_id)
         return entry.job if entry is not None and entry.lease == lease else None
 
-    def last_steps(self, job_id: str) -> tuple[TrainingEvent, ...]:
-        """A job's last steps, newest last; none of an unknown job."""
+    def last_steps(self, job_id: str, lease: int) -> tuple[TrainingEvent, ...]:
+        """A job's last steps, newest last; none of a job that is not open under this lease."""
         entry = self._entries.get(job_id)
-        return () if entry is None else tuple(entry.steps)
+        return () if entry is None or entry.lease != lease else tuple(entry.steps)
 
     def open(self, job: FinetuneJob | DistillationJob, lease: int) -> None:
         """Hold a job, in place of what was held of it under an older lease."""

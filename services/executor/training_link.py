@@ -181,7 +181,7 @@ class TrainingLink:
             return Rejected(reason="not_found", message=f"job {order.job_id} is not open here any more")
         # On the device's thread no step can change the job meanwhile, and the event loop goes on.
         trained, state, step, last = await self._on_device(
-            lambda: (job.artifact(), job.checkpoint(), job.step, self._training.last_steps(order.job_id))
+            lambda: (job.artifact(), job.checkpoint(), job.step, self._training.last_steps(order.job_id, order.lease))
         )
         store = await self._bus.object_store(subjects.ARTIFACTS_STORE)
         await store.put(optimizer_object(order.artifact), state)

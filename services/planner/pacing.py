@@ -18,6 +18,8 @@ MAX_SURPRISE = 3.0
 """An iteration that took more times what was predicted was held up by something else, and counts as this much."""
 LEAST_GAIN = 1.08
 """Times as many tokens per ms as roots alone that drafts must bring: they also keep a core busy that others can use."""
+LEAST_PAYING_GAIN = 0.9
+"""The same where drafts pay debts: what one request gains, all others must not pay for with more than this."""
 DOUBTFUL_GAIN = 1.3
 """Below it, drafters that cost nothing are tried by themselves."""
 NUM_PROBED = 32
@@ -33,7 +35,7 @@ Tier = Literal["all", "free"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Round:
-    """What a round of drafts was expected to bring, and its requests without it."""
+    """What a round of drafts was expected to bring, and its requests without it: times without other work."""
 
     num_requests: int
     tokens: float
@@ -162,7 +164,7 @@ class _Arm:
         if load.num_probed < NUM_PROBED:
             return
         load.gain, load.age = load.current_gain, 0
-        if load.gain > least_gain or load.paid >= 0.5:
+        if load.gain > least_gain or (load.paid >= 0.5 and load.gain > LEAST_PAYING_GAIN):
             load.next_rest = FIRST_REST
             return
         load.num_left, load.next_rest = load.next_rest, min(self._longest_rest, 2 * load.next_rest)

@@ -68,7 +68,7 @@ class Planner:
             self.counters["stale_reports"] += 1
             return ()
         num_running = self.table.num_running(report.executor_id)
-        num_in_debt, plain_ms = int(np.count_nonzero(debts > 1.0)), report.t_spec_ms - report.wait_ms
+        num_in_debt, plain_ms = int(np.count_nonzero(debts > 1.0)), _plain_ms(report)
         tier = pacing.choose(num_running, num_in_debt, plain_ms) if self._mode.has_stop_rule else "all"
         if tier is None:
             self.counters["rests"] += 1
@@ -127,7 +127,7 @@ class Planner:
         width = control.draft_width(shape.draft_tokens, num_requests, offset=shape.width_offset, most=shape.max_width)
         if not mode.is_calibrated:
             return [(min(depth, sequence.max_depth), width) for sequence in sequences.values()]
-        base, plain_ms = max(1, report.base_tokens), report.t_spec_ms - report.wait_ms
+        base, plain_ms = max(1, report.base_tokens), _plain_ms(report)
         level_rows_ms = predict_ms(report.latency, Rows(base + num_requests)) - predict_ms(report.latency, Rows(base))
         level_ms = cost.of(1, num_requests)
         worth = max(shape.min_prob, control.least_worth(num_requests, plain_ms, level_rows_ms / num_requests, level_ms))
@@ -152,8 +152,8 @@ class Planner:
         last = Round(
             num_requests=len(in_debt),
             tokens=len(in_debt) + float(drafts.candidates.prob[selection.chosen].sum()),
-            ms=ms,
-            plain_ms=report.t_spec_ms - report.wait_ms,
+            ms=ms - report.other_ms,
+            plain_ms=_plain_ms(report),
             num_in_debt=int(in_debt.sum()),
             num_paid=int((in_debt & ~is_unmet).sum() - (~in_debt & is_unmet).sum()),
         )
@@ -185,7 +185,7 @@ def _drafts(report: IterationReport, sequences: dict[str, Sequence], depths: lis
     candidates = trees.join(pools)
     contexts = [each.length for each in sequences.values()]
     budget = min(report.token_budget, len(candidates.prob))
-    costs = iteration_costs(report.latency, report.t_spec_ms, report.base_tokens, contexts, budget)
+    costs = iteration_costs(report.latency, report.t_spec_ms - report.other_ms, report.base_tokens, contexts, budget)
     return _Drafts(report, sequences, depths, pools, candidates, costs)
 
 
@@ -195,7 +195,7 @@ def _choose(drafts: _Drafts, mode: Mode, t_spec_ms: float) -> tuple[Selection, f
     """
     selection = _choose_nodes(drafts, mode, t_spec_ms)
     prob, owners = drafts.candidates.prob[selection.chosen], drafts.candidates.owner[selection.chosen]
-    ms = drafts.costs.of(owners)
+    ms = drafts.report.other_ms + drafts.costs.of(owners)
     expected = 1.0 + np.bincount(owners, prob, minlength=len(drafts.sequences))
     return dataclasses.replace(selection, is_unmet=_debts(drafts.sequences, ms) > expected + TOLERANCE), ms
 
@@ -216,6 +216,13 @@ def _choose_nodes(drafts: _Drafts, mode: Mode, t_spec_ms: float) -> Selection:
         has_rest=mode.has_rest,
         costs=drafts.costs if mode.has_stop_rule else None,
     )
+
+
+def _plain_ms(report: IterationReport) -> float:
+    """What decoding roots alone takes. Prompts and training are no part of it: they have to be computed either way, in this
+    iteration or in another, so that a token which drafts bring must be worth its own time.
+    """
+    return report.t_spec_ms - report.wait_ms - report.other_ms
 
 
 def _debts(sequences: dict[str, Sequence], t_spec_ms: float) -> Floats:
