@@ -8,7 +8,9 @@ from common.config import ConfigError, load_config
 from common.messages import LatencyProfile
 from services.cli.parser import build_parser
 from services.planner.config import PlannerConfig
-from tests.test_planner_sequences import STEEP, opened, planner, progress, report
+from tests.test_planner_sequences import opened, planner, progress, report
+
+STEEP = LatencyProfile(points=((1, 30.0), (2, 60.0), (256, 7680.0)))
 
 
 def test_adaserve_spends_the_budget_where_heddle_stops() -> None:

@@ -22,7 +22,8 @@ from services.planner.sequences import MAX_UNKNOWN
 from tests.planner_trees import find_fault
 
 FLAT = LatencyProfile(points=((1, 30.0), (256, 31.0)))
-STEEP = LatencyProfile(points=((1, 30.0), (2, 60.0), (256, 7680.0)))
+COSTLY = LatencyProfile(points=((1, 30.0), (2, 40.0), (256, 2580.0)))
+"""A node takes a third of what the roots take: beside three others, one for each ms brings less than they do."""
 LOOP = (1, 2, 3, 4) * 10
 
 
@@ -34,6 +35,19 @@ def opened(
     request_id: str = "r", *, num_output: int = 1, max_output: int = 100, tpot_ms: float | None = None
 ) -> OpenedSequence:
     return OpenedSequence(request_id=request_id, tokens=LOOP, num_output=num_output, max_output=max_output, tpot_ms=tpot_ms)
+
+
+def others() -> tuple[OpenedSequence, ...]:
+    """Three requests without targets, of which nothing can be guessed."""
+    return tuple(
+        OpenedSequence(request_id=f"other{i}", tokens=tuple(range(100 * i, 100 * i + 40)), num_output=1, max_output=100)
+        for i in range(1, 4)
+    )
+
+
+def go_on(num_output: int) -> tuple[SequenceProgress, ...]:
+    """One more token of each of them."""
+    return tuple(progress((1000 * i + num_output,), num_output, f"other{i}") for i in range(1, 4))
 
 
 def progress(tokens: tuple[int, ...], num_output: int, request_id: str = "r", decode_ms: float = 0.0) -> SequenceProgress:
@@ -111,8 +125,8 @@ def test_all_trees_together_stay_within_the_budget(budget: int) -> None:
 
 
 def test_a_request_behind_its_target_gets_nodes_that_throughput_alone_would_not() -> None:
-    new = (opened("slow", tpot_ms=15.0), opened("free"))
-    drafted = planner().answer(report(1, new=new, latency=STEEP), 0.0)
+    new = (opened("slow", tpot_ms=15.0), *others())
+    drafted = planner().answer(report(1, new=new, latency=COSTLY), 0.0)
     assert [(tree.request_id, tree.num_required) for tree in drafted] == [("slow", 2)]
     assert len(drafted[0].tokens) == 3
 
@@ -120,9 +134,10 @@ def test_a_request_behind_its_target_gets_nodes_that_throughput_alone_would_not(
 def test_debt_counts_decode_time_and_decoded_tokens() -> None:
     def required(decode_ms: float, num_output: int) -> int:
         ours = planner()
-        ours.answer(report(1, new=(opened(tpot_ms=30.0),)), 0.0)
+        ours.answer(report(1, new=(opened(tpot_ms=30.0), *others())), 0.0)
         tokens = tuple((1, 2, 3, 4) * 20)[: num_output - 1]
-        drafted = ours.answer(report(2, done=(progress(tokens, num_output, decode_ms=decode_ms),), latency=STEEP), 0.0)
+        done = (progress(tokens, num_output, decode_ms=decode_ms), *go_on(2))
+        drafted = ours.answer(report(2, done=done, latency=COSTLY), 0.0)
         return sum(tree.num_required for tree in drafted)
 
     assert required(270.0, 10) == 0, "9 tokens in 270 ms, and one more in the next 30 ms: on schedule"
@@ -208,8 +223,9 @@ def test_a_request_that_moved_here_owes_only_what_was_decoded_here() -> None:
         moved = OpenedSequence(
             request_id="r", tokens=LOOP, num_output=51, max_output=100, tpot_ms=30.0, num_decoded=num_decoded
         )
-        ours.answer(report(1, new=(moved,)), 0.0)
-        drafted = ours.answer(report(2, done=(progress((1, 2), 53, decode_ms=90.0),), latency=STEEP), 0.0)
+        ours.answer(report(1, new=(moved, *others())), 0.0)
+        done = (progress((1, 2), 53, decode_ms=90.0), *go_on(2))
+        drafted = ours.answer(report(2, done=done, latency=COSTLY), 0.0)
         return sum(tree.num_required for tree in drafted)
 
     assert required(0) == 2
@@ -218,9 +234,10 @@ def test_a_request_that_moved_here_owes_only_what_was_decoded_here() -> None:
 
 def test_opening_again_replaces_and_may_hold_the_progress_already() -> None:
     ours = planner()
-    ours.answer(report(1, new=(opened(),)), 0.0)
+    ours.answer(report(1, new=(opened(), *others())), 0.0)
     again = OpenedSequence(request_id="r", tokens=(*LOOP, 1, 2), num_output=3, max_output=100, tpot_ms=20.0)
-    (tree,) = ours.answer(report(2, new=(again,), done=(progress((1, 2), 3, decode_ms=500.0),), latency=STEEP), 0.0)
+    done = (progress((1, 2), 3, decode_ms=500.0), *go_on(2))
+    (tree,) = ours.answer(report(2, new=(again,), done=done, latency=COSTLY), 0.0)
     assert tree.length == 42
     assert tree.num_required > 0, "the decode time of the report counts"
 

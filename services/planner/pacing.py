@@ -18,15 +18,15 @@ MAX_SURPRISE = 3.0
 """An iteration that took more times what was predicted was held up by something else, and counts as this much."""
 LEAST_GAIN = 1.08
 """Times as many tokens per ms as roots alone that drafts must bring: they also keep a core busy that others can use."""
-LEAST_PAYING_GAIN = 0.9
+LEAST_PAYING_GAIN = 0.8
 """The same where drafts pay debts: what one request gains, all others must not pay for with more than this."""
 DOUBTFUL_GAIN = 1.3
 """Below it, drafters that cost nothing are tried by themselves."""
 NUM_PROBED = 32
 """Drafts (requests times iterations) that are tried before they may be judged as not worth their time."""
-FIRST_REST, LONGEST_REST, LONGEST_FREE_REST = 16, 256, 32
+FIRST_REST, LONGEST_REST, LONGEST_FREE_REST = 16, 256, 64
 """Reports that are answered without drafts after drafts did not pay; doubled each time that they still do not. Drafts that cost
-nothing but the wait for them are probed more often.
+nothing but the wait for them are probed more often, where others cost more.
 """
 
 Tier = Literal["all", "free"]
@@ -135,9 +135,8 @@ class _Arm:
 
     def rests(self, num_running: int, num_in_debt: int) -> bool:
         load = self.load = self._loads.setdefault(load_of(num_running), _Load())
-        if load.num_left > 0 and num_in_debt > load.num_in_debt:
+        if load.num_left > 0 and num_in_debt > 0 and load.num_in_debt == 0:
             load.begin()
-            load.next_rest = FIRST_REST
         if load.num_left == 0:
             return False
         load.num_left -= 1
@@ -197,7 +196,8 @@ class Pacing:
                 arm.judge(num_accepted, num_requests, measured_ms)
 
     def choose(self, num_running: int, num_in_debt: int, plain_ms: float) -> Tier | None:
-        """Who drafts for this report; None: nobody, and its iteration takes `plain_ms`. A new debt ends a rest."""
+        """Who drafts for this report; None: nobody, and its iteration takes `plain_ms`. Debts end a rest that began
+        without any."""
         rests = self._all.rests(num_running, num_in_debt)
         if self._free is None:
             self._chosen = None if rests else self._all

@@ -141,18 +141,25 @@ class Planner:
     def _select(self, drafts: _Drafts, mode: Mode, plain_debts: Floats) -> tuple[Selection, Round]:
         """The selection, and what it is expected to bring."""
         report = drafts.report
-        selection, ms = _choose(drafts, mode, report.t_spec_ms)
-        if mode.has_quotas and ms > report.t_spec_ms and any(each.tpot_ms is not None for each in drafts.sequences.values()):
+        best = _choose(drafts, mode, report.t_spec_ms)
+        has_targets = any(each.tpot_ms is not None for each in drafts.sequences.values())
+        if mode.has_quotas and best.ms > report.t_spec_ms and has_targets:
             # t_spec depends on the trees that it decides about: one step towards the fixed point, unless nodes cost more
             # time than they pay for and more of them only make it worse
-            second, second_ms = _choose(drafts, mode, ms)
-            if second.num_unmet < selection.num_unmet:
-                selection, ms = second, second_ms
+            second = _choose(drafts, mode, best.ms)
+            if second.selection.num_unmet < best.selection.num_unmet:
+                best = second
+        if mode.has_quotas and mode.has_stop_rule and best.selection.num_required.any():
+            # what pays some debts makes the iteration longer for all: not if no less is owed after it than without
+            cheaper = _choose(drafts, dataclasses.replace(mode, has_quotas=False), report.t_spec_ms)
+            if (cheaper.owed, cheaper.ms) < (best.owed, best.ms):
+                best = cheaper
+        selection = best.selection
         in_debt, is_unmet = plain_debts > 1.0, selection.is_unmet
         last = Round(
             num_requests=len(in_debt),
             tokens=len(in_debt) + float(drafts.candidates.prob[selection.chosen].sum()),
-            ms=ms - report.other_ms,
+            ms=best.ms - report.other_ms,
             plain_ms=_plain_ms(report),
             num_in_debt=int(in_debt.sum()),
             num_paid=int((in_debt & ~is_unmet).sum() - (~in_debt & is_unmet).sum()),
@@ -189,15 +196,23 @@ def _drafts(report: IterationReport, sequences: dict[str, Sequence], depths: lis
     return _Drafts(report, sequences, depths, pools, candidates, costs)
 
 
-def _choose(drafts: _Drafts, mode: Mode, t_spec_ms: float) -> tuple[Selection, float]:
-    """The selection for debts as of an iteration of `t_spec_ms`, the ms of the iteration that holds it, and whose debts stay
-    open in that one.
-    """
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """A selection, the ms of the iteration that holds it, and the tokens that are owed after it, expected of all requests."""
+
+    selection: Selection
+    ms: float
+    owed: float
+
+
+def _choose(drafts: _Drafts, mode: Mode, t_spec_ms: float) -> _Choice:
+    """The selection for debts as of an iteration of `t_spec_ms`; debts stay open as of the one that holds it."""
     selection = _choose_nodes(drafts, mode, t_spec_ms)
     prob, owners = drafts.candidates.prob[selection.chosen], drafts.candidates.owner[selection.chosen]
     ms = drafts.report.other_ms + drafts.costs.of(owners)
-    expected = 1.0 + np.bincount(owners, prob, minlength=len(drafts.sequences))
-    return dataclasses.replace(selection, is_unmet=_debts(drafts.sequences, ms) > expected + TOLERANCE), ms
+    left = _debts(drafts.sequences, ms) - 1.0 - np.bincount(owners, prob, minlength=len(drafts.sequences))
+    selection = dataclasses.replace(selection, is_unmet=left > TOLERANCE)
+    return _Choice(selection, ms, float(np.maximum(left, 0.0).sum()))
 
 
 def _choose_nodes(drafts: _Drafts, mode: Mode, t_spec_ms: float) -> Selection:

@@ -80,11 +80,10 @@ def select(
     required = np.flatnonzero(is_required)
     rest = best_first[~is_required[best_first]][: budget - len(required) if has_rest else 0]
     if costs is not None:
-        prob, owner = candidates.prob, candidates.owner
-        sure = num_requests + prob[required].sum()
-        ms = costs.by_count[len(required) :][: len(rest) + 1] + costs.per_node[owner[required]].sum()
-        ms[1:] += np.cumsum(costs.per_node[owner[rest]])
-        rest = rest[: _best_count(sure, prob[rest], ms)]
+        # What debts need is spent: it must not make the rest look cheap, which is held against roots alone.
+        more_ms = costs.by_count[len(required) :][: len(rest) + 1] - costs.by_count[len(required)]
+        more_ms[1:] += np.cumsum(costs.per_node[candidates.owner[rest]])
+        rest = rest[: _best_count(float(num_requests), candidates.prob[rest], costs.by_count[0] + more_ms)]
     return Selection(
         chosen=np.sort(np.concatenate((required, rest))),
         num_required=granted,
