@@ -15,3 +15,4 @@
 #include "move.c"
 #include "draw.c"
 #include "backward.c"
+#include "attention_backward.c"
