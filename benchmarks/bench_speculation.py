@@ -181,6 +181,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="requests per second")
     parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals at each rate")
     parser.add_argument("--minutes", type=float, default=35.0, help="starts included; what does not fit in is left out")
+    parser.add_argument("--unloaded-ms", type=float, help="the peer's unloaded time per token, where it was measured before")
     parser.add_argument("--settle", type=float, default=SETTLE_S, help="seconds to wait at most for an idle machine")
     parser.add_argument("--quick", action="store_true", help="few prompts, one rate, two modes, 10 minutes")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/speculation.csv"), help="the plot goes beside it")
@@ -219,7 +220,7 @@ def main() -> None:
         for row in measure_parts(servers[OURS], texts["chat"][: 8 if options.quick else 24]):
             keep(row)
         base = PEER if PEER in servers else PLAIN if PLAIN in servers else OURS
-        unloaded = statistics.median(
+        unloaded = options.unloaded_ms or statistics.median(
             r["value"] for r in rows if r["measure"] == "tpot ms" and r["server"] == base and r["concurrency"] == 1
         )
         for row in measure_load(servers, unloaded, until, options):
