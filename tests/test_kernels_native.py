@@ -108,6 +108,29 @@ def test_a_row_of_a_linear_is_the_same_in_any_batch_and_with_any_number_of_threa
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_in", "num_out"), [(24, 16), (33, 43), (64, 100)])
+@pytest.mark.parametrize("rank", [3, 8, 16, 21, 130])
+def test_a_row_of_an_adapters_update_is_the_same_alone_and_among_many(
+    rank: int, num_in: int, num_out: int, dtype: torch.dtype
+) -> None:
+    x, y = randn(150, num_in, dtype=dtype).to(dtype), randn(150, num_out + 2, dtype=dtype, seed=1).to(dtype)
+    a, b = randn(rank, num_in, seed=2).float() / num_in**0.5, randn(num_out, rank, seed=3).float() / rank**0.5
+
+    def updated(start: int, end: int) -> Tensor:
+        out = y[start:end].clone()
+        segment = ops.LoraSegment(start=0, end=end - start, a_RI=a, b_OR=b, scale=0.7, column=1)
+        ops.segmented_lora(out, x[start:end], ops.LoraPlan([segment]))
+        return out
+
+    whole = updated(0, 150)
+    for cut in (1, 7, 9, 40):
+        assert torch.equal(torch.cat([updated(i, min(i + cut, 150)) for i in range(0, 150, cut)]), whole)
+    expected = y.double()
+    expected[:, 1:-1] += 0.7 * (x.double() @ a.double().T) @ b.double().T
+    assert_matches(whole, expected)
+
+
 def chain_and_tree(dtype: torch.dtype, heads: tuple[int, int], head_dim: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     num_heads, num_kv_heads = heads
     k, v = (randn(NUM_SLOTS, num_kv_heads, head_dim, dtype=dtype, seed=seed).to(dtype) for seed in (1, 2))

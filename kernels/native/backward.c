@@ -4,41 +4,99 @@
  * adapters, of keys and values) is added to what is there already, row after row in the order that the caller gives: so it does not
  * depend on how the rows are divided among calls, only on their order.
  */
-#define TILE_ROWS 240 /* rows that share a gathered panel */
-#define DEPTH 2048   /* inputs of a tile of rows that stay in the L2 cache while panels stream by */
+#define GROUP_ROWS 160  /* most rows of a task but for a block; they share the panels that it gathers */
+#define GROUP_PANELS 18 /* most panels of a task, which share the rows that it widens */
+#define DEPTH 512       /* inputs of a task's rows that stay in the L2 cache while panels stream by; a multiple of SLICE */
+#define GATHER_AHEAD 64 /* rows of a weight that are fetched before they are gathered */
 
-enum { PANEL_BUFFER, SUM_BUFFER, LOW_BUFFER, ORDERED_BUFFER, MATRIX_BUFFER, NUM_BUFFERS };
+enum { LOW_BUFFER, MATRIX_BUFFER, NUM_BUFFERS };
 
 static float *buffer_of(int which, int64_t num_floats) { /* this thread's own; NULL if there is no memory */
     static __thread buffer_t buffers[NUM_BUFFERS];
     return grown(&buffers[which], (size_t)num_floats);
 }
 
-/* --- products with a matrix as it lies in memory ----------------------------------------------------------------------- */
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-typedef struct {
-    const float *x; /* [num_rows][num_in], x_stride apart */
-    int64_t x_stride;
-    const void *w; /* rows of num_out, w_stride apart; row order[i] belongs to input i, row i without an order */
-    int64_t w_stride;
-    const int64_t *order;
-    float *sums; /* [panels][num_rows][PANEL] */
-    int64_t num_rows, num_in, num_out;
-    int half;     /* of w */
-    int in_order; /* products are added to `sums` one after another, not blocks of them */
-} product_t;
+/* --- the gradient of a linear's input ------------------------------------------------------------------------------------ */
 
-INLINE void gather_panel(const product_t *p, int64_t column, float *wide, int64_t i0, int64_t i1, int half) {
-    int64_t left = p->num_out - column;
+/* Columns [column, column + 16) of rows [i0, i1) of a matrix, as floats; those that it does not have are 0. */
+INLINE void gather_panel(const void *w, int64_t w_stride, int64_t num_columns, int64_t column, float *panel, int64_t i0, int64_t i1, int half) {
+    int64_t left = num_columns - column;
     for (int64_t i = i0; i < i1; i++) {
-        int64_t from = (p->order ? p->order[i] : i) * p->w_stride + column;
-        float *to = wide + (i - i0) * PANEL;
+        int64_t from = i * w_stride + column;
+        float *to = panel + (i - i0) * PANEL;
+        __builtin_prefetch(at(w, from + GATHER_AHEAD * w_stride, half));
         if (left >= PANEL)
-            for (int c = 0; c < PANEL; c += LANES) *(v8 *)(to + c) = load(p->w, from + c, half);
+            for (int c = 0; c < PANEL; c += LANES) *(v8 *)(to + c) = load(w, from + c, half);
         else
-            for (int c = 0; c < PANEL; c++) to[c] = c < left ? load1(p->w, from + c, half) : 0.0f;
+            for (int c = 0; c < PANEL; c++) to[c] = c < left ? load1(w, from + c, half) : 0.0f;
     }
 }
+
+typedef struct {
+    const void *dy, *weight;
+    void *dx;
+    int64_t dy_stride, num_out, num_in;
+    int dy_half, half; /* the latter is of weight; dx is as dy */
+} linear_backward_t;
+
+/* dx of rows [row0, row1) and panels [first, last). `rows` [row1 - row0][DEPTH], `sums` [last - first][row1 - row0][PANEL]. */
+static void group_backward(const linear_backward_t *p, int64_t row0, int64_t row1, int64_t first, int64_t last, float *rows, float *sums) {
+    int64_t n = row1 - row0;
+    float panel[SLICE * PANEL] __attribute__((aligned(64)));
+    memset(sums, 0, (size_t)((last - first) * n * PANEL) * sizeof(float));
+    for (int64_t depth = 0; depth < p->num_out; depth += DEPTH) {
+        int64_t end = least(depth + DEPTH, p->num_out), width = end - depth;
+        for (int64_t r = 0; r < n; r++) {
+            const void *from = at(p->dy, (row0 + r) * p->dy_stride + depth, p->dy_half);
+            if (p->dy_half) widen_rows(from, 0, rows + r * width, width, 1);
+            else memcpy(rows + r * width, from, (size_t)width * sizeof(float));
+        }
+        for (int64_t c = first; c < last; c++)
+            for (int64_t i0 = depth; i0 < end; i0 += SLICE) {
+                int64_t i1 = least(i0 + SLICE, end);
+                if (p->half) gather_panel(p->weight, p->num_in, p->num_in, c * PANEL, panel, i0, i1, 1);
+                else gather_panel(p->weight, p->num_in, p->num_in, c * PANEL, panel, i0, i1, 0);
+                for (int64_t r = 0; r < n; r += MAX_ROWS)
+                    block(rows + r * width + i0 - depth, width, panel, SLICE * PANEL, i1 - i0, (int)least(MAX_ROWS, n - r), 1,
+                          sums + ((c - first) * n + r) * PANEL, 0);
+            }
+    }
+    for (int64_t c = first; c < last; c++)
+        for (int64_t r = 0; r < n; r += MAX_ROWS)
+            emit(sums + ((c - first) * n + r) * PANEL, (int)least(MAX_ROWS, n - r), 1, c, row0 + r, p->num_in, NULL, p->dx, p->num_in, p->dy_half);
+}
+
+/* dx[T, I] = dy[T, O] weight[O, I], from the weight as it lies in memory. Returns 0, or -1 if there was no memory. */
+int heddle_linear_backward(const void *dy, int64_t dy_stride, const void *weight, void *dx, int64_t num_rows, int64_t num_out, int64_t num_in,
+                           int dy_half, int half) {
+    linear_backward_t p = {dy, weight, dx, dy_stride, num_out, num_in, dy_half, half};
+    if (!num_rows) return 0;
+    int64_t groups = (num_rows + GROUP_ROWS - 1) / GROUP_ROWS, panels = num_panels(num_in), threads = omp_get_max_threads();
+    int64_t least_parts = least((threads + groups - 1) / groups, panels), parts = (panels + GROUP_PANELS - 1) / GROUP_PANELS;
+    int failed = 0;
+    if (parts < least_parts) parts = least_parts;
+#pragma omp parallel if (num_rows * num_out * num_in >= MIN_PARALLEL)
+    {
+        float *rows = scratch((DEPTH + GROUP_PANELS * PANEL) * (GROUP_ROWS + MAX_ROWS));
+        if (!rows) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < groups * parts; task++) {
+            int64_t group = task / parts, part = task % parts, blocks = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
+            int64_t row0 = block_start(group, groups, blocks) * MAX_ROWS, row1 = least(block_start(group + 1, groups, blocks) * MAX_ROWS, num_rows);
+            if (rows)
+                group_backward(&p, row0, row1, block_start(part, parts, panels), block_start(part + 1, parts, panels), rows,
+                               rows + DEPTH * (GROUP_ROWS + MAX_ROWS));
+        }
+    }
+    return failed ? -1 : 0;
+}
+
+/* --- sums over rows --------------------------------------------------------------------------------------------------------- */
 
 INLINE void add_rows(const float *x, int64_t x_stride, const float *w, int64_t num_in, int rows, float *sums) {
     v8 acc[MAX_ROWS][2];
@@ -69,142 +127,6 @@ static void add_in_order(const float *x, int64_t x_stride, const float *w, int64
     case 5: add_rows(x, x_stride, w, num_in, 5, sums); break;
     case 6: add_rows(x, x_stride, w, num_in, 6, sums); break;
     }
-}
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* sums += x w. Returns 0, or -1 if there was no memory. */
-static int add_product(const product_t *p) {
-    int64_t panels = num_panels(p->num_out), tiles = (p->num_rows + TILE_ROWS - 1) / TILE_ROWS;
-    int failed = 0;
-#pragma omp parallel if (p->num_rows * p->num_in * panels >= MIN_PARALLEL)
-    {
-        float *wide = buffer_of(PANEL_BUFFER, SLICE * PANEL);
-        if (!wide) {
-#pragma omp atomic write
-            failed = 1;
-        }
-        for (int64_t depth = 0; depth < p->num_in; depth += DEPTH) {
-            int64_t end = least(depth + DEPTH, p->num_in);
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t task = 0; task < tiles * panels; task++) {
-                int64_t panel = task % panels, first = task / panels * TILE_ROWS, last = least(first + TILE_ROWS, p->num_rows);
-                for (int64_t i0 = depth; i0 < end && wide; i0 += SLICE) {
-                    int64_t i1 = least(i0 + SLICE, end);
-                    if (p->half) gather_panel(p, panel * PANEL, wide, i0, i1, 1);
-                    else gather_panel(p, panel * PANEL, wide, i0, i1, 0);
-                    for (int64_t row = first; row < last; row += MAX_ROWS) {
-                        int rows = (int)least(MAX_ROWS, last - row);
-                        const float *x = p->x + row * p->x_stride + i0;
-                        float *sums = p->sums + (panel * p->num_rows + row) * PANEL;
-                        if (p->in_order) add_in_order(x, p->x_stride, wide, i1 - i0, rows, sums);
-                        else block(x, p->x_stride, wide, SLICE * PANEL, i1 - i0, rows, 1, sums, 0);
-                    }
-                }
-            }
-        }
-    }
-    return failed ? -1 : 0;
-}
-
-/* Element (row, column) of sums, which may be the place of element (column, row) of `y`. */
-INLINE float *place(float *y, int64_t y_stride, int64_t row, int64_t column, int transposed) {
-    return transposed ? y + column * y_stride + row : y + row * y_stride + column;
-}
-
-typedef enum { READ, WRITE, ADD } move_t;
-
-/* Between sums [panels][num_rows][PANEL] and a matrix [num_rows][num_out], or its transpose; `factor` is for what is written. */
-static void move_sums(float *sums, int64_t num_rows, int64_t num_out, float *y, int64_t y_stride, int transposed, move_t how, float factor) {
-#pragma omp parallel for schedule(static) if (num_rows * num_out >= MIN_PARALLEL)
-    for (int64_t panel = 0; panel < num_panels(num_out); panel++)
-        for (int64_t r = 0; r < num_rows; r++) {
-            float *from = sums + (panel * num_rows + r) * PANEL;
-            int64_t count = least(PANEL, num_out - panel * PANEL);
-            for (int64_t c = 0; c < count; c++) {
-                float *to = place(y, y_stride, r, panel * PANEL + c, transposed);
-                if (how == READ) from[c] = *to;
-                else *to = how == ADD ? *to + from[c] * factor : from[c] * factor;
-            }
-            for (int64_t c = count; c < PANEL && how == READ; c++) from[c] = 0.0f;
-        }
-}
-
-static float *zero_sums(int64_t num_rows, int64_t num_out) {
-    int64_t size = num_panels(num_out) * PANEL * num_rows;
-    float *sums = buffer_of(SUM_BUFFER, size);
-    if (sums) memset(sums, 0, (size_t)size * sizeof(float));
-    return sums;
-}
-
-/* dx[T, I] = dy[T, O] weight[O, I]. Returns 0, or -1 if there was no memory. */
-int heddle_linear_backward(const float *dy, int64_t dy_stride, const void *weight, float *dx, int64_t num_rows, int64_t num_out, int64_t num_in,
-                           int half) {
-    float *sums = zero_sums(num_rows, num_in);
-    product_t p = {dy, dy_stride, weight, num_in, NULL, sums, num_rows, num_out, num_in, half, 0};
-    if (!sums || add_product(&p)) return -1;
-    move_sums(sums, num_rows, num_in, dx, num_in, 0, WRITE, 1.0f);
-    return 0;
-}
-
-/* --- adapters ----------------------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    int64_t start, end, column, num_out, rank;
-    float *a, *b, *da, *db; /* [rank][I] and [num_out][rank] */
-    double scale;
-} lora_gradient_t;
-
-/* gradient += low^T w over a segment's rows in `order`, which w has at their places in the batch and low counted from `start`. */
-static int add_gradient(float *gradient, int64_t stride, int transposed, const float *low, int64_t rank, int64_t start, int64_t num_rows,
-                        const float *w, int64_t w_stride, int64_t num_out, const int64_t *order) {
-    float *ordered = buffer_of(ORDERED_BUFFER, rank * num_rows), *sums = zero_sums(rank, num_out);
-    if (!ordered || !sums) return -1;
-    for (int64_t i = 0; i < num_rows; i++)
-        for (int64_t r = 0; r < rank; r++) ordered[r * num_rows + i] = low[(order[i] - start) * rank + r];
-    move_sums(sums, rank, num_out, gradient, stride, transposed, READ, 1.0f);
-    product_t p = {ordered, num_rows, w, w_stride, order, sums, rank, num_rows, num_out, 0, 1};
-    if (add_product(&p)) return -1;
-    move_sums(sums, rank, num_out, gradient, stride, transposed, WRITE, 1.0f);
-    return 0;
-}
-
-/* One segment: dx += scale (dy b) a, and in order da += scale (dy b)^T x, db += scale dy^T (x a^T). */
-static int lora_segment(const float *dy, int64_t dy_stride, const float *x, int64_t x_stride, float *dx, int64_t dx_stride, int64_t num_in,
-                        const lora_gradient_t *s, const int64_t *order) {
-    int64_t n = s->end - s->start, rank = s->rank;
-    float *low = buffer_of(LOW_BUFFER, n * rank), *sums = zero_sums(n, rank);
-    product_t down = {dy + s->start * dy_stride + s->column, dy_stride, s->b, rank, NULL, sums, n, s->num_out, rank, 0, 0};
-    if (!low || !sums || add_product(&down)) return -1;
-    move_sums(sums, n, rank, low, rank, 0, WRITE, (float)s->scale);
-    if (dx) {
-        sums = zero_sums(n, num_in);
-        product_t up = {low, rank, s->a, num_in, NULL, sums, n, rank, num_in, 0, 0};
-        if (!sums || add_product(&up)) return -1;
-        move_sums(sums, n, num_in, dx + s->start * dx_stride, dx_stride, 0, ADD, 1.0f);
-    }
-    if (!x) return 0;
-    order += s->start;
-    if (add_gradient(s->da, num_in, 0, low, rank, s->start, n, x, x_stride, num_in, order)) return -1;
-    float *transposed = buffer_of(MATRIX_BUFFER, num_in * rank);
-    sums = zero_sums(n, rank);
-    if (!transposed || !sums) return -1;
-    for (int64_t r = 0; r < rank; r++)
-        for (int64_t i = 0; i < num_in; i++) transposed[i * rank + r] = s->a[r * num_in + i];
-    product_t again = {x + s->start * x_stride, x_stride, transposed, rank, NULL, sums, n, num_in, rank, 0, 0};
-    if (add_product(&again)) return -1;
-    move_sums(sums, n, rank, low, rank, 0, WRITE, (float)s->scale);
-    return add_gradient(s->db, rank, 1, low, rank, s->start, n, dy + s->column, dy_stride, s->num_out, order);
-}
-
-/* Gradients through and of the adapters of a linear; without dx, or without x, that part is left out. `order` are the rows of the
- * batch in the order in which sums over rows take them, each segment's at the places of its rows. Returns 0, or -1 without memory. */
-int heddle_lora_backward(const float *dy, int64_t dy_stride, const float *x, int64_t x_stride, float *dx, int64_t dx_stride, int64_t num_in,
-                         const lora_gradient_t *segments, int64_t num_segments, const int64_t *order) {
-    int status = 0;
-    for (int64_t i = 0; i < num_segments && !status; i++)
-        status = lora_segment(dy, dy_stride, x, x_stride, dx, dx_stride, num_in, segments + i, order);
-    return status;
 }
 
 /* --- rows: norm, activation, loss ---------------------------------------------------------------------------------------- */

@@ -15,25 +15,35 @@ from torch import Tensor
 from kernels.native.operations import ELEMENT, check, loaded_library
 from kernels.segments import AttentionSegment, LoraSegment
 
+PANEL = 16
+"""PANEL of the C files: columns of a product that are computed together."""
 _LORA = np.dtype(
-    [(name, np.int64) for name in ("start", "end", "column", "num_out", "rank")]
+    [(name, np.int64) for name in ("start", "end", "column", "num_out", "rank", "low")]
     + [(name, np.uint64) for name in ("a", "b", "da", "db")]
     + [("scale", np.float64)]
+)
+_LORA_CALL = np.dtype(
+    [
+        ("pointers", np.uint64, 3),
+        ("strides", np.int64, 3),
+        ("num_in", np.int64),
+        ("segments", np.uint64),
+        ("num_segments", np.int64),
+        ("halves", np.int32, 3),
+    ],
+    align=True,
 )
 
 
 def linear_backward(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
     """dx_TI = dy_TO @ weight_OI, from the weight as it lies in memory."""
-    dy = _float_rows(dy_TO)
+    dy = _rows(dy_TO)
     num_out, num_in = weight_OI.shape
-    dx_TI = torch.empty(len(dy), num_in, dtype=torch.float32)
-    check(
-        loaded_library().heddle_linear_backward(
-            dy.data_ptr(), dy.stride(0), weight_OI.data_ptr(), dx_TI.data_ptr(), len(dy), num_out, num_in,
-            ELEMENT[weight_OI.dtype],
-        )
-    )  # fmt: skip
-    return dx_TI.to(dy_TO.dtype)
+    dx_TI = torch.empty(len(dy), num_in, dtype=dy.dtype)
+    pointers = (dy.data_ptr(), dy.stride(0), weight_OI.data_ptr(), dx_TI.data_ptr())
+    halves = (ELEMENT[dy.dtype], ELEMENT[weight_OI.dtype])
+    check(loaded_library().heddle_linear_backward(*pointers, len(dy), num_out, num_in, *halves))
+    return dx_TI
 
 
 def lora_takes(segments: Sequence[LoraSegment], grads: Sequence[tuple[Tensor, Tensor]] | None) -> bool:
@@ -51,24 +61,25 @@ def segmented_lora_gradients(
     order_T: Tensor | None,
 ) -> None:
     """`kernels.lora_backward.segmented_lora_gradients`; sums over rows take them in this order, ascending without one."""
-    dy = _float_rows(dy_TO)
-    x = None if x_TI is None or grads is None else _float_rows(x_TI)
-    dx = dx_TI if dx_TI is None or (dx_TI.dtype == torch.float32 and dx_TI.stride(1) == 1) else torch.zeros(dx_TI.shape)
-    places = [(0, 0)] * len(segments) if grads is None else [(da.data_ptr(), db.data_ptr()) for da, db in grads]
-    table = np.array(
-        [
-            (s.start, s.end, s.column, *s.b_OR.shape, s.a_RI.data_ptr(), s.b_OR.data_ptr(), *place, s.scale)
-            for s, place in zip(segments, places, strict=True)
-        ],
-        dtype=_LORA,
-    )
+    if dx_TI is not None and dx_TI.stride(1) != 1:
+        raise ValueError(f"dx_TI: its rows are not contiguous: strides {dx_TI.stride()}")
+    dy, x = _rows(dy_TO), None if x_TI is None or grads is None else _rows(x_TI)
+    table = np.zeros(len(segments), dtype=_LORA)
+    for place, s in enumerate(segments):
+        da, db = (0, 0) if grads is None else (grads[place][0].data_ptr(), grads[place][1].data_ptr())
+        sizes = (s.start, s.end, s.column, *s.b_OR.shape, 0)
+        table[place] = (*sizes, s.a_RI.data_ptr(), s.b_OR.data_ptr(), da, db, s.scale)
+    floats = 2 * (table["end"] - table["start"]) * (-(-table["rank"] // PANEL) * PANEL)
+    table["low"] = np.cumsum(floats) - floats
     order = np.arange(len(dy)) if order_T is None else order_T.numpy()
-    rows = [(0, 0) if part is None else (part.data_ptr(), part.stride(0)) for part in (dy, x, dx)]
-    pointers = [value for pair in rows for value in pair]
-    num_in = segments[0].a_RI.shape[1]
-    check(loaded_library().heddle_lora_backward(*pointers, num_in, table.ctypes.data, len(table), order.ctypes.data))
-    if dx_TI is not None and dx is not None and dx is not dx_TI:
-        dx_TI.add_(dx)
+    parts = (dy, x, dx_TI)
+    call = np.zeros((), dtype=_LORA_CALL)
+    call["pointers"] = [0 if part is None else part.data_ptr() for part in parts]
+    call["strides"] = [0 if part is None else part.stride(0) for part in parts]
+    call["num_in"], call["segments"], call["num_segments"] = segments[0].a_RI.shape[1], table.ctypes.data, len(table)
+    call["halves"] = [0 if part is None else ELEMENT[part.dtype] for part in parts]
+    sizes = (int(table["end"].max()), int(floats.sum()), int(table["rank"].max()))
+    check(loaded_library().heddle_lora_backward(call.ctypes.data, order.ctypes.data, *sizes))
 
 
 def rms_norm_backward(dy_TH: Tensor, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -134,6 +145,5 @@ def add_attention_gradients(
     return out_TND.to(q_TND.dtype), dq_TND.to(q_TND.dtype)
 
 
-def _float_rows(x_TI: Tensor) -> Tensor:
-    x_TI = x_TI.float()
+def _rows(x_TI: Tensor) -> Tensor:
     return x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()

@@ -16,3 +16,4 @@
 #include "draw.c"
 #include "backward.c"
 #include "attention_backward.c"
+#include "lora_backward.c"

@@ -13,7 +13,8 @@ from kernels.native.operations import ELEMENT, LANES, check, loaded_library
 from kernels.segments import LoraSegment
 
 TASK_ROWS = 16
-"""Rows of a task: they share the matrices that it reads."""
+"""Rows of a task: they share the matrices that it reads. Of long segments, which leave enough for all threads, MANY_ROWS."""
+MANY_ROWS = 64
 TASK_COLUMNS = 512
 """LORA_COLUMNS of the C file."""
 _SEGMENT = np.dtype(
@@ -53,7 +54,12 @@ class LoraWork:
 
 
 def _pieces(segment: LoraSegment) -> list[tuple[int, int]]:
-    return [(row, min(row + TASK_ROWS, segment.end)) for row in range(segment.start, segment.end, TASK_ROWS)]
+    return _row_pieces(segment.start, segment.end)
+
+
+def _row_pieces(start: int, end: int) -> list[tuple[int, int]]:
+    rows = MANY_ROWS if end - start >= 2 * MANY_ROWS else TASK_ROWS
+    return [(row, min(row + rows, end)) for row in range(start, end, rows)]
 
 
 class AdapterTable:
@@ -106,9 +112,7 @@ class LayersLora:
 
 def _tasks(rows: Sequence[tuple[int, int]], widths: Sequence[int]) -> tuple[np.ndarray[Any, Any], int]:
     """The tasks of one linear, and how many of them multiply with a."""
-    pieces = [
-        (i, row, min(row + TASK_ROWS, end)) for i, (start, end) in enumerate(rows) for row in range(start, end, TASK_ROWS)
-    ]
+    pieces = [(i, *piece) for i, (start, end) in enumerate(rows) for piece in _row_pieces(start, end)]
     down = [(i * len(widths) + t, row, end, -1) for i, row, end in pieces for t in range(len(widths))]
     up = [
         (i * len(widths) + t, row, end, o)

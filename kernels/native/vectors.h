@@ -19,6 +19,9 @@ typedef v8 v8_mem __attribute__((aligned(4), may_alias));
 
 INLINE v8 splat(float x) { return (v8){x, x, x, x, x, x, x, x}; }
 
+/* a * b + c, rounded once: where the compiler must not choose, for the same bits in two places. */
+INLINE v8 fma8(v8 a, v8 b, v8 c) { return (v8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+
 INLINE v8 load(const void *p, int64_t i, int half) {
     if (!half) return *(const v8_mem *)((const float *)p + i);
     return (v8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)((const uint16_t *)p + i))), 16);
