@@ -122,7 +122,10 @@ class FakeExecutor:
         return self
 
     async def kill(self) -> None:
-        """No more beats, no more chunks."""
+        """No more chunks, and no more beats: the next was due at once, so that it is missed soon, however slow the machine."""
+        if not self.is_dead and self.bus.client.is_connected:
+            self.period_s = BEAT_S / 5
+            await self.beat()
         self.is_dead = True
         for subscription in self._subscriptions:
             await subscription.unsubscribe()

@@ -88,7 +88,7 @@ class Stage:
 
     async def second_executor(self) -> FakeExecutor:
         """One more executor that says the same, known to the gateway."""
-        executor = FakeExecutor(self.bus, self.executor.reply, executor_id="executor-2", period_s=self.executor.period_s)
+        executor = FakeExecutor(self.bus, self.executor.reply, executor_id="executor-2")
         executor.chunk_size = self.executor.chunk_size
         self.admission.executors.append(await executor.start())
         await self.sees(sum(not each.is_dead for each in self.admission.executors))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import sys
@@ -234,6 +235,7 @@ async def test_an_executor_that_may_have_taken_the_request_is_cancelled_and_nobo
         assert await asyncio.wait_for(cancelled.get(), 5) == Cancel(request_id="r")
         assert living.orders == []
         assert actor.vitals().gauges == {"executors": 1, "in_flight": 0}
+        actor._config = dataclasses.replace(actor._config, admit_timeout_s=10.0)  # the living one may take its time
         assert await infer(await connect(), request("again")) == Admitted(request_id="again", executor_id="b")
 
 
@@ -338,7 +340,7 @@ async def test_the_process_starts_is_listed_takes_requests_and_stops_cleanly(nat
     }
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.admission", env=environment)
     try:
-        await asyncio.wait_for(ready.wait(), 20)
+        await asyncio.wait_for(ready.wait(), 50)
         answer = await bus.client.request("$SRV.PING", b"", timeout=5)
         assert b'"heddle-admission"' in answer.data
         assert await infer(bus, request()) == Admitted(request_id="r", executor_id="e")

@@ -89,15 +89,16 @@ async def admit(stage: Stage, name: str, **fields: Any) -> None:
 async def test_requests_of_a_dead_gateway_end(connect: Connect, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that fell silent, one that never beat; that of a living one and one without a gateway go on."""
     known_profile(monkeypatch)
-    async with running_executor(connect, model_dir, heartbeat_s=0.1) as stage:
+    async with running_executor(connect, model_dir, heartbeat_s=NEVER_S) as stage:
         gate = Gate(stage.engine)
         await tell(stage, beat("living", period_s=NEVER_S))
-        await tell(stage, beat("dead", period_s=0.05))
         owners = {"a": "dead", "b": "unheard", "c": "living", "d": ""}
         admitting = [asyncio.create_task(admit(stage, name, gateway_id=owner)) for name, owner in owners.items()]
         await stage.poll(lambda: len(stage.engine.sequences) + len(stage.inbox._changes) == len(owners))
         gate.let()
         await asyncio.gather(*admitting)
+        await tell(stage, beat("dead", period_s=0.05))
+        stage.actor._gateways._heard["unheard"].period_s = 0.05  # from now on: all are admitted
         await stage.poll(lambda: not {"dead", "unheard"} & stage.actor._gateways._heard.keys())
         gate.open()
         for name in ("a", "b"):

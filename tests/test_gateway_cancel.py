@@ -57,7 +57,7 @@ async def test_a_client_that_leaves_while_admission_decides(connect: Connect, mo
 
 
 async def test_a_request_has_a_time_limit(connect: Connect, model_dir: Path) -> None:
-    async with staged(connect, model_dir, fake={"stall_at": 2}, request_timeout_s=0.2) as stage:
+    async with staged(connect, model_dir, fake={"stall_at": 2}, request_timeout_s=0.5) as stage:
         response = await stage.http.post("/v1/completions", json=BODY)
         assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
         await asyncio.wait_for(stage.executor.cancelled.get(), WAIT_S)

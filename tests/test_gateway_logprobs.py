@@ -14,7 +14,7 @@ from common.chat import ChatTokenizer
 from common.token_bytes import token_bytes_of
 from services.gateway.answer import MAX_PIECE_TOKENS, Piece, joined, split
 from services.gateway.logprobs import ScoredToken, Scorer, completion_logprobs
-from tests.fakes import BEAT_S, MODEL, REPLY, SAID, SENTENCES, fake_logprobs, write_tiny_model
+from tests.fakes import MODEL, REPLY, SAID, SENTENCES, fake_logprobs, write_tiny_model
 from tests.gateway_stage import Connect, staged
 from tests.test_gateway_nats import ask
 
@@ -158,7 +158,7 @@ async def test_a_stop_string_ends_numbers_with_the_text(connect: Connect, model_
 @pytest.mark.parametrize("stall_at", [1, 5])
 async def test_a_request_that_moves_tells_every_token_once(connect: Connect, model_dir: Path, stall_at: int) -> None:
     """Its executor dies within the prompt's numbers, or within the output."""
-    fake = {"stall_at": stall_at, "num_stalls": 1, "chunk_size": 2, "period_s": BEAT_S}
+    fake = {"stall_at": stall_at, "num_stalls": 1, "chunk_size": 2}
     async with staged(connect, model_dir, fake=fake) as stage:
         tokens = stage.tokenizer.encode(SENTENCES[0])
         second = await stage.second_executor()

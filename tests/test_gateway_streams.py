@@ -17,7 +17,6 @@ from tests.gateway_stage import Connect, Stage, staged
 
 BODY: dict[str, Any] = {"model": MODEL, "prompt": "one two", "max_tokens": 64}
 STREAM = BODY | {"stream": True, "stream_options": {"include_usage": True}}
-MORTAL = {"period_s": 0.1}
 WAIT_S = 10
 
 
@@ -53,7 +52,7 @@ def check_continued(stage: Stage, second: FakeExecutor, num_sent: int) -> None:
 
 @pytest.mark.parametrize("stall_at", [0, 1, 5])
 async def test_a_stream_goes_on_when_its_executor_dies(connect: Connect, model_dir: Path, stall_at: int) -> None:
-    async with staged(connect, model_dir, fake=MORTAL | {"stall_at": stall_at, "chunk_size": 2}) as stage:
+    async with staged(connect, model_dir, fake={"stall_at": stall_at, "chunk_size": 2}) as stage:
         second = await stage.second_executor()
         collecting = asyncio.create_task(collect(stage))
         await asyncio.wait_for(stage.executor.stalled.wait(), WAIT_S)
@@ -67,7 +66,7 @@ async def test_a_stream_goes_on_when_its_executor_dies(connect: Connect, model_d
 
 
 async def test_an_answer_without_streaming_goes_on_too(connect: Connect, model_dir: Path) -> None:
-    async with staged(connect, model_dir, fake=MORTAL | {"stall_at": 3}) as stage:
+    async with staged(connect, model_dir, fake={"stall_at": 3}) as stage:
         await stage.second_executor()
         asking = asyncio.create_task(stage.http.post("/v1/completions", json=BODY | {"stop": "three"}))
         await asyncio.wait_for(stage.executor.stalled.wait(), WAIT_S)
@@ -98,7 +97,7 @@ async def test_a_missing_chunk_is_noticed_and_made_good(connect: Connect, model_
 
 
 async def test_a_gateway_that_was_taken_for_dead_has_its_request_continued(connect: Connect, model_dir: Path) -> None:
-    async with staged(connect, model_dir, fake=MORTAL | {"stall_at": 3}) as stage:
+    async with staged(connect, model_dir, fake={"stall_at": 3}) as stage:
         second = await stage.second_executor()
         collecting = asyncio.create_task(collect(stage))
         await asyncio.wait_for(stage.executor.stalled.wait(), WAIT_S)
@@ -112,7 +111,7 @@ async def test_a_gateway_that_was_taken_for_dead_has_its_request_continued(conne
 
 
 async def test_chunks_of_an_abandoned_attempt_do_not_mix_in(connect: Connect, model_dir: Path) -> None:
-    async with staged(connect, model_dir, fake=MORTAL | {"stall_at": 3}) as stage:
+    async with staged(connect, model_dir, fake={"stall_at": 3}) as stage:
         second = await stage.second_executor()
         second.stall_at = 2
         collecting = asyncio.create_task(collect(stage))
@@ -154,7 +153,7 @@ async def test_an_executor_that_stops_hands_over_but_a_failing_one_does_not(
 async def test_a_lost_last_chunk_needs_no_second_executor(
     connect: Connect, model_dir: Path, max_tokens: int, num_sent: int, reason: str
 ) -> None:
-    async with staged(connect, model_dir, fake=MORTAL | {"is_dead": True}) as stage:
+    async with staged(connect, model_dir, fake={"is_dead": True}) as stage:
         executor = stage.executor
         executor.is_dead, executor.stall_at = False, 0
         stream = await stage.openai.completions.create(model=MODEL, prompt="one", max_tokens=max_tokens, stream=True)
@@ -170,7 +169,7 @@ async def test_a_lost_last_chunk_needs_no_second_executor(
 
 
 async def test_a_stream_waits_for_the_executor_that_will_continue_it(connect: Connect, model_dir: Path) -> None:
-    async with staged(connect, model_dir, fake=MORTAL | {"stall_at": 3}) as stage:
+    async with staged(connect, model_dir, fake={"stall_at": 3}) as stage:
         collecting = asyncio.create_task(collect(stage))
         await asyncio.wait_for(stage.executor.stalled.wait(), WAIT_S)
         await stage.executor.kill()

@@ -225,8 +225,8 @@ async def test_an_executor_that_stops_beating_is_forgotten_and_one_that_beats_is
         await living.bus.publish(subjects.beat("executor", "living"), beat)
         await living.report("p", 1, new=(opened(),))
         await dead.report("p", 1, new=(opened(),))
-        await asyncio.gather(living.answer(), dead.answer())
-        assert actor.vitals().gauges["sequences"] == 2
+        for answer in await asyncio.gather(living.answer(), dead.answer()):
+            assert len(answer.trees) == 1
         await until(lambda: actor.vitals().gauges["sequences"] == 1, "the dead executor is still known")
         await living.report("p", 2, done=(progress((1,), 2),))
         assert len((await living.answer()).trees) == 1
@@ -253,7 +253,7 @@ async def test_the_process_starts_is_listed_and_stops_cleanly(nats_server: NatsS
     environment = os.environ | {"HEDDLE_NATS_URL": nats_server.url, "HEDDLE_INSTANCE_ID": "proc"}
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.planner", env=environment)
     try:
-        await asyncio.wait_for(ready.wait(), 20)
+        await asyncio.wait_for(ready.wait(), 50)
         answer = await bus.client.request("$SRV.PING", b"", timeout=5)
         assert b'"heddle-planner"' in answer.data
         executor = await FakeExecutor(bus, "e").start()
@@ -272,7 +272,7 @@ async def test_a_wrong_setting_ends_the_process_with_a_message(variable: str) ->
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "services.planner", env=os.environ | {variable: "fast"}, stderr=asyncio.subprocess.PIPE
     )
-    _, errors = await asyncio.wait_for(process.communicate(), 20)
+    _, errors = await asyncio.wait_for(process.communicate(), 50)
     assert process.returncode not in (0, None)
     assert b"heddle planner:" in errors
     assert b"Traceback" not in errors

@@ -137,17 +137,17 @@ def test_an_iteration_costs_as_much_after_a_long_prompt_as_after_a_short_one() -
     """Work per draft is bounded by the number of matches, not by the prompt."""
     rng = np.random.default_rng(2)
     ours = drafter()
-    medians = []
+    least = []
     for length in (200, 20_000):
         ours.open(KEY, rng.integers(0, 50, length).tolist())
         times = []
         for _ in range(50):
-            start = time.perf_counter()
+            start = time.thread_time()
             ours.extend(KEY, [7, 8])
             ours.draft([DraftOrder(KEY, 8, 3)])
-            times.append(time.perf_counter() - start)
-        medians.append(float(np.median(times)))
-    assert medians[1] < 8 * medians[0] + 1e-3
+            times.append(time.thread_time() - start)
+        least.append(min(times))
+    assert least[1] < 8 * least[0] + 1e-3
 
 
 def test_ended_sequences_help_others_of_their_tenant_alone() -> None:

@@ -98,7 +98,7 @@ async def test_a_restarted_executor_of_the_same_name_resumes(world: World, tmp_p
 
 
 async def test_lost_answers_and_repeated_messages_change_nothing(world: World, tmp_path: Path) -> None:
-    await world.trainer(request_timeout_s=0.1)
+    await world.trainer(request_timeout_s=1.0)
     executor = await world.executor()
     executor.lose_answers = 2
     executor.repeat_steps = True
@@ -177,9 +177,9 @@ async def test_the_job_of_a_vanished_trainer_is_taken_over(world: World, tmp_pat
     job = await world.create()
     await step_reached(world, job, 5)
     second = await world.trainer("t2")
-    await first.vanish()
     before = await world.until(job.id, lambda record: True)
     assert before.owner == "t1"
+    await first.vanish()
     after = await world.until(job.id, lambda record: record.owner == "t2")
     assert after.lease > before.lease
     await executor.allow(None)

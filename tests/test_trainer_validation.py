@@ -50,7 +50,7 @@ async def test_each_epoch_ends_with_the_validation_files_mean(world: World) -> N
 
 
 async def test_lost_scores_are_asked_for_again(world: World) -> None:
-    await world.trainer(stall_s=0.2)
+    await world.trainer(stall_s=0.8)
     executor = await world.executor()
     executor.lose_scores = {0, 7, 11}
     job = await world.create(validation_file="file-2")
