@@ -124,7 +124,8 @@ def add_attention_gradients(
 
     A key gets those of later rows first: windows that go from right to left make the same sum however they are cut.
     """
-    do, q = (tensor.float().contiguous() for tensor in (do_TND, q_TND))
+    rows_type = q_TND.dtype if q_TND.dtype == do_TND.dtype and q_TND.dtype in ELEMENT else torch.float32
+    do, q = (tensor.to(rows_type).contiguous() for tensor in (do_TND, q_TND))
     out_TND, dq_TND = torch.empty_like(q), torch.empty_like(q)
     num_keys = np.array([segment.slots_L.numel() for segment in segments])
     first_keys = np.cumsum(num_keys) - num_keys
@@ -139,7 +140,8 @@ def add_attention_gradients(
     sizes = (q.shape[1], k_cache_SKD.shape[1], q.shape[2])
     check(
         loaded_library().heddle_attention_backward(
-            *pointers, table.ctypes.data, len(table), slots_L.data_ptr(), *sizes, scale, ELEMENT[k_cache_SKD.dtype]
+            *pointers, table.ctypes.data, len(table), slots_L.data_ptr(), *sizes, scale, ELEMENT[k_cache_SKD.dtype],
+            ELEMENT[rows_type],
         )
     )
     return out_TND.to(q_TND.dtype), dq_TND.to(q_TND.dtype)

@@ -43,7 +43,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "heddle_rms_norm_backward": (None, [_POINTER] * 4 + [_INT64] * 2 + [_FLOAT, _INT]),
     "heddle_silu_mul_backward": (None, [_POINTER] * 3 + [_INT64] * 2 + [_INT]),
     "heddle_losses": (None, [_POINTER] * 4 + [_INT64] * 2 + [_INT]),
-    "heddle_attention_backward": (_INT, [_POINTER] * 7 + [_INT64, _POINTER] + [_INT64] * 3 + [_FLOAT, _INT]),
+    "heddle_attention_backward": (_INT, [_POINTER] * 7 + [_INT64, _POINTER] + [_INT64] * 3 + [_FLOAT, _INT, _INT]),
 }
 
 
