@@ -35,6 +35,7 @@ INLINE void multiply_tile(const float *a, int64_t a_stride, int transposed, cons
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) acc[r][v] = mode == GO_ON ? load(c, r * c_stride + v * LANES, 0) : splat(0.0f);
+#pragma GCC unroll 4
     for (int64_t k = 0; k < count; k++) {
         v8 held[2];
         for (int v = 0; v < vectors; v++) held[v] = load(b, k * b_stride + v * LANES, 0);
@@ -216,23 +217,37 @@ static void widen_head(const void *cache, const int64_t *slots, int64_t num_keys
     }
 }
 
-/* The pairs of the rows before `end`, of one key/value head. */
-static void read_chunk(const attention_backward_t *p, chunk_t *c, int64_t end, int64_t kv_head) {
+/* Where pair i of a chunk that ends before row `end` lies in the batch. */
+INLINE int64_t place_of(const attention_backward_t *p, const chunk_t *c, int64_t end, int64_t kv_head, int64_t i) {
+    return ((end - 1 - i / c->group) * p->num_heads + kv_head * c->group + i % c->group) * c->dim;
+}
+
+INLINE void read_pairs(const attention_backward_t *p, const chunk_t *c, int64_t end, int64_t kv_head, int half) {
     for (int64_t i = 0; i < c->num_pairs; i++) {
-        int64_t from = ((end - 1 - i / c->group) * p->num_heads + kv_head * c->group + i % c->group) * c->dim;
-        read_row(p->q, from, p->half_rows, c->q_RD + i * c->dim, c->dim, p->scale);
-        read_row(p->dout, from, p->half_rows, c->dout_RD + i * c->dim, c->dim, 1.0f);
+        int64_t from = place_of(p, c, end, kv_head, i);
+        read_row(p->q, from, half, c->q_RD + i * c->dim, c->dim, p->scale);
+        read_row(p->dout, from, half, c->dout_RD + i * c->dim, c->dim, 1.0f);
     }
+}
+
+INLINE void write_pairs(const attention_backward_t *p, const chunk_t *c, int64_t end, int64_t kv_head, int half) {
+    for (int64_t i = 0; i < c->num_pairs; i++) {
+        int64_t to = place_of(p, c, end, kv_head, i);
+        write_row(c->out_RD + i * c->dim, p->out, to, half, c->dim, 1.0f);
+        write_row(c->dq_RD + i * c->dim, p->dq, to, half, c->dim, p->scale);
+    }
+}
+
+static void read_chunk(const attention_backward_t *p, const chunk_t *c, int64_t end, int64_t kv_head) {
+    if (p->half_rows) read_pairs(p, c, end, kv_head, 1);
+    else read_pairs(p, c, end, kv_head, 0);
     for (int64_t i = 0; i < padded8(c->num_pairs); i++) c->visible_R[i] = i < c->num_pairs ? (int32_t)(c->num_seen - i / c->group) : 0;
     transpose(c->q_RD, c->num_pairs, c->dim, c->q_DR, c->stride);
 }
 
 static void write_chunk(const attention_backward_t *p, const chunk_t *c, int64_t end, int64_t kv_head) {
-    for (int64_t i = 0; i < c->num_pairs; i++) {
-        int64_t to = ((end - 1 - i / c->group) * p->num_heads + kv_head * c->group + i % c->group) * c->dim;
-        write_row(c->out_RD + i * c->dim, p->out, to, p->half_rows, c->dim, 1.0f);
-        write_row(c->dq_RD + i * c->dim, p->dq, to, p->half_rows, c->dim, p->scale);
-    }
+    if (p->half_rows) write_pairs(p, c, end, kv_head, 1);
+    else write_pairs(p, c, end, kv_head, 0);
 }
 
 /* This thread's room for the chunks of a window; 0, or -1 if there is no memory. */

@@ -140,7 +140,13 @@ def add_attention_gradients(
     sizes = (q.shape[1], k_cache_SKD.shape[1], q.shape[2])
     check(
         loaded_library().heddle_attention_backward(
-            *pointers, table.ctypes.data, len(table), slots_L.data_ptr(), *sizes, scale, ELEMENT[k_cache_SKD.dtype],
+            *pointers,
+            table.ctypes.data,
+            len(table),
+            slots_L.data_ptr(),
+            *sizes,
+            scale,
+            ELEMENT[k_cache_SKD.dtype],
             ELEMENT[rows_type],
         )
     )
