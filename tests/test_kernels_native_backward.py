@@ -120,8 +120,7 @@ def test_an_adapters_rows_may_be_divided_anywhere_in_their_order() -> None:
         assert all(torch.equal(a, b) for pair, other in zip(whole, cut, strict=True) for a, b in zip(pair, other, strict=True))
 
 
-@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (3, 1)], ids=str)
-@pytest.mark.parametrize("head_dim", [8, 64])
+@pytest.mark.parametrize(("head_dim", "heads"), [*itertools.product([8, 64], [(6, 2), (4, 4), (3, 1)]), (24, (50, 1))], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention(dtype: torch.dtype, head_dim: int, heads: tuple[int, int]) -> None:
     segments, num_rows = make_segments([(0, 5), (31, 2), (3, 50), (17, 17), (64, 1), (0, 33)], 0)

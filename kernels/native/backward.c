@@ -9,7 +9,7 @@
 #define DEPTH 512       /* inputs of a task's rows that stay in the L2 cache while panels stream by; a multiple of SLICE */
 #define GATHER_AHEAD 64 /* rows of a weight that are fetched before they are gathered */
 
-enum { LOW_BUFFER, MATRIX_BUFFER, NUM_BUFFERS };
+enum { LOW_BUFFER, NUM_BUFFERS };
 
 static float *buffer_of(int which, int64_t num_floats) { /* this thread's own; NULL if there is no memory */
     static __thread buffer_t buffers[NUM_BUFFERS];
@@ -94,39 +94,6 @@ int heddle_linear_backward(const void *dy, int64_t dy_stride, const void *weight
         }
     }
     return failed ? -1 : 0;
-}
-
-/* --- sums over rows --------------------------------------------------------------------------------------------------------- */
-
-INLINE void add_rows(const float *x, int64_t x_stride, const float *w, int64_t num_in, int rows, float *sums) {
-    v8 acc[MAX_ROWS][2];
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < 2; c++) acc[r][c] = *(v8 *)(sums + r * PANEL + c * LANES);
-    for (int64_t i = 0; i < num_in; i++) {
-        v8 low = *(const v8 *)(w + i * PANEL), high = *(const v8 *)(w + i * PANEL + LANES);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            v8 xr = splat(x[r * x_stride + i]);
-            acc[r][0] += xr * low;
-            acc[r][1] += xr * high;
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < 2; c++) *(v8 *)(sums + r * PANEL + c * LANES) = acc[r][c];
-}
-
-/* sums[r][16] += x[r] w, input after input. */
-static void add_in_order(const float *x, int64_t x_stride, const float *w, int64_t num_in, int rows, float *sums) {
-    switch (rows) {
-    case 1: add_rows(x, x_stride, w, num_in, 1, sums); break;
-    case 2: add_rows(x, x_stride, w, num_in, 2, sums); break;
-    case 3: add_rows(x, x_stride, w, num_in, 3, sums); break;
-    case 4: add_rows(x, x_stride, w, num_in, 4, sums); break;
-    case 5: add_rows(x, x_stride, w, num_in, 5, sums); break;
-    case 6: add_rows(x, x_stride, w, num_in, 6, sums); break;
-    }
 }
 
 /* --- rows: norm, activation, loss ---------------------------------------------------------------------------------------- */

@@ -136,6 +136,7 @@ def add_attention_gradients(
         ],
         dtype=np.int64,
     )
+    table = table[np.argsort((table[:, 0] - table[:, 1]) * num_keys, kind="stable")]  # the longest first: threads end together
     pointers = [tensor.data_ptr() for tensor in (do, q, k_cache_SKD, v_cache_SKD, out_TND, dq_TND)]
     sizes = (q.shape[1], k_cache_SKD.shape[1], q.shape[2])
     check(
