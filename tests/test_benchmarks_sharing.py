@@ -123,6 +123,9 @@ def test_goals_are_held_against_the_separate_set_up_at_equal_attainment() -> Non
 def test_losses_have_to_fall_as_pefts_do() -> None:
     peer = [2.0, 1.9, 1.7, 1.6]
     check_losses("side", [2.01, 1.9, 1.72, 1.6], peer)
+    check_losses(
+        "side", [1.3, 0.8, 1.3, 1.0], [1.3, 0.8, 1.31, 1.02]
+    )  # other sequences in every step: peft's do not fall either
     for wrong, what in (
         ([2.0, 1.9, 1.95, 2.0], "does not fall"),
         ([2.1, 1.9, 1.7, 1.5], "first loss"),
