@@ -32,7 +32,7 @@ from services.executor.scheduler import Limits
 HEDDLE, PEFT, PEFT_CHECKPOINTING = "heddle", "peft", "peft checkpointing"
 SIDES = (HEDDLE, PEFT, PEFT_CHECKPOINTING)
 RANK, ALPHA, LEARNING_RATE = 16, 32.0, 2e-4
-PAGE_SIZE, NUM_PAGES = 16, 1024
+PAGE_SIZE, NUM_PAGES = 16, 256
 Batch = Sequence[Sequence[int]]
 
 

@@ -18,7 +18,7 @@ from services.executor.batch import Segment
 from services.executor.features import FeatureWish, PassFeatures
 from services.executor.graphs import GRAPH_SIZES
 from services.executor.lora import LoraAdapter, LoraWeights
-from services.executor.model import Decoder, KvCache, LayerWeights
+from services.executor.model import Decoder, KvCache, LayerNorms, LayerWeights
 from services.executor.model_config import ModelConfig
 from services.executor.pages import Slots
 from services.executor.passes import Passes
@@ -82,9 +82,9 @@ def random_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device
     ones = torch.ones(hidden, dtype=dtype, device=device)
     layers = [
         LayerWeights(
-            input_norm_H=ones, qkv_OH=normal(q + k + v, hidden), qkv_bias_O=None, q_norm_D=None, k_norm_D=None,
-            o_HO=normal(hidden, q), o_bias_H=None, post_norm_H=ones, gate_up_2FH=normal(2 * inner, hidden),
-            down_HF=normal(hidden, inner),
+            norms=LayerNorms(input_norm_H=ones, q_norm_D=None, k_norm_D=None, post_norm_H=ones),
+            qkv_OH=normal(q + k + v, hidden), qkv_bias_O=None, o_HO=normal(hidden, q), o_bias_H=None,
+            gate_up_2FH=normal(2 * inner, hidden), down_HF=normal(hidden, inner),
         )
         for _ in range(config.num_layers)
     ]  # fmt: skip

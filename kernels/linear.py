@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.native import backward as native_backward
 from kernels.native import operations as native
 
 TYPICAL_ROWS = 16
@@ -23,13 +22,18 @@ Product = Callable[[Tensor], Tensor]
 
 
 class Linear:
-    """Semantics: y_TO = x_TI @ weight_OI^T + bias_O; `backward` gives the input's gradient. The plain weight stays."""
+    """Semantics: y_TO = x_TI @ weight_OI^T + bias_O; `backward` gives the input's gradient.
+
+    Where the compiled library multiplies, its layout is all that is kept: it goes both ways. Elsewhere the plain weight stays.
+    """
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
-        self.weight_OI, self._bias_O = weight_OI, bias_O
+        self.dtype = weight_OI.dtype
         onednn = _onednn(weight_OI, bias_O)
         self.packed = None if onednn is not None else _compiled(weight_OI, bias_O)
         """What multiplies, if that is the compiled library."""
+        self._weight_OI = weight_OI if self.packed is None else None
+        self._bias_O = bias_O
         self._forward: Product = onednn or self.packed or self._plain
         self._is_widened = weight_OI.device.type == "cpu" and weight_OI.dtype.itemsize == 2 and not _has_fast_half(weight_OI)
 
@@ -37,16 +41,24 @@ class Linear:
         return self._forward(x_TI)
 
     def backward(self, dy_TO: Tensor) -> Tensor:
-        """dx_TI = dy_TO @ weight_OI, from the plain weight: a window has rows enough, and memory is for activations.
+        """dx_TI = dy_TO @ weight_OI.
 
         Compiled where the forward is: torch's rows differ in their last bits with the number of rows that share a product.
         """
-        if self.packed is not None and self.weight_OI.is_contiguous():
-            return native_backward.linear_backward(dy_TO, self.weight_OI)
-        return _widened_product(dy_TO, self.weight_OI) if self._is_widened else dy_TO @ self.weight_OI
+        if self.packed is not None:
+            return self.packed.backward(dy_TO)
+        weight_OI = self.weight()
+        return _widened_product(dy_TO, weight_OI) if self._is_widened else dy_TO @ weight_OI
+
+    def weight(self) -> Tensor:
+        """The plain weight [O, I], made again where only another layout is kept."""
+        if self._weight_OI is not None:
+            return self._weight_OI
+        assert self.packed is not None
+        return self.packed.weight()
 
     def _plain(self, x_TI: Tensor) -> Tensor:
-        return F.linear(x_TI, self.weight_OI, self._bias_O)
+        return F.linear(x_TI, self.weight(), self._bias_O)
 
 
 def _widened_product(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:

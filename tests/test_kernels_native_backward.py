@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels import ops, reference
 from kernels.native import backward as native
 from kernels.native import build as native_build
+from kernels.native.operations import PackedLinear
 from tests.helpers import assert_matches, randn
 from tests.test_kernels_attention import make_segments
 
@@ -23,14 +24,18 @@ pytestmark = pytest.mark.skipif(native_build.library() is None, reason="no compi
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("num_in", "num_out"), [(24, 40), (7, 3), (33, 2500)])
+@pytest.mark.parametrize(("num_in", "num_out"), [(24, 40), (7, 3), (33, 2500), (64, 530), (345, 16)])
 def test_linear_backward(num_in: int, num_out: int, dtype: torch.dtype) -> None:
     weight, dy = (randn(num_out, num_in, dtype=dtype) / num_out**0.5).to(dtype), randn(300, num_out + 5, dtype=dtype, seed=1)
     dy = dy.to(dtype)[:, 2 : num_out + 2]
-    whole = native.linear_backward(dy, weight)
+    linear = PackedLinear(weight)
+    assert torch.equal(linear.weight(), weight)
+    whole = linear.backward(dy)
     assert_matches(whole, dy.double() @ weight.double())
     for start, end in [(0, 1), (5, 12), (3, 251)]:
-        assert torch.equal(native.linear_backward(dy[start:end], weight), whole[start:end])
+        assert torch.equal(linear.backward(dy[start:end]), whole[start:end])
+    with pytest.raises(ValueError, match=f"{num_out} outputs"):
+        linear.backward(dy[:, 1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -85,7 +85,7 @@ def test_the_model_has_llamas_weights() -> None:
     num_weights = gpu_model.weight_bytes(gpu_model.LLAMA_3_1_8B, torch.bfloat16) // 2
     assert num_weights + 128256 * 4096 + 65 * 4096 == 8030261248, "with the embedding and the norms: the model card's 8.03B"
     decoder = gpu_model.random_decoder(gpu_model.TINY, torch.float32, torch.device("cpu"))
-    held = sum(linear.weight_OI.numel() for linear in _linears(decoder))
+    held = sum(linear.weight().numel() for linear in _linears(decoder))
     assert held * 4 == gpu_model.weight_bytes(gpu_model.TINY, torch.float32)
 
 

@@ -4,10 +4,10 @@
  * adapters, of keys and values) is added to what is there already, row after row in the order that the caller gives: so it does not
  * depend on how the rows are divided among calls, only on their order.
  */
-#define GROUP_ROWS 160  /* most rows of a task but for a block; they share the panels that it gathers */
+#define GROUP_ROWS 160  /* most rows of a task but for a block; they share the panels that it turns round */
 #define GROUP_PANELS 18 /* most panels of a task, which share the rows that it widens */
 #define DEPTH 512       /* inputs of a task's rows that stay in the L2 cache while panels stream by; a multiple of SLICE */
-#define GATHER_AHEAD 64 /* rows of a weight that are fetched before they are gathered */
+#define TURN_AHEAD 4    /* panels of a weight that are fetched before they are turned round */
 
 enum { LOW_BUFFER, NUM_BUFFERS };
 
@@ -20,25 +20,55 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* --- the gradient of a linear's input ------------------------------------------------------------------------------------ */
 
-/* Columns [column, column + 16) of rows [i0, i1) of a matrix, as floats; those that it does not have are 0. */
-INLINE void gather_panel(const void *w, int64_t w_stride, int64_t num_columns, int64_t column, float *panel, int64_t i0, int64_t i1, int half) {
-    int64_t left = num_columns - column;
-    for (int64_t i = i0; i < i1; i++) {
-        int64_t from = i * w_stride + column;
-        float *to = panel + (i - i0) * PANEL;
-        __builtin_prefetch(at(w, from + GATHER_AHEAD * w_stride, half));
-        if (left >= PANEL)
-            for (int c = 0; c < PANEL; c += LANES) *(v8 *)(to + c) = load(w, from + c, half);
-        else
-            for (int c = 0; c < PANEL; c++) to[c] = c < left ? load1(w, from + c, half) : 0.0f;
+/* Words of 8 rows as 8 columns. */
+INLINE void transpose8(u8x r[8]) {
+    __m256i *m = (__m256i *)r, t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_epi32(m[i], m[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32(m[i], m[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int k = 0; k < 2; k++) {
+            u[i + 2 * k] = _mm256_unpacklo_epi64(t[i + k], t[i + 2 + k]);
+            u[i + 2 * k + 1] = _mm256_unpackhi_epi64(t[i + k], t[i + 2 + k]);
+        }
+    for (int i = 0; i < 4; i++) {
+        m[i] = _mm256_permute2x128_si256(u[i], u[4 + i], 0x20);
+        m[4 + i] = _mm256_permute2x128_si256(u[i], u[4 + i], 0x31);
+    }
+}
+
+/* Inputs [column, column + 16) of outputs [o0, o1) of a packed weight, turned round: [o1 - o0][16] floats. Inputs that it does not have
+ * are 0. `o0` is a multiple of PANEL, and there is room for whole panels. */
+INLINE void turn_panel(const void *packed, int64_t num_in, int64_t column, float *panel, int64_t o0, int64_t o1, int half) {
+    int64_t width = half ? (num_in + 1) / 2 : num_in, first = half ? column / 2 : column; /* words for an output, which of them is first */
+    int64_t count = least(half ? PANEL / 2 : PANEL, width - first);
+    for (int64_t o = o0; o < o1; o += PANEL) {
+        const uint32_t *words = (const uint32_t *)packed + (o / PANEL * width + first) * PANEL;
+        for (int64_t i = 0; i < count; i++) __builtin_prefetch(words + (TURN_AHEAD * width + i) * PANEL);
+        for (int part = 0; part < PANEL; part += 8)
+            for (int word = 0; word < (half ? PANEL / 2 : PANEL); word += 8) {
+                u8x r[8];
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) r[i] = word + i < count ? *(const u8x *)(words + (word + i) * PANEL + part) : (u8x){0};
+                transpose8(r);
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) {
+                    float *to = panel + (o - o0 + part + i) * PANEL;
+                    if (half) {
+                        *(u8x *)to = (u8x)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128((__m256i)r[i])), 16);
+                        *(u8x *)(to + LANES) = (u8x)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_extracti128_si256((__m256i)r[i], 1)), 16);
+                    } else *(u8x *)(to + word) = r[i];
+                }
+            }
     }
 }
 
 typedef struct {
-    const void *dy, *weight;
+    const void *dy, *packed;
     void *dx;
     int64_t dy_stride, num_out, num_in;
-    int dy_half, half; /* the latter is of weight; dx is as dy */
+    int dy_half, half; /* the latter is of the weight; dx is as dy */
 } linear_backward_t;
 
 /* dx of rows [row0, row1) and panels [first, last). `rows` [row1 - row0][DEPTH], `sums` [last - first][row1 - row0][PANEL]. */
@@ -56,8 +86,8 @@ static void group_backward(const linear_backward_t *p, int64_t row0, int64_t row
         for (int64_t c = first; c < last; c++)
             for (int64_t i0 = depth; i0 < end; i0 += SLICE) {
                 int64_t i1 = least(i0 + SLICE, end);
-                if (p->half) gather_panel(p->weight, p->num_in, p->num_in, c * PANEL, panel, i0, i1, 1);
-                else gather_panel(p->weight, p->num_in, p->num_in, c * PANEL, panel, i0, i1, 0);
+                if (p->half) turn_panel(p->packed, p->num_in, c * PANEL, panel, i0, i1, 1);
+                else turn_panel(p->packed, p->num_in, c * PANEL, panel, i0, i1, 0);
                 for (int64_t r = 0; r < n; r += MAX_ROWS)
                     block(rows + r * width + i0 - depth, width, panel, SLICE * PANEL, i1 - i0, (int)least(MAX_ROWS, n - r), 1,
                           sums + ((c - first) * n + r) * PANEL, 0);
@@ -68,10 +98,10 @@ static void group_backward(const linear_backward_t *p, int64_t row0, int64_t row
             emit(sums + ((c - first) * n + r) * PANEL, (int)least(MAX_ROWS, n - r), 1, c, row0 + r, p->num_in, NULL, p->dx, p->num_in, p->dy_half);
 }
 
-/* dx[T, I] = dy[T, O] weight[O, I], from the weight as it lies in memory. Returns 0, or -1 if there was no memory. */
-int heddle_linear_backward(const void *dy, int64_t dy_stride, const void *weight, void *dx, int64_t num_rows, int64_t num_out, int64_t num_in,
+/* dx[T, I] = dy[T, O] weight[O, I], from the packed weight of the way forward. Returns 0, or -1 if there was no memory. */
+int heddle_linear_backward(const void *dy, int64_t dy_stride, const void *packed, void *dx, int64_t num_rows, int64_t num_out, int64_t num_in,
                            int dy_half, int half) {
-    linear_backward_t p = {dy, weight, dx, dy_stride, num_out, num_in, dy_half, half};
+    linear_backward_t p = {dy, packed, dx, dy_stride, num_out, num_in, dy_half, half};
     if (!num_rows) return 0;
     int64_t groups = (num_rows + GROUP_ROWS - 1) / GROUP_ROWS, panels = num_panels(num_in), threads = omp_get_max_threads();
     int64_t least_parts = least((threads + groups - 1) / groups, panels), parts = (panels + GROUP_PANELS - 1) / GROUP_PANELS;

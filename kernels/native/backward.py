@@ -1,4 +1,4 @@
-"""The reference's gradients through the compiled library. Knows tensors and pointers; `operations.takes` says for whom.
+"""The reference's gradients through the compiled library, but not of linears. Knows tensors and pointers.
 
 A row's result does not depend on what shares the call. Sums over rows add to what is there, row after row in the caller's
 order, so that they do not depend on how rows are divided among calls either. Sums are kept in float32, and rounded once.
@@ -33,17 +33,6 @@ _LORA_CALL = np.dtype(
     ],
     align=True,
 )
-
-
-def linear_backward(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
-    """dx_TI = dy_TO @ weight_OI, from the weight as it lies in memory."""
-    dy = _rows(dy_TO)
-    num_out, num_in = weight_OI.shape
-    dx_TI = torch.empty(len(dy), num_in, dtype=dy.dtype)
-    pointers = (dy.data_ptr(), dy.stride(0), weight_OI.data_ptr(), dx_TI.data_ptr())
-    halves = (ELEMENT[dy.dtype], ELEMENT[weight_OI.dtype])
-    check(loaded_library().heddle_linear_backward(*pointers, len(dy), num_out, num_in, *halves))
-    return dx_TI
 
 
 def lora_takes(segments: Sequence[LoraSegment], grads: Sequence[tuple[Tensor, Tensor]] | None) -> bool:

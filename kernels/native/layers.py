@@ -79,7 +79,7 @@ def takes(parts: Sequence[LayerParts], shape: StackShape) -> bool:
         and all(size % LANES == 0 for size in sizes)
         and all(linear.packed is not None for part in parts for linear in part.linears)
         and all(native.takes(weight) and weight.is_contiguous() and weight.dtype == weights[0].dtype for weight in weights)
-        and all(linear.weight_OI.dtype == weights[0].dtype for part in parts for linear in part.linears)
+        and all(linear.dtype == weights[0].dtype for part in parts for linear in part.linears)
     )
 
 

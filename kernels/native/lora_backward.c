@@ -28,6 +28,17 @@ INLINE float *place(float *y, int64_t y_stride, int64_t row, int64_t column, int
 
 INLINE int64_t padded16(int64_t n) { return num_panels(n) * PANEL; }
 
+/* Columns [column, column + 16) of rows [i0, i1) of a matrix; those that it does not have are 0. */
+INLINE void gather_panel(const float *w, int64_t num_columns, int64_t column, int64_t i0, int64_t i1, float *panel) {
+    int64_t count = least(PANEL, num_columns - column);
+    for (int64_t i = i0; i < i1; i++) {
+        float *to = panel + (i - i0) * PANEL;
+        const float *from = w + i * num_columns + column;
+        if (count == PANEL) memcpy(to, from, PANEL * sizeof(float));
+        else for (int64_t c = 0; c < PANEL; c++) to[c] = c < count ? from[c] : 0.0f;
+    }
+}
+
 /* low = scale dy b, for rows [first, last) of a segment. */
 static void low_of_outputs(const lora_backward_t *p, const lora_gradient_t *s, int64_t first, int64_t last, float *low, float *panel, float *wide) {
     int64_t width = padded16(s->rank), n = last - first;
@@ -36,7 +47,7 @@ static void low_of_outputs(const lora_backward_t *p, const lora_gradient_t *s, i
         for (int64_t i0 = 0; i0 < s->num_out; i0 += SLICE) {
             int64_t i1 = least(i0 + SLICE, s->num_out), stride = p->dy_half ? i1 - i0 : p->dy_stride;
             const void *from = at(p->dy, first * p->dy_stride + s->column + i0, p->dy_half);
-            gather_panel(s->b, s->rank, s->rank, column, panel, i0, i1, 0);
+            gather_panel(s->b, s->rank, column, i0, i1, panel);
             if (p->dy_half) widen_rows(from, p->dy_stride, wide, i1 - i0, n);
             const float *rows = p->dy_half ? wide : (const float *)from;
             for (int64_t r = 0; r < n; r += MAX_ROWS)
@@ -64,7 +75,7 @@ static void add_to_inputs(const lora_backward_t *p, int64_t first, int64_t last,
         for (const lora_gradient_t *s = p->segments; s < p->segments + p->num_segments; s++) {
             int64_t from = s->start > first ? s->start : first, to = least(s->end, last), width = padded16(s->rank);
             if (from >= to) continue;
-            gather_panel(s->a, p->num_in, p->num_in, column, panel, 0, s->rank, 0);
+            gather_panel(s->a, p->num_in, column, 0, s->rank, panel);
             for (int64_t r = from; r < to; r += MAX_ROWS)
                 block(lows + s->low + (r - s->start) * width, width, panel, s->rank * PANEL, s->rank, (int)least(MAX_ROWS, to - r), 1,
                       sums + (r - first) * PANEL, 0);

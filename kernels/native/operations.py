@@ -45,7 +45,7 @@ def check(status: int) -> None:
 
 
 class PackedLinear:
-    """y_TO = x_TI @ weight_OI^T + bias_O; with `transposed` the weight is given as [I, O]."""
+    """y_TO = x_TI @ weight_OI^T + bias_O; with `transposed` the weight is given as [I, O], which need not be kept."""
 
     def __init__(self, weight: Tensor, bias_O: Tensor | None = None, *, transposed: bool = False) -> None:
         weight = weight.contiguous()
@@ -59,6 +59,26 @@ class PackedLinear:
         )
         self._call, self._weight_ptr = loaded_library().heddle_linear, self._packed.data_ptr()
         self._bias_ptr = None if self._bias is None else self._bias.data_ptr()
+
+    def backward(self, dy_TO: Tensor) -> Tensor:
+        """dx_TI = dy_TO @ weight_OI. Raises ValueError for a gradient of another width."""
+        if dy_TO.shape[1] != self.num_out:
+            raise ValueError(f"gradient {tuple(dy_TO.shape)} of a linear of {self.num_out} outputs")
+        dy = dy_TO if dy_TO.stride(1) == 1 else dy_TO.contiguous()
+        dx_TI = torch.empty(len(dy), self.num_in, dtype=dy.dtype)
+        pointers = (dy.data_ptr(), dy.stride(0), self._weight_ptr, dx_TI.data_ptr())
+        sizes = (len(dy), self.num_out, self.num_in)
+        check(loaded_library().heddle_linear_backward(*pointers, *sizes, ELEMENT[dy.dtype], self._half))
+        return dx_TI
+
+    def weight(self) -> Tensor:
+        """A copy of the plain weight [O, I]."""
+        num_panels, num_rows, _ = self._packed.shape
+        if self._half:  # of each pair of inputs, all outputs of the panel lie side by side
+            parts = self._packed.view(num_panels, num_rows // 2, PANEL, 2).permute(0, 2, 1, 3)
+        else:
+            parts = self._packed.transpose(1, 2)
+        return parts.reshape(num_panels * PANEL, num_rows)[: self.num_out, : self.num_in].contiguous()
 
     @property
     def pointers(self) -> tuple[int, int]:

@@ -191,7 +191,7 @@ def _new_head(spec: DrafterSpec, decoder: Decoder, seed: int) -> DraftHead:
         torch.manual_seed(seed)
         head = DraftHead(shape, with_rest(decoder.embedding_VH, spec.vocabulary).float().cpu()).to(decoder.device)
     with torch.no_grad():
-        head.head_VH.copy_(with_rest(decoder.head.weight_OI, spec.vocabulary))
+        head.head_VH.copy_(with_rest(decoder.head.weight(), spec.vocabulary))
     start_from_identity(head, decoder.final_norm_H.float())
     return head
 

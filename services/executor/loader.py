@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.config import ConfigError
 from kernels import ops
-from services.executor.model import Decoder, LayerWeights
+from services.executor.model import Decoder, LayerNorms, LayerWeights
 from services.executor.model_config import ModelConfig, UnsupportedModelError, read_model_config
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -42,12 +42,13 @@ def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Deco
     """
     config = read_model_config(folder)
     weights = _Weights(folder, dtype, device)
-    layers = [_load_layer(weights, f"model.layers.{i}.", config) for i in range(config.num_layers)]
+    layers = (_load_layer(weights, f"model.layers.{i}.", config) for i in range(config.num_layers))
     embedding = weights.get("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     head = embedding if config.tie_word_embeddings else weights.get("lm_head.weight", config.vocab_size, config.hidden_size)
     final_norm = weights.get("model.norm.weight", config.hidden_size)
+    decoder = Decoder(config, embedding, layers, final_norm, head)
     weights.check_all_used("model.layers.")
-    return Decoder(config, embedding, layers, final_norm, head)
+    return decoder
 
 
 def _load_layer(weights: _Weights, prefix: str, config: ModelConfig) -> LayerWeights:
@@ -57,14 +58,16 @@ def _load_layer(weights: _Weights, prefix: str, config: ModelConfig) -> LayerWei
     parts = (("q", q), ("k", k), ("v", v))
     biases = [weights.get(f"{attention}{name}_proj.bias", size) for name, size in parts] if config.qkv_bias else None
     return LayerWeights(
-        input_norm_H=weights.get(prefix + "input_layernorm.weight", hidden),
+        norms=LayerNorms(
+            input_norm_H=weights.get(prefix + "input_layernorm.weight", hidden),
+            q_norm_D=weights.get(attention + "q_norm.weight", config.head_dim) if config.qk_norm else None,
+            k_norm_D=weights.get(attention + "k_norm.weight", config.head_dim) if config.qk_norm else None,
+            post_norm_H=weights.get(prefix + "post_attention_layernorm.weight", hidden),
+        ),
         qkv_OH=torch.cat([weights.get(f"{attention}{name}_proj.weight", size, hidden) for name, size in parts]),
         qkv_bias_O=None if biases is None else torch.cat(biases),
-        q_norm_D=weights.get(attention + "q_norm.weight", config.head_dim) if config.qk_norm else None,
-        k_norm_D=weights.get(attention + "k_norm.weight", config.head_dim) if config.qk_norm else None,
         o_HO=weights.get(attention + "o_proj.weight", hidden, q),
         o_bias_H=weights.get(attention + "o_proj.bias", hidden) if config.o_bias else None,
-        post_norm_H=weights.get(prefix + "post_attention_layernorm.weight", hidden),
         gate_up_2FH=torch.cat([weights.get(f"{prefix}mlp.{name}_proj.weight", inner, hidden) for name in ("gate", "up")]),
         down_HF=weights.get(prefix + "mlp.down_proj.weight", hidden, inner),
     )
@@ -102,7 +105,7 @@ class _Weights:
         if tensor.dtype not in STORED_DTYPES:  # quantized weights are nothing without their scales
             stored = str(tensor.dtype).removeprefix("torch.")
             raise UnsupportedModelError(f"{self._folder}: tensor {name} is stored as {stored}, which is not supported")
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self._device, self._dtype, copy=True)  # one that lies in the mapped file keeps all of it in memory
 
 
 def _weight_files(folder: Path) -> list[Path]:

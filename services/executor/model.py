@@ -6,6 +6,7 @@ Shapes: T rows of the batch, H hidden, N query heads, K kv heads, D head_dim, S 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +20,24 @@ from services.executor.rope import rotary_tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerNorms:
+    """Weights of the norms of one layer."""
+
+    input_norm_H: Tensor
+    q_norm_D: Tensor | None
+    k_norm_D: Tensor | None
+    post_norm_H: Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerWeights:
     """Weights of one layer; q, k, v and gate, up are fused row-wise into one matrix each."""
 
-    input_norm_H: Tensor
+    norms: LayerNorms
     qkv_OH: Tensor
     qkv_bias_O: Tensor | None
-    q_norm_D: Tensor | None
-    k_norm_D: Tensor | None
     o_HO: Tensor
     o_bias_H: Tensor | None
-    post_norm_H: Tensor
     gate_up_2FH: Tensor
     down_HF: Tensor
 
@@ -65,23 +73,29 @@ class KvCache:
 
 
 class Decoder:
-    """A pre-norm decoder of the Llama family."""
+    """A pre-norm decoder of the Llama family.
+
+    Layers are taken one by one: the plain weights of a linear that keeps another layout are let go before the next are loaded.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         embedding_VH: Tensor,
-        layers: list[LayerWeights],
+        layers: Iterable[LayerWeights],
         final_norm_H: Tensor,
         lm_head_VH: Tensor,
     ) -> None:
         self.config = config
         self.embedding_VH = embedding_VH
-        self.layers = layers
+        self.layers: list[LayerNorms] = []
+        self.linears: list[Linears] = []
+        for weights in layers:
+            self.layers.append(weights.norms)
+            self.linears.append(Linears(weights))
         self.final_norm_H = final_norm_H
         self.dtype = embedding_VH.dtype
         self.device = embedding_VH.device
-        self.linears = [Linears(weights) for weights in layers]
         self.head = ops.Linear(lm_head_VH)
         self.cos_PD, self.sin_PD = rotary_tables(
             config.rope, config.head_dim, config.max_position_embeddings, self.dtype, self.device
@@ -90,14 +104,14 @@ class Decoder:
         """The layers as one operation; None where there is none."""
 
     def _parts(self, layer: int) -> ops.LayerParts:
-        weights, linears = self.layers[layer], self.linears[layer]
+        norms, linears = self.layers[layer], self.linears[layer]
         return ops.LayerParts(
-            input_norm_H=weights.input_norm_H,
+            input_norm_H=norms.input_norm_H,
             qkv=linears.qkv,
-            q_norm_D=weights.q_norm_D,
-            k_norm_D=weights.k_norm_D,
+            q_norm_D=norms.q_norm_D,
+            k_norm_D=norms.k_norm_D,
             o=linears.o,
-            post_norm_H=weights.post_norm_H,
+            post_norm_H=norms.post_norm_H,
             gate_up=linears.gate_up,
             down=linears.down,
             window=self.config.windows[layer],
