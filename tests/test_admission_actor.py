@@ -333,12 +333,8 @@ async def test_the_process_starts_is_listed_takes_requests_and_stops_cleanly(nat
                 ready.set()
 
     await bus.subscribe(subjects.ALL_BEATS, Beat, on_beat)
-    environment = os.environ | {
-        "HEDDLE_NATS_URL": nats_server.url,
-        "HEDDLE_INSTANCE_ID": "proc",
-        "HEDDLE_ADMISSION_HEARTBEAT_S": "0.1",
-    }
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.admission", env=environment)
+    settings = {"HEDDLE_NATS_URL": nats_server.url, "HEDDLE_INSTANCE_ID": "proc", "HEDDLE_ADMISSION_HEARTBEAT_S": "0.1"}
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.admission", env=os.environ | settings)
     try:
         await asyncio.wait_for(ready.wait(), 50)
         answer = await bus.client.request("$SRV.PING", b"", timeout=5)

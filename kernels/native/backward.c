@@ -9,13 +9,6 @@
 #define DEPTH 512       /* inputs of a task's rows that stay in the L2 cache while panels stream by; a multiple of SLICE */
 #define TURN_AHEAD 4    /* panels of a weight that are fetched before they are turned round */
 
-enum { LOW_BUFFER, NUM_BUFFERS };
-
-static float *buffer_of(int which, int64_t num_floats) { /* this thread's own; NULL if there is no memory */
-    static __thread buffer_t buffers[NUM_BUFFERS];
-    return grown(&buffers[which], (size_t)num_floats);
-}
-
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* --- the gradient of a linear's input ------------------------------------------------------------------------------------ */

@@ -155,7 +155,8 @@ static void add_gradient(const lora_gradient_t *s, float *gradient, int64_t stri
  * part is left out. `order` are the rows of the batch in the order in which sums over rows take them, each segment's at the places of
  * its rows. Returns 0, or -1 if there was no memory. */
 int heddle_lora_backward(const lora_backward_t *p, const int64_t *order, int64_t num_rows, int64_t num_low, int64_t max_rank) {
-    float *lows = buffer_of(LOW_BUFFER, num_low);
+    static __thread buffer_t low_buffer;
+    float *lows = grown(&low_buffer, (size_t)num_low);
     int failed = !lows;
 #pragma omp parallel if (num_rows > PIECE_ROWS)
     {
