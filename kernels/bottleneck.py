@@ -92,15 +92,27 @@ def _low(x_TH: Tensor, plan: BottleneckPlan, update: Update) -> Tensor:
 def _active(low_TW: Tensor, plan: BottleneckPlan) -> Tensor:
     if plan.activations == {"relu"}:
         return F.relu(low_TW)
-    if plan.activations == {"gelu"}:
-        return F.gelu(low_TW)
-    return plan.choose(F.relu(low_TW), F.gelu(low_TW))
+    gelu_TW = _gelu(low_TW)
+    return gelu_TW if plan.activations == {"gelu"} else plan.choose(F.relu(low_TW), gelu_TW)
+
+
+def _gelu(low_TW: Tensor) -> Tensor:
+    """On a CPU rounded once from double: torch's own has another last digit in elements that fill no vector, so that a row's
+    depend on how many rows there are.
+    """
+    return F.gelu(low_TW.double()).to(low_TW.dtype) if low_TW.device.type == "cpu" else F.gelu(low_TW)
+
+
+def _gelu_backward(dactive_TW: Tensor, low_TW: Tensor) -> Tensor:
+    wide = (dactive_TW.double(), low_TW.double()) if low_TW.device.type == "cpu" else (dactive_TW, low_TW)
+    gelu_TW: Tensor = torch.ops.aten.gelu_backward(*wide)
+    return gelu_TW.to(low_TW.dtype)
 
 
 def _active_backward(dactive_TW: Tensor, low_TW: Tensor, plan: BottleneckPlan) -> Tensor:
     if plan.activations == {"relu"}:
         return _relu_backward(dactive_TW, low_TW)
-    gelu_TW: Tensor = torch.ops.aten.gelu_backward(dactive_TW, low_TW)
+    gelu_TW = _gelu_backward(dactive_TW, low_TW)
     return gelu_TW if plan.activations == {"gelu"} else plan.choose(_relu_backward(dactive_TW, low_TW), gelu_TW)
 
 
