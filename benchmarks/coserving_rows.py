@@ -41,7 +41,7 @@ class Iteration(NamedTuple):
     ms: float
     decode: int
     prefill: int
-    forward: int
+    forward: float
     backward: float
 
 

@@ -22,6 +22,7 @@ import safetensors
 import torch
 
 from common.messages import LoraSpec, OptimizerStep, TrainingSlice
+from services.executor.config import ExecutorConfig
 from services.executor.engine import Engine
 from services.executor.finetune import new_job
 from services.executor.loader import load_decoder
@@ -49,10 +50,10 @@ class HeddleSide:
     def __init__(self, folder: Path, dtype: torch.dtype, max_batch_tokens: int = 1024) -> None:
         decoder = load_decoder(folder, dtype, torch.device("cpu"))
         scratch = KvCache(decoder.config, NUM_SLOTS, dtype, decoder.device)
+        limits = Limits(max_batch_tokens=max_batch_tokens, interruptible_ms=ExecutorConfig.interruptible_ms)
         self._engine = Engine(
             decoder, num_pages=NUM_PAGES, page_size=PAGE_SIZE, profile=measure_profile(decoder, scratch, max_batch_tokens),
-            limits=Limits(max_batch_tokens=max_batch_tokens), max_model_len=4096, max_sequences=1, max_tree_nodes=0,
-            max_draft_tokens=0,
+            limits=limits, max_model_len=4096, max_sequences=1, max_tree_nodes=0, max_draft_tokens=0,
         )  # fmt: skip
         job = new_job("job", LoraSpec(rank=RANK, alpha=ALPHA), 0, decoder, self._engine.cache)
         self._engine.training.open(job, lease=1)

@@ -311,7 +311,7 @@ async def test_a_job_whose_loss_is_not_finite_fails_alone(stage: Stage) -> None:
     assert stage.load.free_pages == stage.load.num_pages
 
 
-@pytest.mark.parametrize("function", ["training.heads", "training_sequence.TrainingSequence.__init__"])
+@pytest.mark.parametrize("function", ["forward_units.heads", "training_sequence.TrainingSequence.__init__"])
 async def test_a_job_that_runs_out_of_memory_fails_alone(stage: Stage, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     await opened(stage)
 

@@ -11,8 +11,7 @@ import torch
 from common.config import ConfigError
 from services.executor import startup
 from services.executor.config import ExecutorConfig
-from services.executor.device import choose_device, is_out_of_memory
-from services.executor.engine import MIN_BATCH_TOKENS
+from services.executor.device import MIN_BATCH_TOKENS, choose_device, is_out_of_memory
 from services.executor.model import Decoder
 from services.executor.scheduler import Limits
 from services.executor.startup import make_engine

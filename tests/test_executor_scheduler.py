@@ -14,9 +14,10 @@ from services.executor.finetune_share import JobView
 from services.executor.scheduler import (
     Limits,
     iteration_limits_ms,
+    plan_iteration,
     slack_ms,
 )
-from tests.plans import BACKWARD, JOB, LINEAR, decoding, plan, random_sequence, waiting
+from tests.plans import BACKWARD, JOB, LINEAR, decoding, plan, random_case, random_sequence, waiting
 
 
 def test_prefill_is_ordered_by_the_deadline_of_the_first_token() -> None:
@@ -147,6 +148,48 @@ def test_a_window_alone_does_not_shrink_below_what_is_worth_a_pass() -> None:
     disturbed = LatencyProfile(points=((1, 60.0), (8, 300.0), (1024, 301.0)), backward_ms_per_token=1.0)
     assert plan(JOB, profile=disturbed).num_tokens == 32
     assert plan(JOB, decoding(tpot_ms=150.0), profile=disturbed).num_tokens < 8
+
+
+UNITS_MS = 2000.0
+IN_FLIGHT = JobView(job_id="flight", forward_tokens=0, is_backward=True, in_flight=Rows(300, 100, 20_000))
+
+
+def test_finetuning_goes_in_units_only_alone_and_a_unit_is_short() -> None:
+    """Beside requests the plan is the one without units: no more time, no less finetuning."""
+    num_alone = 0
+    for seed in range(200):
+        case, rng = random_case(seed), random.Random(seed)
+        jobs = [dataclasses.replace(IN_FLIGHT, job_id=job.job_id) if rng.random() < 0.3 else job for job in case.jobs]
+        limits = dataclasses.replace(case.limits, interruptible_ms=UNITS_MS)
+        result = plan_iteration(0.0, case.sequences, jobs, case.profile, limits, case.num_starved)
+        if case.sequences or not jobs:
+            assert result == plan_iteration(0.0, case.sequences, jobs, case.profile, case.limits, case.num_starved)
+            assert result.unit is None
+            continue
+        num_alone += 1
+        assert result.unit is not None
+        assert result.limit_ms == max(UNITS_MS, 2 * predict_ms(case.profile, Rows(1)))
+        assert sum(result.forward.values()) + sum(result.backward.values()) > 0
+        passes = [job.in_flight for job in jobs if job.in_flight] + ([result.rows] if result.num_tokens else [])
+        unit_ms = [result.unit.forward * predict_ms(case.profile, rows) / rows.tokens for rows in passes]
+        unit_ms.append(result.unit.backward * case.profile.backward_ms_per_token)
+        assert max(unit_ms) == pytest.approx(limits.idle_iteration_ms / 2)
+    assert num_alone > 20
+
+
+@pytest.mark.parametrize("other", [dataclasses.replace(JOB, is_evaluation=True), dataclasses.replace(JOB, is_drafter=True)])
+def test_what_cannot_stop_keeps_iterations_short(other: JobView) -> None:
+    assert plan(JOB, interruptible_ms=UNITS_MS).limit_ms == UNITS_MS
+    other = dataclasses.replace(other, job_id="other")
+    assert plan(JOB, other, interruptible_ms=UNITS_MS) == plan(JOB, other)
+
+
+def test_what_is_in_flight_costs_what_its_pass_was_predicted_to_cost() -> None:
+    assert IN_FLIGHT.in_flight is not None
+    per_token = predict_ms(LINEAR, IN_FLIGHT.in_flight) / IN_FLIGHT.in_flight.tokens
+    beside = plan(decoding(tpot_ms=60.0), IN_FLIGHT)
+    without = plan(decoding(tpot_ms=60.0))
+    assert beside.backward["flight"] * per_token == pytest.approx(beside.limit_ms - without.predicted_ms)
 
 
 def test_nothing_to_do_is_an_empty_plan() -> None:

@@ -106,7 +106,13 @@ class Run:
 
     def _vary(self, draw: random.Random, engine: Any) -> None:
         idle_ms, busy_ms = draw.choice([6.0, 8.0, 30.0]), draw.choice([6.0, 9.0, 40.0])
-        engine.limits = Limits(idle_iteration_ms=idle_ms, max_iteration_ms=busy_ms, min_prefill_tokens=4)
+        engine.limits = Limits(
+            idle_iteration_ms=idle_ms,
+            interruptible_ms=draw.choice([0.0, 60.0]),
+            max_iteration_ms=busy_ms,
+            min_prefill_tokens=4,
+        )
+        engine.has_news = lambda: draw.random() < 0.3
         if draw.random() < 0.3 and len(engine.sequences) < 4:
             self._requests += 1
             prompt = random_prompt(draw.randint(1, 40), seed=self._requests)
@@ -141,7 +147,7 @@ def undisturbed(dtype: torch.dtype, job_id: str) -> Any:
     return Run(decoder(dtype), None, (job_id,)).outcome[job_id]
 
 
-@pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 0), (torch.float32, 1), (torch.bfloat16, 2)], ids=str)
+@pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 0), (torch.float32, 1), (torch.bfloat16, 0)], ids=str)
 def test_pace_load_and_restarts_change_no_bit(dtype: torch.dtype, seed: int) -> None:
     if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("bfloat16 is torch's here")

@@ -65,6 +65,8 @@ class ExecutorActor:
         self._has_worked_back = False
         """In the last iteration, on finetuning."""
         self._num_failures = 0
+        self._waiting: set[object] = set()
+        """What waits for the device's thread."""
         self._unknown: frozenset[str] = frozenset()
         self._dropped: list[str] = []
         """Requests that ended outside of a pass, which the planner is still to hear of."""
@@ -77,6 +79,7 @@ class ExecutorActor:
         """Load the model, measure or recall its latency profile, load adapters, then accept work."""
         self._bus = bus
         self._engine = await make_engine(self._config, self._model, ProfileStore(bus), self._on_device)
+        self._engine.has_news = lambda: self._inbox.is_filled or bool(self._waiting)
         self._training = TrainingLink(bus, self._config, self._model, self._engine.training, self._inbox, self._on_device)
         self._grammars = GrammarStore(Path(self._config.model_dir), self._engine.decoder.config)
         self._adapters = self._make_adapter_store(bus)
@@ -229,7 +232,8 @@ class ExecutorActor:
         self._iteration_ms += 0.2 * (elapsed_ms - self._iteration_ms)
         plain_ms = elapsed_ms - (reported_at - sent_at) * 1e3
         is_mixed = bool(iteration.prefill_tokens or iteration.finetune_tokens or work.is_any)
-        self._other_ms[is_mixed] += 0.2 * (max(0.0, plain_ms - iteration.decode_ms) - self._other_ms[is_mixed])
+        if iteration.decode_tokens or iteration.prefill_tokens:  # finetuning alone takes as long as it likes
+            self._other_ms[is_mixed] += 0.2 * (max(0.0, plain_ms - iteration.decode_ms) - self._other_ms[is_mixed])
         self._engine.counters["send_ms"] += (sent_at - passed_at) * 1e3  # type: ignore[assignment]
         self._note(iteration, work, elapsed_ms)
         await self._training.publish(work.events)
@@ -288,7 +292,7 @@ class ExecutorActor:
                 decode=iteration.decode_tokens,
                 draft=iteration.draft_tokens,
                 prefill=iteration.prefill_tokens,
-                finetune=iteration.finetune_tokens,
+                finetune=round(iteration.finetune_tokens + work.units.num_tokens, 1),
                 backward=round(work.num_tokens, 1),
                 ms=round(elapsed_ms, 2),
                 planned_ms=round(iteration.planned_ms, 2),
@@ -308,7 +312,17 @@ class ExecutorActor:
     # --- the device thread -----------------------------------------------------------------------------------------
 
     async def _on_device(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        waits = object()
+
+        def begin() -> T:
+            self._waiting.discard(waits)
+            return work()
+
+        self._waiting.add(waits)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, begin)
+        finally:
+            self._waiting.discard(waits)
 
     def _refresh_vitals(self, *, is_idle: bool = False) -> None:
         """After each iteration; which pages are cached as often as a beat can tell it."""

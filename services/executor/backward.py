@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,18 +12,28 @@ from services.executor.backward_unit import BackwardUnit
 from services.executor.model import Decoder, KvCache
 
 
-def advance(decoder: Decoder, cache: KvCache, cursors: Sequence[BackwardCursor], max_token_layers: int) -> int:
-    """Do up to this much work (tokens times layers) for all of them together, in fused units; returns what was done.
+def advance(
+    decoder: Decoder,
+    cache: KvCache,
+    cursors: Sequence[BackwardCursor],
+    max_token_layers: int,
+    max_rows: int = MAX_WINDOW_TOKENS,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> int:
+    """Do up to this much work (tokens times layers) for all of them together, in fused units of up to so many rows; returns
+    what was done. When it is stopped, it ends after the unit in work.
 
     Who is at the highest layer goes first, so that all meet at the layer of the one that is ahead and share units from there
     on: that one waits for each of the others at most once.
     """
     budget = max_token_layers
-    while budget > 0 and (windows := next_unit(cursors, min(MAX_WINDOW_TOKENS, budget))):
+    while budget > 0 and (windows := next_unit(cursors, min(max_rows, budget))):
         BackwardUnit(decoder, cache, windows).run()
         budget -= sum(window.num_rows for window in windows)
         if left := [window.cursor for window in windows if window.cursor.move(window.start)]:
             torch._foreach_zero_([cursor.accumulators for cursor in left])
+        if is_stopped():
+            break
     return max_token_layers - budget
 
 

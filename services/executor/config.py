@@ -54,6 +54,10 @@ class ExecutorConfig(ServiceConfig):
     max_prefill_ms: float = 1000.0
     """Longest iteration that computes prompts while no request with a TPOT target decodes."""
     idle_iteration_ms: float = 120.0
+    """Longest iteration of finetuning alone that a request has to wait for: of evaluations and distillation jobs, or any with
+    `interruptible_ms` 0. Of what stops for requests, a unit of work takes half of it."""
+    interruptible_ms: float = 2000.0
+    """Longest iteration of finetuning alone that stops when anything comes in, between two units: a layer of some rows each."""
     max_recompute_share: float = 0.0
     """Part of a forward pass that finetuning may run again to hold less memory; `heddle explain memory` tells what it saves."""
     max_jobs: int = 4
@@ -83,6 +87,8 @@ class ExecutorConfig(ServiceConfig):
         require(self.kv_cache_tokens >= self.page_size, "kv_cache_tokens", "be at least page_size")
         require(self.max_lora_rank > 0, "max_lora_rank", "be positive")
         require(1 <= self.cohorts <= MAX_COHORTS, "cohorts", f"be from 1 to {MAX_COHORTS}")
+        require(self.idle_iteration_ms > 0, "idle_iteration_ms", "be positive")
+        require(self.interruptible_ms >= 0, "interruptible_ms", "not be negative")
         require(self.tree_wait_ms >= 0, "tree_wait_ms", "not be negative")
         cores = os.cpu_count() or 1
         require(self.threads <= cores, "threads", f"not be more than this machine's {cores} cores")

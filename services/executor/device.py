@@ -8,6 +8,9 @@ import torch
 
 from common.config import ConfigError
 
+MIN_BATCH_TOKENS = 16
+"""A pass of so few rows is not made smaller when memory runs out: then its requests or jobs end with an error."""
+
 
 def choose_device(name: str) -> torch.device:
     """The device of that name. Raises ConfigError when torch knows none such or this machine has none."""

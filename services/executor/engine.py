@@ -27,17 +27,15 @@ from common.messages import (
     SequenceProgress,
     TokenChunk,
 )
-from common.prefix import PageDigests
 from common.sharing import TOKEN, Sharing
 from kernels.upload import upload
 from services.executor.assembly import Assembly, Work, decode_rows
 from services.executor.cohorts import Cohorts
 from services.executor.commit import Moves, commit, verify
-from services.executor.device import is_out_of_memory, wait_for
+from services.executor.device import MIN_BATCH_TOKENS, is_out_of_memory, wait_for
 from services.executor.draws import WorkDraws, drawn_by
 from services.executor.features import FeatureWish, PassFeatures
 from services.executor.grammar import GrammarError, GrammarState
-from services.executor.logits import processor_of
 from services.executor.lora import LoraAdapter
 from services.executor.model import Decoder, KvCache
 from services.executor.pages import PageAllocator
@@ -45,15 +43,13 @@ from services.executor.passes import Passes
 from services.executor.requests import refusal
 from services.executor.sampling import Draws, NonFiniteLogitsError
 from services.executor.scheduler import IterationPlan, Limits
-from services.executor.sequences import Sequence
+from services.executor.sequences import Sequence, new_sequence
 from services.executor.sharing import Turns, plan_turn
 from services.executor.training import Training
 from services.executor.training_work import BackwardWork, layers_of
 from services.executor.trees import TreeLimits, attach
 from services.executor.verify import Verdict
 
-MIN_BATCH_TOKENS = 16
-"""A pass of so few rows is not made smaller when memory runs out: then its requests end with an error."""
 log = structlog.get_logger()
 
 
@@ -101,7 +97,7 @@ class Engine:
         self.cache = KvCache(decoder.config, num_pages * page_size, decoder.dtype, decoder.device)
         self.passes = Passes(decoder, self.cache, max_graph_tokens)
         self.pages = PageAllocator(num_pages, page_size)
-        self.training = Training(decoder, self.cache, self.pages)
+        self.training = Training(decoder, self.cache, self.pages, clock)
         self._assembly = Assembly(self.pages)
         self.profile = profile
         self.limits = limits
@@ -122,7 +118,10 @@ class Engine:
         self._clock = clock
         self._plan: IterationPlan | None = None
         self._turns = Turns(sharing)
-        self._backward_tokens = 0.0
+        self._finetuned = {"finetune_tokens": 0.0, "backward_tokens": 0.0}
+        """Counters in parts of tokens: units do a layer of one."""
+        self.has_news: Callable[[], bool] = lambda: False
+        """Whether something came in that finetuning, where it has the device to itself, is to stop for; asked between units."""
 
     # --- work in ---------------------------------------------------------------------------------------------------
 
@@ -148,29 +147,15 @@ class Engine:
             return refused
         if len(self.sequences) >= self.max_sequences:
             return Rejected(reason="overloaded", message=f"{self.max_sequences} requests are running", retry_after_ms=500)
-        ends = () if request.ignore_eos else self.decoder.config.eos_token_ids
-        stop_ids = frozenset((*ends, *request.stop_token_ids))
-        prompt = request.prompt_tokens[: len(request.prompt_tokens) - request.num_generated]
         adapter = None if adapter_name is None else self.adapters.pop(adapter_name)
         if adapter_name is not None and adapter is not None:
             self.adapters[adapter_name] = adapter  # the last of them is the one used last
-        self.sequences[request.request_id] = Sequence(
-            request=request,
-            tokens=list(request.prompt_tokens),
-            table=self.pages.table(),
-            adapter=adapter,
-            stop_ids=stop_ids,
-            first_token_due_at=first_token_due_at or None,
-            num_output=request.num_generated,
-            processor=processor_of(request.sampling, prompt, stop_ids, self.decoder.config.vocab_size),
-            digests=self._digests(request, adapter) if self.has_prefix_cache else None,
-            grammar=grammar,
+        due_at, has_cache = first_token_due_at or None, self.has_prefix_cache
+        self.sequences[request.request_id] = new_sequence(
+            request, self.decoder.config, self.pages, adapter, grammar, first_token_due_at=due_at, has_prefix_cache=has_cache
         )
         self.counters["requests"] += 1
         return None
-
-    def _digests(self, request: InferenceRequest, adapter: LoraAdapter | None) -> PageDigests:
-        return PageDigests(self.pages.page_size, adapter.version if adapter else 0, request.cache_salt)
 
     def cancel(self, request_id: str, error: str | None = None) -> TokenChunk | None:
         """End a request now: its pages are free when this returns. None if it is not here.
@@ -206,6 +191,9 @@ class Engine:
         segments = [work.segment for work in works] + [window.segment for window in windows]
         self.num_iterations += 1
         self._plan = plan
+        if plan.unit is not None and windows:
+            self.training.start_units(windows)
+            self._plan, segments = dataclasses.replace(plan, backward={**plan.backward, **plan.forward}), []
         if not segments:
             return self._finish_iteration([], [], plan, 0, PassFeatures(FeatureWish()))
         started_at = time.perf_counter()
@@ -238,12 +226,23 @@ class Engine:
         if plan is None:
             return BackwardWork()
         started_at = self._clock()
-        work = self.training.backward(plan.backward)
+        work = self.training.backward(plan.backward, *(() if plan.unit is None else (plan.unit, self._is_awaited)))
+        if work.units.num_lacking:
+            self._shrink(work.units.num_lacking)
         wait_for(self.decoder.device)
         self.profile = work.learned(self.profile, (self._clock() - started_at) * 1e3)
-        self._backward_tokens += work.num_tokens
-        self.counters["backward_tokens"] = round(self._backward_tokens)
+        self._count_finetuned("finetune_tokens", work.units.num_tokens)
+        self._count_finetuned("backward_tokens", work.num_tokens)
         return work
+
+    def _is_awaited(self) -> bool:
+        """Whether finetuning that goes in units is to stop; the device has done by then what it was given."""
+        wait_for(self.decoder.device)
+        return bool(self.sequences) or self.has_news()
+
+    def _count_finetuned(self, kind: str, num_tokens: float) -> None:
+        self._finetuned[kind] += num_tokens
+        self.counters[kind] = round(self._finetuned[kind])
 
     def release_all(self, error: str) -> list[TokenChunk]:
         """End every request with an error, for example when a pass failed: then no cached page can be relied on either."""
@@ -299,7 +298,7 @@ class Engine:
             self.cache.move(*upload([np.array(moves.sources), np.array(moves.targets)], self.decoder.device))
         for kind in ("decode", "draft", "prefill"):
             self.counters[f"{kind}_tokens"] += counts[kind]
-        self.counters["finetune_tokens"] += num_training
+        self._count_finetuned("finetune_tokens", num_training)
         self.counters["iterations"] += 1
         self.counters["preemptions"] = self._assembly.num_preemptions
         return Iteration(

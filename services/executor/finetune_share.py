@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from common.latency import Rows, drafter_ms_per_token, max_rows, predict_ms
 from common.messages import LatencyProfile
@@ -28,10 +30,38 @@ class JobView:
     """Nothing goes back after its forward pass."""
     is_drafter: bool = False
     """Backward it trains a drafter's head, which is counted in tokens of the model's forward pass."""
+    in_flight: Rows | None = None
+    """Of a forward pass that goes in units: its backward work is the rest of that, in tokens of it."""
+
+    @property
+    def is_interruptible(self) -> bool:
+        """Whether all that it does alone can go in units, and stop between them."""
+        return not self.is_evaluation and not self.is_drafter
 
     def back_ms_per_token(self, profile: LatencyProfile) -> float:
         """Of its backward work."""
+        if self.in_flight is not None:
+            return predict_ms(profile, self.in_flight) / self.in_flight.tokens
         return drafter_ms_per_token(profile) if self.is_drafter else profile.backward_ms_per_token
+
+
+class UnitSize(NamedTuple):
+    """The most that a unit of work does before it is asked what came in: in tokens of a whole pass, or of all the way back."""
+
+    forward: float = math.inf
+    backward: float = math.inf
+
+
+WHOLE = UnitSize()
+"""No bound, for work that nobody waits for."""
+
+
+def unit_size(unit_ms: float, jobs: Sequence[JobView], rows: Rows, profile: LatencyProfile) -> UnitSize:
+    """Units of about so many ms, of the passes that are on their way, of one of `rows`, and of backward work."""
+    passes = [job.in_flight for job in jobs if job.in_flight is not None] + ([rows] if rows.tokens else [])
+    forward_ms = max((predict_ms(profile, each) / each.tokens for each in passes), default=0.0)
+    back_ms = profile.backward_ms_per_token
+    return UnitSize(unit_ms / forward_ms if forward_ms > 0 else math.inf, unit_ms / back_ms if back_ms > 0 else math.inf)
 
 
 def backward_ms(jobs: Sequence[JobView], backward: Mapping[str, float], profile: LatencyProfile) -> float:

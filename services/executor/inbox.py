@@ -37,6 +37,11 @@ class Inbox:
         self.post(apply)
         return await done
 
+    @property
+    def is_filled(self) -> bool:
+        """Whether a change waits; any thread may ask."""
+        return bool(self._changes)
+
     def apply(self) -> None:
         """Apply what is there."""
         self._filled.clear()

@@ -139,6 +139,13 @@ class Decoder:
                     features.keep(layer + 1, x_TH)
         return m_TH + down_TH
 
+    def layer(self, layer: int, x_TH: Tensor, batch: Batch, cache: KvCache) -> Tensor:
+        """Hidden states [T, H] behind one layer, from those before it; writes keys, values and tapes as `forward` does."""
+        y_TH = ops.rms_norm(x_TH, self.layers[layer].input_norm_H, self.config.rms_norm_eps)
+        cos_TD, sin_TD = self.cos_PD[batch.positions_T], self.sin_PD[batch.positions_T]
+        m_TH, down_TH = self._layer(layer, x_TH, y_TH, cos_TD, sin_TD, batch, cache)
+        return m_TH + down_TH
+
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """Logits [R, V] of hidden states that `forward` returned."""
         normed = ops.rms_norm(hidden_RH, self.final_norm_H, self.config.rms_norm_eps)

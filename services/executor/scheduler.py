@@ -16,7 +16,7 @@ from collections.abc import Sequence as Seq
 
 from common.latency import Rows, max_rows, predict_ms
 from common.messages import LatencyProfile
-from services.executor.finetune_share import JobView, backward_ms, share_out
+from services.executor.finetune_share import JobView, UnitSize, backward_ms, share_out, unit_size
 
 LEAST_IDLE_PASSES = 2.0
 """An iteration of finetuning alone may take so many passes of one row, however slow these are: where reading the weights takes
@@ -33,6 +33,8 @@ class Limits:
     """Longest iteration that computes prompts while no request with a TPOT target decodes: one pass costs less than several."""
     idle_iteration_ms: float = 120.0
     """Longest iteration of finetuning alone: what a request that arrives meanwhile may have to wait."""
+    interruptible_ms: float = 0.0
+    """The same if it goes in units, each of half of that: a request waits for one of them only. 0: it never does."""
     max_batch_tokens: int = 1024
     min_prefill_tokens: int = 16
     """Prompt tokens that are worth a chunk: about a page. Behind a long context a smaller one costs nearly as much."""
@@ -102,6 +104,8 @@ class IterationPlan:
     predicted_ms: float
     num_starved: int = 0
     """Iterations in a row, this one included, that left waiting prompts with less than `min_prefill_tokens`."""
+    unit: UnitSize | None = None
+    """Set if finetuning has the device to itself: all of it, windows too, goes in units, until something comes in."""
 
     @property
     def num_tokens(self) -> int:
@@ -126,7 +130,9 @@ def plan_iteration(
     waiting = sorted((view for view in sequences if not view.is_decoding), key=_prefill_order)
     rows = root_rows(view.context_tokens for view in decoding)
     base_ms = predict_ms(profile, rows if decoding else Rows(1))
-    limit_ms, prefill_ms, is_behind = iteration_limits_ms(now, decoding, waiting, base_ms, limits, resting)
+    goes_in_units = bool(jobs) and not sequences and all(job.is_interruptible for job in jobs) and limits.interruptible_ms > 0
+    idle_ms = max(limits.idle_iteration_ms, limits.interruptible_ms if goes_in_units else 0.0)
+    limit_ms, prefill_ms, is_behind = iteration_limits_ms(now, decoding, waiting, base_ms, limits, resting, idle_ms)
     capacity = rows.tokens + max_rows(profile, limit_ms, limits.max_batch_tokens - rows.tokens, rows)
     reserve = 0 if is_behind or not jobs else int(limits.min_finetune_share * capacity)
     required = _required_nodes(decoding, limits.max_batch_tokens - len(decoding))
@@ -153,6 +159,7 @@ def plan_iteration(
         forward_ms=forward_ms,
         predicted_ms=forward_ms + backward_ms(jobs, backward, profile),
         num_starved=num_starved + 1 if is_starved else 0,
+        unit=unit_size(limits.idle_iteration_ms / 2, jobs, rows, profile) if goes_in_units else None,
     )
 
 
@@ -171,6 +178,7 @@ def iteration_limits_ms(
     base_ms: float,
     limits: Limits,
     resting: Seq[SequenceView] = (),
+    idle_ms: float | None = None,
 ) -> tuple[float, float, bool]:
     """(T*, the same for prompts, whether some decoding request that can still recover is behind its target).
 
@@ -181,7 +189,7 @@ def iteration_limits_ms(
     slacks = [slack / turns for view in everyone if (slack := slack_ms(view, base_ms * turns, limits)) is not None]
     is_behind = bool(slacks) and min(slacks) < base_ms
     slacks += [left for view in waiting if (left := first_token_slack_ms(now, view, limits)) is not None and left >= base_ms]
-    idle_ms = max(limits.idle_iteration_ms, LEAST_IDLE_PASSES * base_ms)
+    idle_ms = max(limits.idle_iteration_ms if idle_ms is None else idle_ms, LEAST_IDLE_PASSES * base_ms)
     usual_ms = limits.max_iteration_ms if decoding or waiting else idle_ms
     has_target = any(view.tpot_ms is not None for view in everyone)
     prefill_ms = usual_ms if has_target else max(usual_ms, limits.max_prefill_ms)

@@ -8,8 +8,9 @@ from common.messages import DraftTree, FinishReason, InferenceRequest, OpenedSeq
 from common.prefix import PageDigests
 from services.executor.features import FeatureWindow
 from services.executor.grammar import GrammarState
-from services.executor.logits import LogitsProcessor
+from services.executor.logits import LogitsProcessor, processor_of
 from services.executor.lora import LoraAdapter
+from services.executor.model_config import ModelConfig
 from services.executor.pages import PageAllocator, PageTable
 from services.executor.scheduler import SequenceView
 
@@ -189,3 +190,31 @@ class Sequence:
             verify_steps=self.verify_steps,
             decode_ms=self.decode_ms(now),
         )
+
+
+def new_sequence(
+    request: InferenceRequest,
+    config: ModelConfig,
+    pages: PageAllocator,
+    adapter: LoraAdapter | None,
+    grammar: GrammarState | None,
+    *,
+    first_token_due_at: float | None,
+    has_prefix_cache: bool,
+) -> Sequence:
+    """A request before its first pass, without pages; one that was not refused."""
+    stop_ids = frozenset((*(() if request.ignore_eos else config.eos_token_ids), *request.stop_token_ids))
+    prompt = request.prompt_tokens[: len(request.prompt_tokens) - request.num_generated]
+    version = adapter.version if adapter else 0
+    return Sequence(
+        request=request,
+        tokens=list(request.prompt_tokens),
+        table=pages.table(),
+        adapter=adapter,
+        stop_ids=stop_ids,
+        first_token_due_at=first_token_due_at,
+        num_output=request.num_generated,
+        processor=processor_of(request.sampling, prompt, stop_ids, config.vocab_size),
+        digests=PageDigests(pages.page_size, version, request.cache_salt) if has_prefix_cache else None,
+        grammar=grammar,
+    )

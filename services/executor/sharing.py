@@ -94,7 +94,8 @@ def _mini_batch(
     is_last = all(job.is_evaluation for job in forward)
     back = [job for job in jobs if job.is_backward]
     chosen = back if is_last and back else forward
-    plan = plan_iteration(now, [], chosen, profile, dataclasses.replace(limits, idle_iteration_ms=WHOLE_MS))
+    limits = dataclasses.replace(limits, idle_iteration_ms=WHOLE_MS, interruptible_ms=0.0)
+    plan = plan_iteration(now, [], chosen, profile, limits)
     num_forwarded = turns.num_forwarded + sum(plan.forward.values())
     back_ms = num_forwarded * profile.backward_ms_per_token if plan.backward else 0.0
     plan = dataclasses.replace(plan, limit_ms=plan.forward_ms + back_ms, predicted_ms=plan.forward_ms + back_ms)

@@ -108,6 +108,7 @@ def _engine(config: ExecutorConfig, decoder: Decoder, profile: LatencyProfile) -
             max_iteration_ms=config.max_iteration_ms,
             max_prefill_ms=config.max_prefill_ms,
             idle_iteration_ms=config.idle_iteration_ms,
+            interruptible_ms=config.interruptible_ms,
             max_batch_tokens=config.max_batch_tokens,
             finetune_weight=config.finetune_weight,
             min_finetune_share=config.min_finetune_share,

@@ -6,11 +6,12 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from common.activation_plan import MAX_WINDOW_TOKENS
 from common.messages import EvaluationSlice, TrainingSlice
 from services.executor.backward import advance
 from services.executor.batch import Segment
@@ -19,7 +20,8 @@ from services.executor.distillation import DistillationJob
 from services.executor.evaluation import Evaluations, EvaluationWindow
 from services.executor.features import PassFeatures
 from services.executor.finetune import FinetuneJob
-from services.executor.finetune_share import JobView
+from services.executor.finetune_share import WHOLE, JobView, UnitSize
+from services.executor.in_flight import InFlight
 from services.executor.job_steps import MAX_GROUP_ROWS, OutOfOrderSliceError, TrainingDivergedError
 from services.executor.lesson import LessonSequence
 from services.executor.model import Decoder, KvCache
@@ -51,12 +53,15 @@ class _Entry:
 class Training:
     """Jobs by id. A job holds pages for the sequences that it works on."""
 
-    def __init__(self, decoder: Decoder, cache: KvCache, pages: PageAllocator) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: KvCache, pages: PageAllocator, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.decoder = decoder
         self.cache = cache
         self._pages = pages
         self._entries: dict[str, _Entry] = {}
         self._failures: list[TrainingEvent] = []
+        self._in_flight = InFlight(decoder, cache, clock)
         self._evaluations = Evaluations(decoder, pages, self._try_reserve)
 
     @property
@@ -99,6 +104,7 @@ class Training:
     def close(self, job_id: str) -> None:
         """Forget a job and free its pages; unknown jobs are fine."""
         self._evaluations.close(job_id)
+        self._in_flight.drop(job_id)
         entry = self._entries.pop(job_id, None)
         if entry is not None:
             self._pages.release(entry.table)
@@ -131,8 +137,11 @@ class Training:
 
     def views(self) -> list[JobView]:
         """Jobs that can use the next iteration, for the scheduler."""
-        views = []
+        views, in_flight = [], self._in_flight.jobs
         for job_id, entry in list(self._entries.items()):
+            if job_id in in_flight:
+                views.append(JobView(job_id=job_id, forward_tokens=0, is_backward=True, in_flight=in_flight[job_id]))
+                continue
             try:
                 group = self._current(entry)
             except (RuntimeError, MemoryError) as error:
@@ -167,6 +176,10 @@ class Training:
                 first_slot += sequence.num_rows
         return windows + self._evaluations.windows(forward)
 
+    def start_units(self, windows: Sequence[Window | EvaluationWindow]) -> None:
+        """Let these windows of adapters, a whole pass, go forward in units: as backward work."""
+        self._in_flight.start([window for window in windows if isinstance(window, Window)])
+
     def heads(self, windows: Sequence[Window | EvaluationWindow], hidden_TH: Tensor, features: PassFeatures) -> None:
         """What comes of the windows that were forwarded, whose rows were the last ones of the pass: losses and gradients, or
         what drafters learn from.
@@ -193,17 +206,25 @@ class Training:
             for job_id in {window.job_id for window in windows}:
                 self._fail(job_id, error)
 
-    def backward(self, plan: Mapping[str, float]) -> BackwardWork:
-        """Go back through a plan's work, all jobs together; reports steps that end and jobs that fail, which are closed."""
+    def backward(
+        self, plan: Mapping[str, float], unit: UnitSize = WHOLE, is_stopped: Callable[[], bool] = lambda: False
+    ) -> BackwardWork:
+        """Go back through a plan's work, all jobs together, and on with what goes forward in units; reports steps that end and
+        jobs that fail, which are closed. When it is stopped, it ends after the unit in work.
+        """
+        going_back = self._going_back(plan)
+        units = self._in_flight.advance(plan, unit.forward, is_stopped, self._fail)
         started_at = time.perf_counter()
         drafters, drafter_tokens = self._distill(plan)
-        drafter_ms = (time.perf_counter() - started_at) * 1e3
-        entries = self._going_back(plan)
+        drafter_ms = (time.perf_counter() - started_at) * 1e3 if drafters else 0.0
+        num_layers = self.decoder.config.num_layers
+        entries = {} if units.num_tokens and is_stopped() else going_back
         cursors = [cursor for _, job in entries.values() for cursor in job.cursors()]
-        budget = math.ceil(sum(plan[job_id] for job_id in entries) * self.decoder.config.num_layers)
+        budget = math.ceil(sum(plan[job_id] for job_id in entries) * num_layers)
+        max_rows = max(1, int(min(MAX_WINDOW_TOKENS, unit.backward * num_layers)))
         token_layers = 0
         try:
-            token_layers = advance(self.decoder, self.cache, cursors, budget)
+            token_layers = advance(self.decoder, self.cache, cursors, budget, max_rows, is_stopped)
         except (RuntimeError, MemoryError) as error:
             for job_id in entries:
                 self._fail(job_id, error)
@@ -216,8 +237,13 @@ class Training:
         ]
         events += self._failures
         self._failures = []
-        num_tokens = token_layers / self.decoder.config.num_layers
-        return BackwardWork(num_tokens=num_tokens, events=tuple(events), drafter_tokens=drafter_tokens, drafter_ms=drafter_ms)
+        return BackwardWork(
+            num_tokens=token_layers / num_layers,
+            events=tuple(events),
+            drafter_tokens=drafter_tokens,
+            drafter_ms=drafter_ms,
+            units=units,
+        )
 
     def _distill(self, plan: Mapping[str, float]) -> tuple[dict[str, _Entry], float]:
         """Let the plan's drafters learn; those that could, and what they did. One whose loss is not finite is closed."""
