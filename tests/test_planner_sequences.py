@@ -103,6 +103,16 @@ def test_progress_moves_the_root() -> None:
     assert ours.table.counters["verified_nodes"] == 4
 
 
+def test_what_the_last_request_s_last_drafts_brought_is_judged_too() -> None:
+    """Else the first report of the next request, which accepted nothing yet, would count against drafting."""
+    ours = planner()
+    ours.answer(report(1, new=(opened(),)), 0.0)
+    arm = ours.table.pacing(report(1).executor_id)._all
+    assert arm._pending > 0
+    ours.answer(report(2, done=(progress((1, 2, 3), 4),), closed=("r",)), 0.0)
+    assert (arm._pending, arm._accepted) == (0, 2)
+
+
 def test_a_closed_sequence_gets_no_tree() -> None:
     ours = planner()
     ours.answer(report(1, new=(opened("a"), opened("b"))), 0.0)

@@ -59,11 +59,11 @@ class Planner:
         if self._mode is None:
             return ()
         sequences = self.table.apply(report, now)
+        pacing = self.table.pacing(report.executor_id)
+        pacing.judge(sum(each.accepted_len for each in report.progress), len(sequences), report.measured_ms)
         if not sequences or report.token_budget <= 0:
             return ()
         debts = _debts(sequences, report.t_spec_ms - report.wait_ms)
-        pacing = self.table.pacing(report.executor_id)
-        pacing.judge(sum(each.accepted_len for each in report.progress), len(sequences), report.measured_ms)
         if is_stale:
             self.counters["stale_reports"] += 1
             return ()
