@@ -129,7 +129,9 @@ def compare(folder: Path, work: Sequence[Batch], options: argparse.Namespace) ->
     """A row for each compared step, printed as it comes."""
     dtype, num_steps = getattr(torch, options.dtype), len(work)
     ours = OurSide(folder, dtype)
-    theirs = PeftSide(folder, dtype, ours.job.adapter.weights.tensors, options.learning_rate, num_steps)
+    theirs = PeftSide(
+        folder, getattr(torch, options.peer_dtype), ours.job.adapter.weights.tensors, options.learning_rate, num_steps
+    )
     rows: list[dict[str, Any]] = []
     for number, batch in enumerate(work):
         rate = options.learning_rate * learning_rate_factor("linear", number, WARMUP_STEPS, num_steps)
@@ -150,7 +152,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--humaneval", type=Path, default=Path("tests/data/humaneval20.jsonl"), help="JSON lines, maybe gzipped"
     )
-    parser.add_argument("--dtype", default="bfloat16", help="of weights and activations; peft is slow in bfloat16 on some CPUs")
+    parser.add_argument("--dtype", default="bfloat16", help="of weights and activations")
+    parser.add_argument("--peer-dtype", help="of peft, which is slow in bfloat16 on some CPUs")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=20, help="each so-manieth step is compared")
     parser.add_argument("--length", type=int, default=96, help="tokens of a sequence")
@@ -158,7 +161,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--out", type=Path, help="a CSV of the rows")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.peer_dtype = options.peer_dtype or options.dtype
+    return options
 
 
 def main() -> None:
@@ -170,7 +175,12 @@ def main() -> None:
     work = batches(folder, options.humaneval, options.length, options.batch_size, options.steps)
     with tempfile.TemporaryDirectory() as scratch:
         rows = compare(small_model(folder, Path(scratch)) if options.small else folder, work, options)
-    shared = {"dtype": options.dtype, "machine": machine(), "model": "small" if options.small else folder.name}
+    shared = {
+        "dtype": options.dtype,
+        "peer_dtype": options.peer_dtype,
+        "machine": machine(),
+        "model": "small" if options.small else folder.name,
+    }
     if options.out:
         write_csv(options.out, [{**row, **shared, "commit": commit()} for row in rows])
     if any(row["met"] == "no" for row in rows):
