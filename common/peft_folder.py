@@ -166,7 +166,7 @@ def _header(weights: bytes) -> dict[str, Any]:
         raise PeftFolderError(f"{WEIGHTS} is not in safetensors format, or cut off")
     try:
         header = msgspec.json.decode(weights[8 : 8 + length], type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PeftFolderError(f"{WEIGHTS} is not in safetensors format: {error}") from error
     header.pop("__metadata__", None)
     return header

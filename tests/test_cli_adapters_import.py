@@ -181,7 +181,13 @@ def test_damaged_files_are_named(good: Path, tmp_path: Path) -> None:
     path = folder / "adapter_model.safetensors"
     whole = path.read_bytes()
     tensors = safetensors.torch.load(whole)
-    for data in (b"", b"garbage", whole[:40], b"\xff" * 64, (2).to_bytes(8, "little") + b"[]"):
+    for data in (
+        b"",
+        b"garbage",
+        whole[:40],
+        b"\xff" * 64,
+        *((2).to_bytes(8, "little") + header for header in (b"[]", b'"\xff')),
+    ):
         path.write_bytes(data)
         with pytest.raises(PeftFolderError, match="not in safetensors format"):
             read_peft_folder(folder)
