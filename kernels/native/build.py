@@ -23,7 +23,13 @@ from kernels.cache import cache_dir
 
 SOURCE = Path(__file__).with_name("heddle_cpu.c")
 """It includes all the others: one unit, so that they are compiled into one another."""
-FLAGS = ("-O3", "-march=x86-64-v3", "-ffp-contract=fast", "-fPIC", "-fopenmp")
+FLAGS = ("-O3", "-ffp-contract=fast", "-fPIC", "-fopenmp")
+LEVELS = {
+    "amx": ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx512": ("-march=x86-64-v4",),
+    "avx2": ("-march=x86-64-v3",),
+}
+"""What the compiler may use, the best first; `HEDDLE_CPU_LEVEL` names one that is less than what the processor has."""
 COMPILE_TIMEOUT_S = 120
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -70,16 +76,29 @@ def is_supported() -> bool:
     return has_avx2 and (find() is not None or compiler() is not None)
 
 
+@functools.cache
+def level() -> str:
+    """The best of LEVELS that this processor and its kernel have, at most `HEDDLE_CPU_LEVEL`. Raises ValueError for another word."""
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    has_amx = has_avx512 and torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    available = [name for name, is_there in zip(LEVELS, (has_amx, has_avx512, True), strict=True) if is_there]
+    wanted = os.environ.get("HEDDLE_CPU_LEVEL") or available[0]
+    if wanted not in LEVELS:
+        raise ValueError(f"HEDDLE_CPU_LEVEL={wanted}: not one of {', '.join(LEVELS)}")
+    return wanted if wanted in available else available[0]
+
+
 def compiler() -> str | None:
     """The C compiler: $CC, else cc or gcc."""
     return next((found for name in (os.environ.get("CC"), "cc", "gcc") if name and (found := shutil.which(name))), None)
 
 
-def file_name() -> str:
-    """The library's name; another one for another source."""
+def file_name(of_level: str | None = None) -> str:
+    """The library's name; another one for another source or level, the processor's if none is given."""
     sources = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]")))
-    key = hashlib.sha256(sources + " ".join(FLAGS).encode()).hexdigest()[:16]
-    return f"heddle_cpu-{key}.so"
+    of_level = of_level or level()
+    key = hashlib.sha256(sources + " ".join((*FLAGS, *LEVELS[of_level])).encode()).hexdigest()[:16]
+    return f"heddle_cpu-{of_level}-{key}.so"
 
 
 def find() -> Path | None:
@@ -87,17 +106,19 @@ def find() -> Path | None:
     return next((path for folder in (SOURCE.parent, cache_dir() / "native") if (path := folder / file_name()).exists()), None)
 
 
-def build(folder: Path) -> Path:
-    """Compile into this folder. Raises BuildError."""
+def build(folder: Path, of_level: str | None = None) -> Path:
+    """Compile into this folder, for this processor if no level is given. Raises BuildError."""
+    of_level = of_level or level()
     if (command := compiler()) is None:
         raise BuildError("there is no C compiler (cc or gcc)")
-    built = folder / file_name()
+    built = folder / file_name(of_level)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             obj, lib = Path(scratch, "heddle_cpu.o"), Path(scratch, "heddle_cpu.so")
             # Linked without -fopenmp: the threads are those of torch's OpenMP, not of a second one that fights for the cores.
-            for step in ([*FLAGS, "-c", str(SOURCE), "-o", str(obj)], ["-shared", str(obj), "-o", str(lib), "-lm"]):
+            flags = [*FLAGS, *LEVELS[of_level]]
+            for step in ([*flags, "-c", str(SOURCE), "-o", str(obj)], ["-shared", str(obj), "-o", str(lib), "-lm"]):
                 subprocess.run([command, *step], check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
             os.replace(lib, built)
     except subprocess.CalledProcessError as error:
@@ -120,4 +141,5 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 if __name__ == "__main__":  # python -m kernels.native.build: beside the source, for whoever makes an image
-    print(build(SOURCE.parent))
+    for each in LEVELS:
+        print(build(SOURCE.parent, each))
