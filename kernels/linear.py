@@ -1,7 +1,8 @@
 """A frozen linear whose weight is laid out once for the units that multiply it. Knows no model.
 
-Measured in bf16, 30 layers of SmolLM2-135M and its head. 2 cores with AVX512-BF16, oneDNN's layout instead of the plain weight:
-12.1 -> 8.1 ms at 1 row, 16.5 -> 11.5 at 16, 45 -> 29 at 64, 92 -> 87 at 256.
+In bf16 the compiled library multiplies on AMX tiles and with AVX2; where a processor has bf16 instructions but no tiles, oneDNN
+does. Measured there, 30 layers of SmolLM2-135M and its head, 2 cores with AVX512-BF16, oneDNN's layout instead of the plain
+weight: 12.1 -> 8.1 ms at 1 row, 16.5 -> 11.5 at 16, 45 -> 29 at 64, 92 -> 87 at 256.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.native import operations as native
+from kernels.native.build import level
 
 TYPICAL_ROWS = 16
 """oneDNN chooses the layout for about so many rows; it is right for any number."""
@@ -29,12 +31,12 @@ class Linear:
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         self.dtype = weight_OI.dtype
-        onednn = _onednn(weight_OI, bias_O)
-        self.packed = None if onednn is not None else _compiled(weight_OI, bias_O)
+        self.packed = _compiled(weight_OI, bias_O)
+        onednn = _onednn(weight_OI, bias_O) if self.packed is None else None
         """What multiplies, if that is the compiled library."""
         self._weight_OI = weight_OI if self.packed is None else None
         self._bias_O = bias_O
-        self._forward: Product = onednn or self.packed or self._plain
+        self._forward: Product = self.packed or onednn or self._plain
         self._is_widened = weight_OI.device.type == "cpu" and weight_OI.dtype.itemsize == 2 and not _has_fast_half(weight_OI)
 
     def __call__(self, x_TI: Tensor) -> Tensor:
@@ -82,6 +84,5 @@ def _onednn(weight_OI: Tensor, bias_O: Tensor | None) -> Product | None:
 
 
 def _compiled(weight: Tensor, bias_O: Tensor | None) -> native.PackedLinear | None:
-    if _has_fast_half(weight) or not native.takes(weight):
-        return None
-    return native.PackedLinear(weight, bias_O)
+    is_slower = _has_fast_half(weight) and level() != "amx"
+    return None if is_slower or not native.takes(weight) else native.PackedLinear(weight, bias_O)

@@ -9,8 +9,6 @@
 #define DEPTH 512       /* inputs of a task's rows that stay in the L2 cache while panels stream by; a multiple of SLICE */
 #define TURN_AHEAD 4    /* panels of a weight that are fetched before they are turned round */
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 /* --- the gradient of a linear's input ------------------------------------------------------------------------------------ */
 
 /* Words of 8 rows as 8 columns. */
@@ -34,7 +32,7 @@ INLINE void transpose8(u8x r[8]) {
 /* Inputs [column, column + 16) of outputs [o0, o1) of a packed weight, turned round: [o1 - o0][16] floats. Inputs that it does not have
  * are 0. `o0` is a multiple of PANEL, and there is room for whole panels. */
 INLINE void turn_panel(const void *packed, int64_t num_in, int64_t column, float *panel, int64_t o0, int64_t o1, int half) {
-    int64_t width = half ? (num_in + 1) / 2 : num_in, first = half ? column / 2 : column; /* words for an output, which of them is first */
+    int64_t width = heddle_packed_inputs(num_in, half) / (half ? 2 : 1), first = half ? column / 2 : column; /* words for an output, which of them is first */
     int64_t count = least(half ? PANEL / 2 : PANEL, width - first);
     for (int64_t o = o0; o < o1; o += PANEL) {
         const uint32_t *words = (const uint32_t *)packed + (o / PANEL * width + first) * PANEL;
@@ -96,6 +94,9 @@ int heddle_linear_backward(const void *dy, int64_t dy_stride, const void *packed
                            int dy_half, int half) {
     linear_backward_t p = {dy, packed, dx, dy_stride, num_out, num_in, dy_half, half};
     if (!num_rows) return 0;
+#ifdef __AMX_BF16__
+    if (half && dy_half) return linear_backward_amx(dy, dy_stride, packed, dx, num_rows, num_out, num_in);
+#endif
     int64_t groups = (num_rows + GROUP_ROWS - 1) / GROUP_ROWS, panels = num_panels(num_in), threads = omp_get_max_threads();
     int64_t least_parts = least((threads + groups - 1) / groups, panels), parts = (panels + GROUP_PANELS - 1) / GROUP_PANELS;
     int failed = 0;

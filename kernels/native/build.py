@@ -33,6 +33,7 @@ LEVELS = {
 COMPILE_TIMEOUT_S = 120
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "heddle_packed_inputs": (_INT64, [_INT64, _INT]),
     "heddle_pack": (None, [_POINTER] * 2 + [_INT64] * 3 + [_INT]),
     "heddle_linear": (_INT, [_POINTER, _INT64, _POINTER, _POINTER, _POINTER] + [_INT64] * 4 + [_INT]),
     "heddle_rms_norm": (None, [_POINTER] * 5 + [_INT64] * 2 + [_FLOAT, _INT]),

@@ -9,10 +9,23 @@
 
 INLINE int64_t num_panels(int64_t num_out) { return (num_out + PANEL - 1) / PANEL; }
 
-/* Elements of one packed panel: [I][16] floats, or [I / 2][16] pairs of bfloat16, the earlier input in the low half. */
-INLINE int64_t panel_size(int64_t num_in, int half) { return (half ? (num_in + 1) / 2 * 2 : num_in) * PANEL; }
+#ifdef __AMX_BF16__
+#define PACKED_INPUTS 32 /* a panel of bfloat16 has a multiple of so many inputs */
+#else
+#define PACKED_INPUTS 2
+#endif
 
-/* `transposed`: the source is [I, O]. Outputs beyond O, and the input that makes a pair of the last one, are zero. */
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Inputs that a panel has room for. */
+int64_t heddle_packed_inputs(int64_t num_in, int half) {
+    return half ? (num_in + PACKED_INPUTS - 1) / PACKED_INPUTS * PACKED_INPUTS : num_in;
+}
+
+/* Elements of one packed panel: [I][16] floats, or [I / 2][16] pairs of bfloat16, the earlier input in the low half. */
+INLINE int64_t panel_size(int64_t num_in, int half) { return heddle_packed_inputs(num_in, half) * PANEL; }
+
+/* `transposed`: the source is [I, O]. Outputs beyond O and inputs beyond I are zero. */
 void heddle_pack(const void *weight, void *packed, int64_t num_out, int64_t num_in, int transposed, int half) {
 #pragma omp parallel for schedule(static)
     for (int64_t panel = 0; panel < num_panels(num_out); panel++)
@@ -185,9 +198,14 @@ static void tile(const float *x, int64_t x_stride, const void *packed, int64_t f
     }
 }
 
+#include "linear_amx.c"
+
 /* Returns 0, or -1 if there was no memory. Rows of x and y are x_stride and y_stride elements apart. */
 int heddle_linear(const void *x, int64_t x_stride, const void *packed, const void *bias, void *y, int64_t y_stride, int64_t num_rows,
                   int64_t num_in, int64_t num_out, int half) {
+#ifdef __AMX_BF16__
+    if (half) return linear_amx(x, x_stride, packed, bias, y, y_stride, num_rows, num_in, num_out);
+#endif
     int64_t block_rows = half && num_rows <= FEW_ROWS ? PAIR_ROWS : MAX_ROWS;
     int64_t num_blocks = (num_rows + block_rows - 1) / block_rows, panels_total = num_panels(num_out);
     int64_t tile_blocks = TILE_FLOATS / (MAX_ROWS * num_in) > 4 ? TILE_FLOATS / (MAX_ROWS * num_in) : 4;

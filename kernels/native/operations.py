@@ -51,7 +51,7 @@ class PackedLinear:
         weight = weight.contiguous()
         self.num_in, self.num_out = weight.shape if transposed else weight.shape[::-1]
         self._half, self._dtype = ELEMENT[weight.dtype], weight.dtype
-        num_rows = self.num_in + self.num_in % 2 * self._half  # bfloat16 is packed in pairs of inputs
+        num_rows = loaded_library().heddle_packed_inputs(self.num_in, self._half)
         self._packed = memory.empty(-(-self.num_out // PANEL), num_rows, PANEL, dtype=weight.dtype)
         self._bias = None if bias_O is None else bias_O.to(weight.dtype).contiguous()
         loaded_library().heddle_pack(
