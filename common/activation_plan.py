@@ -15,7 +15,7 @@ from common.model_shape import ModelShape
 from common.rematerialization import keep, made_again
 from common.reverse_autodiff import GradOp, prune, read_tensors, reverse
 
-MAX_WINDOW_TOKENS = 256
+MAX_WINDOW_TOKENS = 512
 """Rows that a backward pass goes through at once."""
 MIN_WIDE_BYTES = 4
 """Sums over windows are kept in fp32 at least."""

@@ -11,6 +11,7 @@
 #define TILE_BYTES 1024
 #define MAX_STEPS 20        /* tiles of each of two panels that stay in the L1 cache while rows stream by */
 #define ROW_GROUP 512       /* rows that stay in the L2 cache while panels stream by */
+#define MAX_PAIRS 9         /* pairs of panels whose sums stay in the L2 cache */
 #define TURNED_AHEAD 3      /* panels that are fetched before they are turned round */
 
 typedef struct {
@@ -106,10 +107,10 @@ static void store_tile(const amx_rows_t *p, int64_t block, int64_t panel, const 
 
 /* All rows with `steps` tiles of `panels` neighbouring panels; behind the last of them the results are stored. `sums`: of all blocks. */
 static void add_panels(const amx_rows_t *p, int64_t first_step, const char *b, int64_t panel_bytes, int64_t steps, int64_t panel, int panels,
-                       int is_last, const char *next, float *sums) {
+                       int is_first, int is_last, const char *next, float *sums) {
     int64_t num_blocks = (p->num_rows + TILE_ROWS - 1) / TILE_ROWS;
     for (int64_t block = 0; block < num_blocks; block += 2) {
-        int blocks = block + 1 < num_blocks ? 2 : 1, is_first = first_step == 0;
+        int blocks = block + 1 < num_blocks ? 2 : 1;
         const char *a0 = p->a + row_of_block(p, block) * p->a_bytes + first_step * TILE_STEP;
         const char *a1 = p->a + row_of_block(p, block + blocks - 1) * p->a_bytes + first_step * TILE_STEP;
         float *to = is_first && is_last ? sums : sums + block * panels * TILE_FLOATS_AMX;
@@ -142,13 +143,13 @@ static amx_rows_t amx_rows(const void *x, int64_t x_stride, int64_t num_in, int6
     return p;
 }
 
-/* Floats of scratch space: sums of a group, then a copy of its rows, then two turned panels. */
+/* Floats of scratch space: sums of two panels and a group of rows, and copies of these rows, of up to `most_in` inputs at once. */
 INLINE int64_t amx_sums(int64_t num_rows) {
     int64_t blocks = (least(num_rows, ROW_GROUP) + TILE_ROWS - 1) / TILE_ROWS;
     return (blocks * 2 > 4 ? blocks * 2 : 4) * TILE_FLOATS_AMX;
 }
-INLINE int64_t amx_copies(int64_t num_rows, int64_t num_in, int64_t x_stride) {
-    return needs_copy(num_in, x_stride) ? least(num_rows, ROW_GROUP) * copied_bytes(num_in) / 4 : 0;
+INLINE int64_t amx_copies(int64_t num_rows, int64_t num_in, int64_t most_in, int64_t x_stride) {
+    return needs_copy(num_in, x_stride) ? least(num_rows, ROW_GROUP) * copied_bytes(least(num_in, most_in)) / 4 : 0;
 }
 
 INLINE int64_t num_slices(int64_t steps, int64_t num_rows) { return num_rows <= 2 * TILE_ROWS ? 1 : (steps + MAX_STEPS - 1) / MAX_STEPS; }
@@ -161,7 +162,7 @@ static int linear_amx(const void *x, int64_t x_stride, const void *packed, const
     int failed = 0;
 #pragma omp parallel
     {
-        float *sums = scratch((size_t)(amx_sums(num_rows) + amx_copies(num_rows, num_in, x_stride)));
+        float *sums = scratch((size_t)(amx_sums(num_rows) + amx_copies(num_rows, num_in, num_in, x_stride)));
         int64_t chunk = panels_total / (omp_get_num_threads() * 8) / 4 * 4;
         if (chunk < 4) chunk = 4;
         if (!sums) {
@@ -184,7 +185,8 @@ static int linear_amx(const void *x, int64_t x_stride, const void *packed, const
                         int64_t from = block_start(s, slices, steps), to = block_start(s + 1, slices, steps);
                         int is_last = s + 1 == slices, has_next = !is_last || panel + 2 * panels <= panels_total;
                         const char *next = is_last ? b + panels * panel_bytes : b + to * TILE_BYTES;
-                        add_panels(&rows, from, b + from * TILE_BYTES, panel_bytes, to - from, panel, (int)panels, is_last, has_next ? next : NULL, sums);
+                        add_panels(&rows, from, b + from * TILE_BYTES, panel_bytes, to - from, panel, (int)panels, s == 0, is_last,
+                                   has_next ? next : NULL, sums);
                     }
                 }
         }
@@ -233,35 +235,37 @@ static void turn_tiles(const char *packed, int64_t panel_bytes, int64_t panels_t
         }
 }
 
+/* A task has all rows of a group and some pairs of panels; it takes a slice of the outputs at a time, so that the L2 cache holds this
+ * slice of its rows and the sums of its panels. */
 static int linear_backward_amx(const void *dy, int64_t dy_stride, const void *packed, void *dx, int64_t num_rows, int64_t num_out, int64_t num_in) {
     int64_t panel_bytes = panel_size(num_in, 1) * 2, steps = (num_out + 31) / 32, slices = (steps + MAX_STEPS - 1) / MAX_STEPS;
-    int64_t groups = (num_rows + ROW_GROUP - 1) / ROW_GROUP, pairs = panel_bytes / TILE_BYTES;
+    int64_t groups = (num_rows + ROW_GROUP - 1) / ROW_GROUP, pairs = panel_bytes / TILE_BYTES, parts = (pairs + MAX_PAIRS - 1) / MAX_PAIRS;
+    int64_t sums_of_pair = amx_sums(num_rows), turned = 2 * MAX_STEPS * TILE_BYTES / 4, fewest = least(pairs, (omp_get_max_threads() + groups - 1) / groups);
     int failed = 0;
+    if (parts < fewest) parts = fewest;
 #pragma omp parallel
     {
-        int64_t num_sums = amx_sums(num_rows), turned = 2 * MAX_STEPS * TILE_BYTES / 4;
-        float *sums = scratch((size_t)(num_sums + turned + amx_copies(num_rows, num_out, dy_stride)));
-        char *room = (char *)(sums + num_sums + turned);
-        int64_t group_at_hand = -1;
-        amx_rows_t rows = {0};
+        float *sums = scratch((size_t)(MAX_PAIRS * sums_of_pair + turned + amx_copies(num_rows, num_out, MAX_STEPS * 32, dy_stride)));
+        char *tiles = (char *)(sums + MAX_PAIRS * sums_of_pair), *room = tiles + turned * 4;
         if (!sums) {
 #pragma omp atomic write
             failed = 1;
         }
         configure_tiles(least(num_rows, TILE_ROWS));
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < groups * pairs; task++) {
-            int64_t group = task / pairs, pair = task % pairs;
+        for (int64_t task = 0; task < groups * parts; task++) {
+            int64_t group = task / parts, first = block_start(task % parts, parts, pairs), last = block_start(task % parts + 1, parts, pairs);
             int64_t row0 = block_start(group, groups, num_rows), count = block_start(group + 1, groups, num_rows) - row0;
-            int panels = pair * 32 + PANEL < num_in ? 2 : 1;
-            if (!sums) continue;
-            if (group != group_at_hand) rows = amx_rows(dy, dy_stride, num_out, row0, count, room);
-            group_at_hand = group;
-            rows.y = dx, rows.y_stride = num_in, rows.num_out = num_in;
-            for (int64_t s = 0; s < slices; s++) {
+            for (int64_t s = 0; s < slices && sums; s++) {
                 int64_t from = block_start(s, slices, steps), to = block_start(s + 1, slices, steps);
-                turn_tiles(packed, panel_bytes, num_panels(num_out), pair, from, to, (char *)(sums + num_sums));
-                add_panels(&rows, from, (char *)(sums + num_sums), (to - from) * TILE_BYTES, to - from, pair * 2, panels, s + 1 == slices, NULL, sums);
+                amx_rows_t rows = amx_rows((const uint16_t *)dy + from * 32, dy_stride, least(to * 32, num_out) - from * 32, row0, count, room);
+                rows.y = dx, rows.y_stride = num_in, rows.num_out = num_in;
+                for (int64_t pair = first; pair < last; pair++) {
+                    int panels = pair * 32 + PANEL < num_in ? 2 : 1;
+                    turn_tiles(packed, panel_bytes, num_panels(num_out), pair, from, to, tiles);
+                    add_panels(&rows, 0, tiles, (to - from) * TILE_BYTES, to - from, pair * 2, panels, s == 0, s + 1 == slices, NULL,
+                               sums + (pair - first) * sums_of_pair);
+                }
             }
         }
         _tile_release();
