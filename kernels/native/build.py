@@ -79,9 +79,10 @@ def is_supported() -> bool:
 
 @functools.cache
 def level() -> str:
-    """The best of LEVELS that this processor and its kernel have, at most `HEDDLE_CPU_LEVEL`. Raises ValueError for another word."""
+    """The best of LEVELS that processor and kernel have, at most `HEDDLE_CPU_LEVEL`. Raises ValueError for another word."""
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    has_amx = has_avx512 and torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    has_tiles = torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    has_amx = has_avx512 and torch.cpu._is_avx512_bf16_supported() and has_tiles
     available = [name for name, is_there in zip(LEVELS, (has_amx, has_avx512, True), strict=True) if is_there]
     wanted = os.environ.get("HEDDLE_CPU_LEVEL") or available[0]
     if wanted not in LEVELS:
