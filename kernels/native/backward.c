@@ -123,16 +123,18 @@ int heddle_linear_backward(const void *dy, int64_t dy_stride, const void *packed
 /* --- rows: norm, activation, loss ---------------------------------------------------------------------------------------- */
 
 INLINE void norm_row_backward(const void *dy, const void *x, const void *weight, void *dx, int64_t num_hidden, float eps, int half) {
-    v8 squares = splat(0.0f), products = splat(0.0f);
-    for (int64_t i = 0; i < num_hidden; i += LANES) {
-        v8 value = load(x, i, half);
+    vec squares = spread(0.0f), products = spread(0.0f);
+    for (int64_t i = 0; i < num_hidden; i += WIDE) {
+        vec value = get_some(x, i, num_hidden, half);
         squares += value * value;
-        products += load(dy, i, half) * load(weight, i, half) * value;
+        products += get_some(dy, i, num_hidden, half) * get_some(weight, i, num_hidden, half) * value;
     }
     float inverse = 1.0f / sqrtf(total(squares) / (float)num_hidden + eps);
     float shared = inverse * inverse * inverse * (total(products) / (float)num_hidden);
-    for (int64_t i = 0; i < num_hidden; i += LANES)
-        store(dx, i, load(dy, i, half) * load(weight, i, half) * splat(inverse) - load(x, i, half) * splat(shared), half);
+    for (int64_t i = 0; i < num_hidden; i += WIDE) {
+        vec own = get_some(dy, i, num_hidden, half) * get_some(weight, i, num_hidden, half) * spread(inverse);
+        put_some(dx, i, num_hidden, own - get_some(x, i, num_hidden, half) * spread(shared), half);
+    }
 }
 
 /* dx of y = weight * x / rms(x). H is a multiple of 8. */
@@ -147,10 +149,11 @@ void heddle_rms_norm_backward(const void *dy, const void *x, const void *weight,
 }
 
 INLINE void silu_row_backward(const void *dy, const void *gate, const void *up, void *dgate, void *dup, int64_t num_inner, int half) {
-    for (int64_t i = 0; i < num_inner; i += LANES) {
-        v8 g = load(gate, i, half), d = load(dy, i, half), sigmoid = splat(1.0f) / (splat(1.0f) + exp8(-g));
-        store(dgate, i, d * load(up, i, half) * (sigmoid * (splat(1.0f) + g * (splat(1.0f) - sigmoid))), half);
-        store(dup, i, d * (g * sigmoid), half);
+    for (int64_t i = 0; i < num_inner; i += WIDE) {
+        vec g = get_some(gate, i, num_inner, half), d = get_some(dy, i, num_inner, half), one = spread(1.0f);
+        vec sigmoid = over_one_plus_exp(one, -g);
+        put_some(dgate, i, num_inner, d * get_some(up, i, num_inner, half) * (sigmoid * (one + g * (one - sigmoid))), half);
+        put_some(dup, i, num_inner, d * (g * sigmoid), half);
     }
 }
 
@@ -164,35 +167,58 @@ void heddle_silu_mul_backward(const void *dy, const void *gate_up, void *dgate_u
     }
 }
 
+/* The highest of some logits, or NaN if one of them is. */
+static float highest_of(const float *logits, int64_t count) {
+    vec highest = spread(-INFINITY), sum = spread(0.0f);
+    float most = -INFINITY;
+    int64_t i = 0;
+    for (; i + WIDE <= count; i += WIDE) {
+        vec value = get(logits, i, 0);
+        highest = choose(is_above(value, highest), value, highest);
+        sum = choose(is_nan(value), value, sum);
+    }
+    for (int k = 0; k < WIDE; k++) {
+        if (sum[k] != sum[k]) return sum[k];
+        most = highest[k] > most ? highest[k] : most;
+    }
+    for (; i < count; i++) {
+        if (logits[i] != logits[i]) return logits[i];
+        most = logits[i] > most ? logits[i] : most;
+    }
+    return most;
+}
+
+/* Whether no logit before the label is as high. */
+static int is_first(const float *logits, int64_t label, float highest) {
+    int64_t i = 0;
+    while (i < label && logits[i] != highest) i++;
+    return i == label;
+}
+
 /* loss = -log softmax(logits)[label] and whether the label is the first of the largest; with `makes_gradient` the logits of a row
  * become softmax - one-hot. */
 static void loss_row(float *logits, int64_t num_words, int64_t label, float *loss, uint8_t *hit, int makes_gradient) {
-    float highest = -INFINITY;
-    int64_t first = -1, i;
-    int is_number = 1;
-    for (i = 0; i < num_words; i++) {
-        is_number &= logits[i] == logits[i];
-        if (logits[i] > highest) highest = logits[i], first = i;
-    }
-    float at_label = logits[label] - highest;
+    float highest = highest_of(logits, num_words), at_label = logits[label] - highest;
+    int is_number = highest == highest;
+    int64_t i;
     double sum = 0.0;
-    for (int64_t start = 0; start < num_words; start += SUM_BLOCK * LANES) {
-        int64_t end = least(start + SUM_BLOCK * LANES, num_words);
-        v8 part = splat(0.0f);
-        for (i = start; i + LANES <= end; i += LANES) {
-            v8 e = exp8(*(v8_mem *)(logits + i) - splat(highest));
+    *hit = is_number && highest > -INFINITY && logits[label] == highest && is_first(logits, label, highest);
+    for (int64_t start = 0; start < num_words; start += SUM_BLOCK * WIDE) {
+        int64_t end = least(start + SUM_BLOCK * WIDE, num_words);
+        vec part = spread(0.0f);
+        for (i = start; i + WIDE <= end; i += WIDE) {
+            vec e = exp_wide(get(logits, i, 0) - spread(highest));
             part += e;
-            if (makes_gradient) *(v8_mem *)(logits + i) = e;
+            if (makes_gradient) put(logits, i, e, 0);
         }
         sum += total(part);
         for (; i < end; i++) {
-            float e = exp8(splat(logits[i] - highest))[0];
+            float e = exp_wide(spread(logits[i] - highest))[0];
             sum += e;
             if (makes_gradient) logits[i] = e;
         }
     }
     *loss = is_number ? (float)(log(sum) - at_label) : NAN;
-    *hit = is_number && first == label;
     if (!makes_gradient) return;
     float inverse = is_number ? (float)(1.0 / sum) : NAN;
     for (i = 0; i < num_words; i++) logits[i] *= inverse;

@@ -9,6 +9,7 @@
 #include "vectors.h"
 #include "linear.c"
 #include "rows.c"
+#include "products.c"
 #include "attention.c"
 #include "lora.c"
 #include "layers.c"

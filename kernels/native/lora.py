@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.native.operations import ELEMENT, LANES, check, loaded_library
+from kernels.native.operations import ELEMENT, PANEL, check, loaded_library
 from kernels.segments import LoraSegment
 
 TASK_ROWS = 16
@@ -45,7 +45,7 @@ class LoraWork:
             ],
             dtype=_SEGMENT,
         )
-        floats = (self._table["end"] - self._table["start"]) * (-(-self._table["rank"] // LANES) * LANES)
+        floats = (self._table["end"] - self._table["start"]) * (-(-self._table["rank"] // PANEL) * PANEL)
         self._table["low"] = np.cumsum(floats) - floats
         down = [(i, row, end, -1) for i, s in enumerate(segments) for row, end in _pieces(s)]
         up = [(i, row, end, o) for i, row, end, _ in down for o in range(0, int(self._table["num_out"][i]), TASK_COLUMNS)]
@@ -92,7 +92,7 @@ class LayersLora:
         tables = np.stack([table.table_Lt for _, _, table in rows], axis=1)
         tables["start"] = np.array([start for start, _, _ in rows])[None, :, None]
         tables["end"] = np.array([end for _, end, _ in rows])[None, :, None]
-        floats = np.array([(end - start) * (-(-table.rank // LANES) * LANES) for start, end, table in rows])
+        floats = np.array([(end - start) * (-(-table.rank // PANEL) * PANEL) for start, end, table in rows])
         num_layers = len(tables)
         self._kept: list[object] = [table for _, _, table in rows]
         calls = np.zeros((num_layers, len(linears), 5), dtype=np.int64)

@@ -1,20 +1,20 @@
 /* What is done to each row alone: norm, RoPE with the write into the cache, activation. */
-INLINE float total(v8 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
-
 INLINE void norm_row(const void *x, const void *residual, const void *weight, void *sum, void *y, int64_t num_hidden, float eps, int half) {
-    v8 squares = splat(0.0f);
-    for (int64_t i = 0; i < num_hidden; i += LANES) {
-        v8 value = load(x, i, half);
+    vec squares = spread(0.0f);
+    for (int64_t i = 0; i < num_hidden; i += WIDE) {
+        vec value = get_some(x, i, num_hidden, half);
         if (residual) {
-            value = rounded(value + load(residual, i, half), half);
-            store(sum, i, value, half);
+            value = rounded_wide(value + get_some(residual, i, num_hidden, half), half);
+            put_some(sum, i, num_hidden, value, half);
         }
         squares += value * value;
     }
-    v8 inverse = splat(1.0f / sqrtf(total(squares) / (float)num_hidden + eps));
+    vec inverse = spread(1.0f / sqrtf(total(squares) / (float)num_hidden + eps));
     const void *from = residual ? sum : x;
-    for (int64_t i = 0; i < num_hidden; i += LANES)
-        store(y, i, load(weight, i, half) * rounded(load(from, i, half) * inverse, half), half);
+    for (int64_t i = 0; i < num_hidden; i += WIDE) {
+        vec normed = rounded_wide(get_some(from, i, num_hidden, half) * inverse, half);
+        put_some(y, i, num_hidden, get_some(weight, i, num_hidden, half) * normed, half);
+    }
 }
 
 /* m = x + residual (if any), y = weight * m / rms(m); `sum` takes m and may be x or residual, y may be x. H is a multiple of 8. */
@@ -32,10 +32,11 @@ void heddle_rms_norm(const void *x, const void *residual, const void *weight, vo
 
 INLINE void rotate(const void *x, void *y, const void *cos, const void *sin, int64_t head_dim, int half) {
     int64_t middle = head_dim / 2;
-    for (int64_t i = 0; i < middle; i += LANES) {
-        v8 low = load(x, i, half), high = load(x, middle + i, half);
-        store(y, i, low * load(cos, i, half) - high * load(sin, i, half), half);
-        store(y, middle + i, high * load(cos, middle + i, half) + low * load(sin, middle + i, half), half);
+    for (int64_t i = 0; i < middle; i += WIDE) {
+        int64_t j = middle + i;
+        vec low = get_some(x, i, middle, half), high = get_some(x, j, head_dim, half);
+        put_some(y, i, middle, low * get_some(cos, i, middle, half) - high * get_some(sin, i, middle, half), half);
+        put_some(y, j, head_dim, high * get_some(cos, j, head_dim, half) + low * get_some(sin, j, head_dim, half), half);
     }
 }
 
@@ -64,29 +65,10 @@ void heddle_rope_and_cache(const void *q, int64_t q_stride, const void *k, int64
     }
 }
 
-INLINE v8 exp8(v8 x) { /* relative error below 2e-7; 0 below -87, infinite above 88 */
-    i8x is_low = x < splat(-87.0f);
-    i8x is_high = x > splat(88.0f);
-    x = where(is_low, splat(-87.0f), where(is_high, splat(88.0f), x));
-    v8 scaled = x * splat(1.44269504f);
-    v8 shifted = scaled + splat(12582912.0f); /* 1.5 * 2^23: rounds to an integer in the low bits */
-    i8x n = (i8x)shifted - (i8x)splat(12582912.0f);
-    v8 whole = shifted - splat(12582912.0f);
-    v8 r = x - whole * splat(0.693359375f) + whole * splat(2.12194440e-4f);
-    v8 p = splat(1.9875691500e-4f);
-    p = p * r + splat(1.3981999507e-3f);
-    p = p * r + splat(8.3334519073e-3f);
-    p = p * r + splat(4.1665795894e-2f);
-    p = p * r + splat(1.6666665459e-1f);
-    p = p * r + splat(5.0000001201e-1f);
-    p = p * r * r + r + splat(1.0f);
-    return where(is_low, splat(0.0f), where(is_high, splat(INFINITY), p * (v8)((n + 127) << 23)));
-}
-
 INLINE void silu_row(const void *gate, const void *up, void *y, int64_t num_inner, int half) {
-    for (int64_t i = 0; i < num_inner; i += LANES) {
-        v8 g = load(gate, i, half), silu = g / (splat(1.0f) + exp8(-g));
-        store(y, i, rounded(silu, half) * load(up, i, half), half);
+    for (int64_t i = 0; i < num_inner; i += WIDE) {
+        vec g = get_some(gate, i, num_inner, half), silu = over_one_plus_exp(g, -g);
+        put_some(y, i, num_inner, rounded_wide(silu, half) * get_some(up, i, num_inner, half), half);
     }
 }
 
