@@ -56,7 +56,7 @@ static int lowest_bucket(const float *weights, int64_t num_tokens, int64_t top_k
     for (int lowest = BUCKETS - 1; lowest >= 0; lowest--) {
         count += counts[lowest];
         sum += mass[lowest];
-        if (top_k ? count >= top_k : sum >= wanted) return lowest;
+        if (count > 0 && (top_k ? count >= top_k : sum >= wanted)) return lowest; /* top_p may be 0 */
     }
     return -1;
 }
@@ -79,7 +79,7 @@ static candidate_t last_kept(const float *weights, int64_t num_tokens, const dra
     }
     int64_t kept = 0;
     for (double before = 0.0; kept < num_candidates && (kept == 0 || before < draw->top_p * total); kept++) before += candidates[kept].weight;
-    return candidates[kept - 1];
+    return kept ? candidates[kept - 1] : (candidate_t){0.0f, (int32_t)num_tokens - 1}; /* none, of rows that are not numbers */
 }
 
 static int64_t draw_row(const void *logits, int64_t num_tokens, const draw_t *draw, float *weights, candidate_t *candidates, int half) {
