@@ -263,13 +263,13 @@ def segmented_bottleneck_gradients(
 def ragged_attention_backward(
     do_TND: Tensor, q_TND: Tensor, k_cache_SKD: Tensor, v_cache_SKD: Tensor, plan: AttentionPlan, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.ragged_attention_backward`, in float32 where torch multiplies half precision without the processor's help.
+    """`reference.ragged_attention_backward`, in float32 on CPUs: scores' gradients are differences that half precision rounds away.
 
     The gradients of keys and values are in the type of the computation: they are summed on.
     """
     if uses_triton(q_TND):
         return triton_gate.operations.ragged_attention_backward(do_TND, q_TND, k_cache_SKD, v_cache_SKD, plan, scale)
-    if q_TND.dtype != torch.bfloat16 or q_TND.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if q_TND.dtype != torch.bfloat16 or q_TND.device.type != "cpu":
         return attention_backward.ragged_attention_backward(do_TND, q_TND, k_cache_SKD, v_cache_SKD, plan, scale)
     o, dq, dk, dv = attention_backward.ragged_attention_backward(
         do_TND.float(), q_TND.float(), k_cache_SKD, v_cache_SKD, plan, scale

@@ -27,7 +27,9 @@ pytestmark = [pytest.mark.real_model, pytest.mark.timeout(300)]
 
 HUMANEVAL = Path(__file__).parent / "data" / "humaneval20.jsonl"
 NUM_PROBLEMS = 10
-"""So many that the job takes a minute or two beside chat on two cores without bf16 units."""
+"""So many that a job takes a minute or two beside chat on two cores without bf16 units."""
+FEWEST_CHATS, MOST_JOBS = 3, 6
+"""Jobs follow each other until so many chats ran beside them: a fast machine ends one within two chats."""
 LEAST_TPOT_MS, TIMES_ALONE = 150.0, 4.0
 """The target is the larger of this and so many times what a chat alone takes: how fast the machine is, is not tested."""
 MOST_CHATS = 12
@@ -100,29 +102,22 @@ def test_an_adapter_is_trained_beside_chat_and_served_at_once(stack: Stack, tmp_
     chats = Chats(client)
     with dataset(tmp_path / "humaneval.jsonl").open("rb") as file:
         uploaded = client.files.create(file=file, purpose="fine-tune")
-    lora = {"rank": 8, "alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"], "learning_rate": 1e-3}
-    job = client.fine_tuning.jobs.create(
-        model="smollm2",
-        training_file=uploaded.id,
-        suffix="humaneval",
-        seed=1,
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 2}}},
-        extra_body={"lora": lora},
-    )
     chats.start()
     try:
-        done = eventually(lambda: _ended(client, job.id), 240)
+        done = _train(client, uploaded.id)
+        for _ in range(MOST_JOBS - 1):
+            if len(chats.tpots_ms) >= FEWEST_CHATS or chats.failures:
+                break
+            done = _train(client, uploaded.id)
     finally:
         chats.enough.set()
         chats.join(60)
-    assert done.status == "succeeded", done.error
-    assert done.trained_tokens
     assert not chats.failures
-    assert len(chats.tpots_ms) >= 3, "the job ended before chat could be judged"
+    assert len(chats.tpots_ms) >= FEWEST_CHATS, "the jobs ended before chat could be judged"
     num_missed = sum(tpot > chats.target_ms for tpot in chats.tpots_ms)
     assert num_missed <= max(1, 0.1 * len(chats.tpots_ms)), (chats.target_ms, chats.tpots_ms)
 
-    losses = _losses(client, job.id)
+    losses = _losses(client, done.id)
     assert len(losses) == 10
     assert sum(losses[-3:]) / 3 < 0.9 * sum(losses[:3]) / 3, losses
 
@@ -165,6 +160,24 @@ def test_iterations_tell_what_they_held(stack: Stack) -> None:
     assert all({"decode", "draft", "prefill", "finetune", "ms"} <= set(line) for line in held)
     metrics = httpx.get(f"{stack.url}/metrics").text
     assert "heddle_executor_finetune_tokens" in metrics
+
+
+def _train(client: openai.OpenAI, file_id: str) -> Any:
+    """A job that succeeded."""
+    job = client.fine_tuning.jobs.create(
+        model="smollm2",
+        training_file=file_id,
+        suffix="humaneval",
+        seed=1,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 2}}},
+        extra_body={
+            "lora": {"rank": 8, "alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"], "learning_rate": 1e-3}
+        },
+    )
+    done = eventually(lambda: _ended(client, job.id), 240)
+    assert done.status == "succeeded", done.error
+    assert done.trained_tokens
+    return done
 
 
 def _ended(client: openai.OpenAI, job_id: str) -> Any:

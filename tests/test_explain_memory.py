@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from common.activation_plan import plan_activations
+from common.activation_plan import MAX_WINDOW_TOKENS, plan_activations
 from common.bypasses import bypasses_of
 from common.memory_table import MemoryTable, memory_table, saved_share
 from common.model_shape import ModelShape
@@ -67,7 +67,8 @@ def test_memory_grows_with_the_sequence_but_windows_do_not() -> None:
     short, long = (table_of(CONFIGS["lora"], num_tokens=n) for n in (2048, 4096))
     assert long.forward_total[-1] == 2 * short.forward_total[-1]
     again = [next(row for row in table.backward if row.name == "made again").num_bytes[-1] for table in (short, long)]
-    assert again[1] - again[0] == 256 * (2 * 64 * 2048) * FP16_BYTES  # scores and softmax alone see the whole sequence
+    # Scores and softmax alone see the whole sequence.
+    assert again[1] - again[0] == MAX_WINDOW_TOKENS * (2 * 64 * 2048) * FP16_BYTES
 
 
 @pytest.fixture
