@@ -97,6 +97,7 @@ INLINE void micro(const float *x, int64_t x_stride, const void *packed, int64_t 
             }
             if (i < i1) ADD_INPUT(low_half(PAIRS(i)), i);
         } else {
+#pragma GCC unroll 4
             for (int64_t i = i0; i < i1; i++) ADD_INPUT(FLOATS(i), i);
         }
 #pragma GCC unroll 6
