@@ -263,7 +263,7 @@ def segmented_bottleneck_gradients(
 def ragged_attention_backward(
     do_TND: Tensor, q_TND: Tensor, k_cache_SKD: Tensor, v_cache_SKD: Tensor, plan: AttentionPlan, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.ragged_attention_backward`, in float32 on CPUs: scores' gradients are differences that half precision rounds away.
+    """`reference.ragged_attention_backward`, in float32 on CPUs: half precision rounds away differences of scores' gradients.
 
     The gradients of keys and values are in the type of the computation: they are summed on.
     """

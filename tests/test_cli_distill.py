@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from common.chat import ChatTokenizer
 from common.fingerprint import fingerprint
+from kernels.drafting.files import read_drafter
 from services.cli.__main__ import main
 from services.cli.distill import DistillOptions, distill
 from services.cli.distill_data import Collector, DistillError, Prompt, open_turn, read_prompts
@@ -124,6 +126,34 @@ def test_from_nothing_to_a_drafter(folder: Path, tmp_path: Path) -> None:
     assert (len(head.vocabulary), head.feature_layers) == (60, (1, 2, 3))
     with pytest.raises(DistillError, match="not empty"):
         distill(options, Server().client())
+
+
+def test_a_drafter_is_trained_on(folder: Path, tmp_path: Path) -> None:
+    first = DistillOptions(
+        model=str(folder), out=tmp_path / "first", url="http://unused", num_tokens=900, vocabulary=50, epochs=2, threads=1
+    )
+    distill(first, Server().client())
+    again = dataclasses.replace(first, out=tmp_path / "again", start=first.out, vocabulary=60, epochs=1, seed=1)
+    assert "Started from first." in distill(again, Server().client())
+    before, after = read_drafter(first.out), read_drafter(again.out)
+    assert after.vocabulary == before.vocabulary, "it is the start's"
+    assert after.shape == before.shape
+    apart = {name: (after.weights[name] - weight).norm() / weight.norm() for name, weight in before.weights.items()}
+    assert apart["embedding_VH"] < 0.01, "rounded, not trained"
+    assert 1e-4 < apart["o.weight"] < 0.5, "trained on, not anew"
+
+
+def test_a_drafter_of_another_model_is_not_trained_on(folder: Path, tmp_path: Path) -> None:
+    options = DistillOptions(
+        model=str(folder), out=tmp_path / "first", url="http://unused", num_tokens=900, vocabulary=50, epochs=1, threads=1
+    )
+    distill(options, Server().client())
+    config = json.loads((options.out / "config.json").read_text())
+    (options.out / "config.json").write_text(json.dumps({**config, "fingerprint": "other"}))
+    with pytest.raises(DistillError, match="another model"):
+        distill(dataclasses.replace(options, out=tmp_path / "again", start=options.out), Server().client())
+    with pytest.raises(DistillError, match="nowhere"):
+        distill(dataclasses.replace(options, out=tmp_path / "more", start=tmp_path / "nowhere"), Server().client())
 
 
 def test_training_lowers_the_loss(folder: Path) -> None:

@@ -10,12 +10,57 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from kernels.drafting.head import DraftHead
+from kernels.drafting.head import DraftHead, HeadShape
 
 CONFIG, WEIGHTS, CARD = "config.json", "drafter.safetensors", "README.md"
 FORMAT = "heddle-features-1"
+
+
+class DrafterFilesError(ValueError):
+    """A folder holds no such drafter; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredDrafter:
+    """What a folder says: the head's shape, its weights in float32 by name, and the tokens that it can draft."""
+
+    shape: HeadShape
+    fingerprint: str
+    max_depth: int
+    weights: dict[str, Tensor]
+    vocabulary: list[int]
+
+    def head(self) -> DraftHead:
+        """The head, to be trained on."""
+        head = DraftHead(self.shape, self.weights["embedding_VH"])
+        head.load_state_dict({"head_VH": self.weights["embedding_VH"], **self.weights})
+        return head
+
+
+def read_drafter(folder: Path) -> StoredDrafter:
+    """Raises DrafterFilesError."""
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        if config["format"] != FORMAT:
+            raise DrafterFilesError(f"{folder / CONFIG}: the format {config['format']!r} is not {FORMAT}")
+        stored = safetensors.torch.load_file(folder / WEIGHTS)
+        fields = {field.name: config[field.name] for field in dataclasses.fields(HeadShape)}
+        shape = HeadShape(**fields | {"feature_layers": tuple(int(layer) for layer in config["feature_layers"])})
+        names = [name for name in stored if not name.endswith(("_scale", "vocabulary_V"))]
+        return StoredDrafter(
+            shape=shape,
+            fingerprint=str(config["fingerprint"]),
+            max_depth=int(config["max_depth"]),
+            weights={name: _widened(name, stored) for name in names},
+            vocabulary=stored["vocabulary_V"].tolist(),
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, DrafterFilesError):
+            raise
+        raise DrafterFilesError(f"{folder} is no drafter on features: {error!r}") from error
 
 
 def write_drafter(folder: Path, head: DraftHead, vocabulary: Sequence[int], *, fingerprint: str, max_depth: int) -> None:
@@ -48,3 +93,9 @@ def quantized(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """Int8 [O, I] and the scale [O] that it is multiplied by."""
     scale_O = (weight_OI.abs().amax(dim=1) / 127).clamp(min=1e-12)
     return (weight_OI / scale_O[:, None]).round().to(torch.int8), scale_O
+
+
+def _widened(name: str, stored: dict[str, Tensor]) -> Tensor:
+    """Matrices are stored as int8 with a scale per row, or as they are."""
+    scale = stored.get(f"{name}_scale")
+    return stored[name].float() if scale is None else stored[name].float() * scale.float()[:, None]

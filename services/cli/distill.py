@@ -7,7 +7,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 from rich.progress import Progress, TextColumn
@@ -15,9 +14,6 @@ from rich.progress import Progress, TextColumn
 from common.chat import ChatTokenizer
 from services.cli.convert import convert
 from services.cli.distill_data import Collector, DistillError, Example, read_prompts
-
-if TYPE_CHECKING:
-    pass
 
 EVALUATED_SHARE = 0.03
 ANSWERS = "answers.jsonl"
@@ -34,6 +30,7 @@ class DistillOptions:
     api_key: str | None = None
     served_model_name: str | None = None
     prompts: Path | None = None
+    start: Path | None = None
     num_tokens: int = 300_000
     vocabulary: int = 10_240
     epochs: float = 4.0
@@ -88,4 +85,5 @@ def _train(options: DistillOptions, folder: Path, examples: Sequence[Example], p
         folder, examples, options.out, progress,
         vocabulary_size=options.vocabulary, epochs=options.epochs, threads=options.threads, seed=options.seed,
         evaluated_share=EVALUATED_SHARE, origin="its own inventions" if options.prompts is None else options.prompts.name,
+        start=options.start,
     )  # fmt: skip

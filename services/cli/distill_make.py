@@ -17,7 +17,7 @@ from common.drafter_vocabulary import choose_vocabulary, count_tokens
 from common.fingerprint import fingerprint
 from common.model_shape import read_model_shape
 from kernels.drafting.design import MAX_DEPTH, WINDOW, feature_layers, inner_size, with_rest
-from kernels.drafting.files import CARD, write_drafter
+from kernels.drafting.files import CARD, DrafterFilesError, StoredDrafter, read_drafter, write_drafter
 from kernels.drafting.head import DraftHead, HeadShape
 from services.cli.distill_data import DistillError, Example
 from services.cli.distill_evaluate import describe, evaluate
@@ -48,13 +48,17 @@ def make(
     seed: int,
     evaluated_share: float,
     origin: str,
+    start: Path | None = None,
 ) -> str:
-    """Train a drafter for the model in `folder` and write it to `out`; returns its card. Raises DistillError."""
+    """Train a drafter for the model in `folder` and write it to `out`; returns its card. Raises DistillError.
+
+    `start` is the folder of a drafter of this model that is trained on, with its vocabulary.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     started_at = time.monotonic()
     torch.manual_seed(seed)
-    material = prepare(folder, examples, progress, vocabulary_size, evaluated_share, seed)
+    material = prepare(folder, examples, progress, vocabulary_size, evaluated_share, seed, start)
     head, recipe = material.head, Recipe(epochs=epochs, seed=seed)
     task = progress.add_task("training", total=1.0, note="")
     num_steps = Trainer(head, recipe).train(
@@ -73,8 +77,8 @@ def make(
             fingerprint=name,
             data=f"{len(material.learned):,} greedy answers of {folder.name} ({num_learned:,} tokens) to prompts that are"
             f" {origin}; {len(material.held_out):,} more were held out.",
-            training=f"{num_steps:,} steps, {epochs:g} epochs, {(time.monotonic() - started_at) / 60:.0f} minutes with"
-            f" {torch.get_num_threads()} threads. {recipe!r}",
+            training=f"{'' if start is None else f'Started from {start.name}. '}{num_steps:,} steps, {epochs:g} epochs,"
+            f" {(time.monotonic() - started_at) / 60:.0f} minutes with {torch.get_num_threads()} threads. {recipe!r}",
             acceptance=describe(evaluate(head.eval(), material.held_out, max_depth=5)),
         )
     )
@@ -83,17 +87,28 @@ def make(
 
 
 def prepare(
-    folder: Path, examples: Sequence[Example], progress: Progress, vocabulary_size: int, evaluated_share: float, seed: int
+    folder: Path,
+    examples: Sequence[Example],
+    progress: Progress,
+    vocabulary_size: int,
+    evaluated_share: float,
+    seed: int,
+    start: Path | None = None,
 ) -> Material:
-    """Let the target read the examples, and set up a head for it. Raises DistillError for too few."""
-    layers = feature_layers(read_model_shape(folder)[0].num_layers)
+    """Let the target read the examples, and set up a head for it.
+
+    Raises DistillError for too few, or for a start that is another model's.
+    """
+    started = None if start is None else _started(start, folder)
+    layers = started.shape.feature_layers if started else feature_layers(read_model_shape(folder)[0].num_layers)
     target = Target(folder, layers)
     order = sorted(examples, key=lambda example: example.tokens)
     random.Random(seed).shuffle(order)
     num_evaluated = max(1, round(evaluated_share * len(order)))
     if len(order) <= num_evaluated:
         raise DistillError(f"{len(order)} answers are too few: some are needed to train on, and some to evaluate with")
-    vocabulary = _vocabulary(order[num_evaluated:], target.config.vocab_size, vocabulary_size)
+    num_tokens = target.config.vocab_size
+    vocabulary = started.vocabulary if started else _vocabulary(order[num_evaluated:], num_tokens, vocabulary_size)
     places_V = torch.full((target.config.vocab_size,), len(vocabulary))
     places_V[torch.tensor(vocabulary)] = torch.arange(len(vocabulary))
     task = progress.add_task("hidden states", total=len(order), note="")
@@ -104,11 +119,23 @@ def prepare(
             traces.append(trace)
             progress.advance(task)
         parts.append(lessons_of(traces, target, places_V, vocabulary))
+    if started is not None:
+        return Material(started.head(), vocabulary, *parts)
     head = DraftHead(_shape(target, layers), with_rest(target.embedding_VH, vocabulary))
     with torch.no_grad():
         head.head_VH.copy_(with_rest(target.head_VH, vocabulary))
     start_from_least_squares(head, parts[0], target)
     return Material(head, vocabulary, *parts)
+
+
+def _started(start: Path, folder: Path) -> StoredDrafter:
+    try:
+        stored = read_drafter(start)
+    except DrafterFilesError as error:
+        raise DistillError(str(error)) from error
+    if stored.fingerprint != fingerprint(folder):
+        raise DistillError(f"{start} drafts for another model than {folder.name}")
+    return stored
 
 
 def _vocabulary(examples: Sequence[Example], vocab_size: int, size: int) -> list[int]:

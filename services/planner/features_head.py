@@ -7,20 +7,16 @@ N query heads, K kv heads, D head_dim, S slots, V reduced vocabulary and, last, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from common.config import ConfigError
 from kernels import ops
-from kernels.drafting.files import CONFIG, FORMAT, WEIGHTS
+from kernels.drafting.files import DrafterFilesError, StoredDrafter, read_drafter
 
 
 class FeaturesHead:
@@ -29,29 +25,19 @@ class FeaturesHead:
     def __init__(self, folder: Path) -> None:
         """Raises ConfigError, naming the folder, if it holds no such head."""
         try:
-            config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-            stored = load_file(folder / WEIGHTS)
-            if config["format"] != FORMAT:
-                raise ConfigError(f"{folder / CONFIG}: the format {config['format']!r} is not {FORMAT}")
-            self._read(config, stored)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"{folder} is no drafter on features: {error!r}") from error
+            self._read(read_drafter(folder))
+        except (DrafterFilesError, KeyError, RuntimeError) as error:
+            raise ConfigError(str(error)) from error
 
-    def _read(self, config: dict[str, Any], stored: dict[str, Tensor]) -> None:
-        self.fingerprint = str(config["fingerprint"])
-        self.feature_layers = tuple(int(layer) for layer in config["feature_layers"])
-        self.window, self.max_depth = int(config["window"]), int(config["max_depth"])
-        self.hidden_size = int(config["hidden_size"])
-        self.num_heads, self.num_kv_heads = int(config["num_heads"]), int(config["num_kv_heads"])
-        self.head_dim, self._eps = int(config["head_dim"]), float(config["rms_norm_eps"])
+    def _read(self, stored: StoredDrafter) -> None:
+        shape = stored.shape
+        self.fingerprint, self.feature_layers, self.max_depth = stored.fingerprint, shape.feature_layers, stored.max_depth
+        self.window, self.hidden_size = shape.window, shape.hidden_size
+        self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
+        self.head_dim, self._eps = shape.head_dim, shape.rms_norm_eps
         self.dtype = torch.bfloat16 if ops.has_fast_bfloat16() else torch.float32
-        values = {
-            name: _widened(name, stored).to(self.dtype) for name in stored if not name.endswith(("_scale", "vocabulary_V"))
-        }
-        vocabulary: list[int] = stored["vocabulary_V"].tolist()
-        self.vocabulary = vocabulary
+        values = {name: value.to(self.dtype) for name, value in stored.weights.items()}
+        self.vocabulary = vocabulary = stored.vocabulary
         self.place = {token: i for i, token in enumerate(vocabulary)}
         """Of each token in the reduced vocabulary."""
         self._embedding_VH = values["embedding_VH"]
@@ -62,7 +48,7 @@ class FeaturesHead:
         self._gate_up, self._down = ops.Linear(values["gate_up.weight"]), ops.Linear(values["down.weight"])
         self._head = ops.Linear(values.get("head_VH", self._embedding_VH))
         half = self.head_dim // 2
-        self._rates = float(config["rope_theta"]) ** -(torch.arange(half, dtype=torch.float64) / half)
+        self._rates = shape.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
         self._cos_PD, self._sin_PD = torch.empty(2, 0, self.head_dim, dtype=self.dtype)
         self._keys, self._values = torch.empty(2, 0, self.num_kv_heads, self.head_dim, dtype=self.dtype)
 
@@ -125,9 +111,3 @@ class FeaturesHead:
 
     def _norm(self, x_RH: Tensor, name: str) -> Tensor:
         return ops.rms_norm(x_RH, self._norms[name], self._eps)
-
-
-def _widened(name: str, stored: dict[str, Tensor]) -> Tensor:
-    """Matrices are stored as int8 with a scale per row, or as they are."""
-    scale = stored.get(f"{name}_scale")
-    return stored[name].float() if scale is None else stored[name].float() * scale.float()[:, None]
