@@ -17,6 +17,7 @@ from services.planner.control import (
     draft_depth,
     draft_width,
     least_worth,
+    most_gain,
     quota_limit,
     token_debt,
     useful_depth,
@@ -159,6 +160,15 @@ def test_requests_that_their_target_leaves_behind_are_drafted_for_where_throughp
     assert free.rests > 0.8 * free.iterations
     assert all(free.tpot_ms[i] > 53.0 for i in bound)
     assert all(ours.tpot_ms[i] < 51.0 for i in bound)
+
+
+def test_the_most_that_drafts_can_bring_falls_with_what_a_level_costs() -> None:
+    gains = [most_gain(30.0, level_ms, 8) for level_ms in (0.0, 3.0, 15.0, 24.0, 30.0)]
+    assert gains == sorted(gains, reverse=True)
+    assert gains[0] == pytest.approx(sum(0.9**k for k in range(9)))
+    assert gains[3] == pytest.approx(1.9 / 1.8)
+    assert gains[4] == pytest.approx(1.9 / 2.0)
+    assert most_gain(30.0, 3.0, 0) == 0.0
 
 
 def test_depth_ends_where_even_the_best_path_is_worth_less_than_it_costs() -> None:

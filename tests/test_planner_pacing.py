@@ -157,3 +157,13 @@ def test_where_nothing_pays_all_rest_together_and_say_so() -> None:
         pacing.observe(round_of(8, 9.0))
     left = pacing.num_left
     assert rested(pacing, num_running=8) >= left
+
+
+def test_what_cannot_pay_even_if_guessed_well_is_not_probed() -> None:
+    pacing = Pacing(has_free=True)
+    assert pacing.choose(32, 0, PLAIN_MS, most_gain=1.0) is None
+    assert pacing.num_left == FIRST_REST, "the executor waits for no answer"
+    assert pacing.choose(32, 1, PLAIN_MS, most_gain=1.0) == "all", "a debt may be paid at others' cost"
+    assert pacing.num_left == 0
+    assert pacing.choose(32, 1, PLAIN_MS, most_gain=0.7) is None, "not at any cost"
+    assert pacing.choose(2, 0, PLAIN_MS, most_gain=2.0) == "all"

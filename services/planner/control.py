@@ -9,6 +9,8 @@ PRIOR_RATE, PRIOR_TRIALS = 0.8, 4.0
 """What is believed of a new sequence's drafts: deep enough to find out."""
 FORGETTING = 0.9
 """A verify step counts e times less after ten more: text changes its kind."""
+LIKELIEST = 0.9
+"""No drafter's best guesses are accepted more often, level after level, of many requests at once."""
 ROUNDING = 1e-9
 
 
@@ -44,6 +46,17 @@ def least_worth(num_requests: int, plain_ms: float, node_ms: float, level_ms: fl
     Without drafts `num_requests` tokens take `plain_ms`; one more row takes `node_ms`, one more level for all `level_ms`.
     """
     return (num_requests * max(0.0, node_ms) + level_ms) / plain_ms if plain_ms > 0 else 0.0
+
+
+def most_gain(plain_ms: float, level_rows_ms: float, most: int) -> float:
+    """Times as many tokens per ms as roots alone that drafts can bring: of a chain for each request, as deep as is best and at
+    most `most`, whose nodes are accepted as LIKELIEST says. A level of all chains takes `level_rows_ms` more than `plain_ms`.
+    """
+    tokens, best = 1.0, 0.0
+    for depth in range(1, most + 1):
+        tokens += LIKELIEST**depth
+        best = max(best, tokens * plain_ms / (plain_ms + depth * level_rows_ms))
+    return best
 
 
 def useful_depth(rate: float, worth: float, most: int) -> int:

@@ -183,10 +183,13 @@ class Pacing:
         self._all = _Arm(LONGEST_REST)
         self._free = _Arm(LONGEST_FREE_REST) if has_free else None
         self._chosen: _Arm | None = None
+        self._is_hopeless = False
 
     @property
     def num_left(self) -> int:
         """Reports still to be answered without drafts, while the load is what it is."""
+        if self._is_hopeless:
+            return FIRST_REST
         return min(arm.load.num_left for arm in (self._all, self._free) if arm is not None)
 
     def judge(self, num_accepted: int, num_requests: int, measured_ms: float | None) -> None:
@@ -195,9 +198,14 @@ class Pacing:
             if arm is not None:
                 arm.judge(num_accepted, num_requests, measured_ms)
 
-    def choose(self, num_running: int, num_in_debt: int, plain_ms: float) -> Tier | None:
-        """Who drafts for this report; None: nobody, and its iteration takes `plain_ms`. Debts end a rest that began
-        without any."""
+    def choose(self, num_running: int, num_in_debt: int, plain_ms: float, most_gain: float = math.inf) -> Tier | None:
+        """Who drafts for this report; None: nobody, and its iteration takes `plain_ms`. Debts end a rest that began without
+        any. What cannot bring enough even if it is guessed well, `most_gain`, is not probed.
+        """
+        self._is_hopeless = most_gain < (LEAST_PAYING_GAIN if num_in_debt else LEAST_GAIN)
+        if self._is_hopeless:
+            self._chosen = None
+            return None
         rests = self._all.rests(num_running, num_in_debt)
         if self._free is None:
             self._chosen = None if rests else self._all

@@ -69,7 +69,8 @@ class Planner:
             return ()
         num_running = self.table.num_running(report.executor_id)
         num_in_debt, plain_ms = int(np.count_nonzero(debts > 1.0)), _plain_ms(report)
-        tier = pacing.choose(num_running, num_in_debt, plain_ms) if self._mode.has_stop_rule else "all"
+        most_gain = control.most_gain(plain_ms, _level_rows_ms(report, len(sequences)), self._shape.max_depth)
+        tier = pacing.choose(num_running, num_in_debt, plain_ms, most_gain) if self._mode.has_stop_rule else "all"
         if tier is None:
             self.counters["rests"] += 1
             return ()
@@ -127,8 +128,7 @@ class Planner:
         width = control.draft_width(shape.draft_tokens, num_requests, offset=shape.width_offset, most=shape.max_width)
         if not mode.is_calibrated:
             return [(min(depth, sequence.max_depth), width) for sequence in sequences.values()]
-        base, plain_ms = max(1, report.base_tokens), _plain_ms(report)
-        level_rows_ms = predict_ms(report.latency, Rows(base + num_requests)) - predict_ms(report.latency, Rows(base))
+        plain_ms, level_rows_ms = _plain_ms(report), _level_rows_ms(report, num_requests)
         level_ms = cost.of(1, num_requests)
         worth = max(shape.min_prob, control.least_worth(num_requests, plain_ms, level_rows_ms / num_requests, level_ms))
         limits = []
@@ -238,6 +238,12 @@ def _plain_ms(report: IterationReport) -> float:
     iteration or in another, so that a token which drafts bring must be worth its own time.
     """
     return report.t_spec_ms - report.wait_ms - report.other_ms
+
+
+def _level_rows_ms(report: IterationReport, num_requests: int) -> float:
+    """What a node for each request adds to the iteration."""
+    base = max(1, report.base_tokens)
+    return predict_ms(report.latency, Rows(base + num_requests)) - predict_ms(report.latency, Rows(base))
 
 
 def _debts(sequences: dict[str, Sequence], t_spec_ms: float) -> Floats:
