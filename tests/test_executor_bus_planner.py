@@ -18,7 +18,7 @@ from common.fingerprint import fingerprint
 from common.fleet import MISSED_BEATS
 from common.messages import Beat, DraftTree, DraftTrees, IterationReport, PlannerClaim, PlannerGranted, ServiceState
 from services.executor.engine import Iteration
-from services.executor.planner_link import MISSES_UNTIL_IMPATIENT
+from services.executor.planner_link import MAX_DEFERRED, MISSES_UNTIL_IMPATIENT
 from tests.executor_stage import Connect, Gate, Mailbox, Stage, known_profile, running_executor, write_model
 from tests.tiny import NUM_TOKENS, PROMPTS, tiny_request, truth
 
@@ -198,7 +198,7 @@ async def test_late_trees_are_not_waited_for_until_they_are_on_time_again(
 async def test_a_planner_that_rests_is_not_waited_for_and_says_when_it_drafts_again(
     connect: Connect, model_dir: Path, planner: FakePlanner
 ) -> None:
-    """The answers to all reports but the first come when the last but one was made: who waited for one would wait for ever."""
+    """No report but the first is answered until the second was made: who waited for an answer would wait for ever."""
     planner.num_resting = 2 * NUM_TOKENS
     planner.answers = lambda report: len(planner.reports) == 0
     async with claimed(connect, model_dir, planner) as stage:
@@ -206,11 +206,16 @@ async def test_a_planner_that_rests_is_not_waited_for_and_says_when_it_drafts_ag
         gate = Gate(stage.engine)
         await stage.admit(tiny_request("r3", PROMPTS["r3"], NUM_TOKENS))
         gate.let(NUM_TOKENS - 4)
-        reports = await planner.reports.hold(NUM_TOKENS - 4)
+        reports = await planner.reports.hold(2)
         assert stage.counters()["draft_tokens"] == 0
-        first, *later = [report.measured_ms for report in reports]
-        assert first is None, "it held a prompt"
-        assert all(ms is not None and ms > 0 for ms in later)
+        first, second = reports
+        assert first.measured_ms is None, "it held a prompt"
+        assert second.measured_ms is not None
+        assert second.measured_ms > 0
+        assert second.num_iterations == second.iteration - first.iteration == MAX_DEFERRED < NUM_TOKENS - 4
+        (progress,) = second.progress
+        assert len(progress.tokens) == MAX_DEFERRED
+        await stage.poll(lambda: stage.actor._planner._deferred.num_iterations == NUM_TOKENS - 4 - second.iteration)
         planner.num_resting = 0
         await planner.send(reports[-1])
         planner.answers = lambda report: True

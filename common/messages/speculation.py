@@ -48,7 +48,7 @@ class OpenedSequence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SequenceProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """What one verify step did to a sequence. `tokens` were committed by it (bonus token included).
+    """What one verify step did to a sequence, or several. `tokens` were committed by it (bonus tokens included).
 
     `features` are as in OpenedSequence, of as many tokens, each one place earlier: the old last token to the new last but one.
     """
@@ -79,7 +79,9 @@ class IterationReport(msgspec.Struct, frozen=True, kw_only=True, tag="report.1")
     base_tokens: int
     t_spec_ms: float
     measured_ms: float | None = None
-    """What it was since the report before this one, if nothing but decoding was done; else None."""
+    """What an iteration took since the report before this one, if nothing but decoding was done; else None."""
+    num_iterations: int = 1
+    """Since the report before this one. Progress is that of all of them."""
     wait_ms: float = 0.0
     other_ms: float = 0.0
     patience_ms: float = math.inf
@@ -113,7 +115,7 @@ class DraftTrees(msgspec.Struct, frozen=True, kw_only=True, tag="trees.1"):
     unknown: tuple[str, ...] = ()
     """Sequences of the report that the planner cannot follow: the executor opens them again."""
     num_resting: int = 0
-    """Drafts do not pay at present: answers to so many reports after this one hold none, unless things change."""
+    """Drafts do not pay at present: no drafts come for so many iterations after this one, unless things change."""
 
 
 # --- finetuning: trainer <-> executor ----------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Container
 
+import msgspec
 import structlog
 from nats.errors import Error as NatsError
 
@@ -30,6 +32,40 @@ log = structlog.get_logger()
 
 MISSES_UNTIL_IMPATIENT = 3
 """After this many iterations without trees the link waits no more, until trees arrive again."""
+MAX_DEFERRED = 8
+"""Iterations that one report may tell of while the planner rests: it has to see new debts in time."""
+
+
+class _Deferred:
+    """What was done since the last report: of each sequence all its steps as one."""
+
+    def __init__(self) -> None:
+        self.num_iterations = 0
+        self.is_mixed = False
+        self._steps: dict[str, SequenceProgress] = {}
+
+    def add(self, progress: tuple[SequenceProgress, ...], is_mixed: bool) -> None:
+        """An iteration."""
+        self.num_iterations += 1
+        self.is_mixed |= is_mixed
+        for step in progress:
+            before = self._steps.get(step.request_id)
+            self._steps[step.request_id] = step if before is None else joined(before, step)
+
+    def progress(self, opened: Container[str]) -> tuple[SequenceProgress, ...]:
+        """Of all sequences but those that are opened, with all their tokens."""
+        return tuple(step for name, step in self._steps.items() if name not in opened)
+
+
+def joined(first: SequenceProgress, second: SequenceProgress) -> SequenceProgress:
+    """Two steps of a sequence, one after the other, as one."""
+    return msgspec.structs.replace(
+        second,
+        tokens=(*first.tokens, *second.tokens),
+        num_drafted=first.num_drafted + second.num_drafted,
+        accepted_len=first.accepted_len + second.accepted_len,
+        features=first.features + second.features,
+    )
 
 
 class PlannerLink:
@@ -58,6 +94,7 @@ class PlannerLink:
         self._resting_until = 0
         """The planner announced no drafts for the iterations up to this one."""
         self._misses = 0
+        self._deferred = _Deferred()
         self._answers: dict[int, DraftTrees] = {}
         self._arrived = asyncio.Event()
 
@@ -90,21 +127,29 @@ class PlannerLink:
         """Tell the planner what an iteration did; it answers with the next one's trees. That takes `plain_ms` without them, and
         `other_ms` for prompts and training.
 
-        `is_mixed` says that other work than decoding was done since the last report.
+        `is_mixed` says that other work than decoding was done since the last iteration. While the planner rests, several
+        iterations are told of at once, until a sequence begins or ends.
         """
         if self.planner_id is None:
+            self._deferred = _Deferred()
             return
+        self._deferred.add(progress, is_mixed)
+        is_idle = iteration < self._resting_until and self._num_cohorts == 1 and not opened and not closed
+        if is_idle and self._deferred.num_iterations < MAX_DEFERRED:
+            return
+        deferred, self._deferred = self._deferred, _Deferred()
         now = time.perf_counter()
         report = IterationReport(
             executor_id=self._executor_id,
             iteration=iteration,
             opened=opened,
             closed=closed,
-            progress=progress,
+            progress=deferred.progress({sequence.request_id for sequence in opened}),
             token_budget=token_budget,
             base_tokens=base_tokens,
             t_spec_ms=plain_ms + other_ms + self.mean_wait_ms,
-            measured_ms=self._measured_ms(iteration, is_mixed, now),
+            measured_ms=self._measured_ms(iteration - deferred.num_iterations, deferred, now),
+            num_iterations=deferred.num_iterations,
             wait_ms=self.mean_wait_ms,
             other_ms=other_ms,
             patience_ms=self._max_wait_s * 1e3,
@@ -120,10 +165,12 @@ class PlannerLink:
             log.warning("planner.unreported", error=str(error) or type(error).__name__)
         self._report_ms = (time.perf_counter() - now) * 1e3
 
-    def _measured_ms(self, iteration: int, is_mixed: bool, now: float) -> float | None:
+    def _measured_ms(self, last_reported: int, deferred: _Deferred, now: float) -> float | None:
         """With cohorts iterations overlap, and the time between two reports is that of none."""
-        last = self._reported_at.get(iteration - 1)
-        return None if is_mixed or last is None or self._num_cohorts > 1 else (now - last) * 1e3
+        last = self._reported_at.get(last_reported)
+        if deferred.is_mixed or last is None or self._num_cohorts > 1:
+            return None
+        return (now - last) * 1e3 / deferred.num_iterations
 
     async def trees(self, iteration: int) -> DraftTrees | None:
         """The trees that answer the report of this iteration, waiting for them a little; None if they are late."""

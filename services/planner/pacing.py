@@ -25,7 +25,7 @@ DOUBTFUL_GAIN = 1.3
 NUM_PROBED = 32
 """Drafts (requests times iterations) that are tried before they may be judged as not worth their time."""
 FIRST_REST, LONGEST_REST, LONGEST_FREE_REST = 16, 256, 64
-"""Reports that are answered without drafts after drafts did not pay; doubled each time that they still do not. Drafts that cost
+"""Iterations without drafts after drafts did not pay; doubled each time that they still do not. Drafts that cost
 nothing but the wait for them are probed more often, where others cost more.
 """
 
@@ -72,7 +72,7 @@ class _Load:
     """What is known of drafting while about so many requests run."""
 
     num_left: int = 0
-    """Reports still to be answered without drafts."""
+    """Iterations still to go without drafts."""
     next_rest: int = FIRST_REST
     num_in_debt: int = 0
     """When the rest began."""
@@ -85,7 +85,7 @@ class _Load:
     gain: float = 0.0
     """As of the last round that was judged; 0: none was."""
     age: int = 0
-    """Reports since then."""
+    """Iterations since then."""
     drafted: _Pace = dataclasses.field(default_factory=_Pace)
     plain: _Pace = dataclasses.field(default_factory=_Pace)
 
@@ -133,13 +133,13 @@ class _Arm:
         self._expected = kept * self._expected + self._pending
         self._pending = 0.0
 
-    def rests(self, num_running: int, num_in_debt: int) -> bool:
+    def rests(self, num_running: int, num_in_debt: int, num_iterations: int) -> bool:
         load = self.load = self._loads.setdefault(load_of(num_running), _Load())
         if load.num_left > 0 and num_in_debt > 0 and load.num_in_debt == 0:
             load.begin()
         if load.num_left == 0:
             return False
-        load.num_left -= 1
+        load.num_left = max(0, load.num_left - num_iterations)
         if load.num_left == 0:
             load.begin()
         return True
@@ -187,7 +187,7 @@ class Pacing:
 
     @property
     def num_left(self) -> int:
-        """Reports still to be answered without drafts, while the load is what it is."""
+        """Iterations still to go without drafts, while the load is what it is."""
         if self._is_hopeless:
             return FIRST_REST
         return min(arm.load.num_left for arm in (self._all, self._free) if arm is not None)
@@ -198,21 +198,24 @@ class Pacing:
             if arm is not None:
                 arm.judge(num_accepted, num_requests, measured_ms)
 
-    def choose(self, num_running: int, num_in_debt: int, plain_ms: float, most_gain: float = math.inf) -> Tier | None:
-        """Who drafts for this report; None: nobody, and its iteration takes `plain_ms`. Debts end a rest that began without
-        any. What cannot bring enough even if it is guessed well, `most_gain`, is not probed.
+    def choose(
+        self, num_running: int, num_in_debt: int, plain_ms: float, most_gain: float = math.inf, num_iterations: int = 1
+    ) -> Tier | None:
+        """Who drafts for this report, which comes `num_iterations` after the last one; None: nobody, and its iteration takes
+        `plain_ms`. Debts end a rest that began without any. Where drafts cannot bring enough even if they are guessed well,
+        `most_gain`, they are not probed.
         """
         self._is_hopeless = most_gain < (LEAST_PAYING_GAIN if num_in_debt else LEAST_GAIN)
         if self._is_hopeless:
             self._chosen = None
             return None
-        rests = self._all.rests(num_running, num_in_debt)
+        rests = self._all.rests(num_running, num_in_debt, num_iterations)
         if self._free is None:
             self._chosen = None if rests else self._all
         else:
-            free_rests = self._free.rests(num_running, num_in_debt)
+            free_rests = self._free.rests(num_running, num_in_debt, num_iterations)
             load, free = self._all.load, self._free.load
-            free.age += 1
+            free.age += num_iterations
             in_doubt = 0.0 < load.gain < DOUBTFUL_GAIN and (free.gain == 0.0 or free.age > LONGEST_REST)
             is_trial = not free_rests and num_in_debt == 0 and (in_doubt or 0 < free.num_probed < NUM_PROBED)
             self._chosen = self._free if is_trial or (rests and not free_rests) else None if rests else self._all

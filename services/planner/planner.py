@@ -70,7 +70,9 @@ class Planner:
         num_running = self.table.num_running(report.executor_id)
         num_in_debt, plain_ms = int(np.count_nonzero(debts > 1.0)), _plain_ms(report)
         most_gain = control.most_gain(plain_ms, _level_rows_ms(report, len(sequences)), self._shape.max_depth)
-        tier = pacing.choose(num_running, num_in_debt, plain_ms, most_gain) if self._mode.has_stop_rule else "all"
+        tier: Tier | None = "all"
+        if self._mode.has_stop_rule:
+            tier = pacing.choose(num_running, num_in_debt, plain_ms, most_gain, report.num_iterations)
         if tier is None:
             self.counters["rests"] += 1
             return ()
@@ -95,7 +97,7 @@ class Planner:
         return drafted
 
     def num_resting(self, executor_id: str) -> int:
-        """How many more reports of this executor, which has just been answered, get no drafts unless things change."""
+        """How many more iterations of this executor, which has just been answered, get no drafts unless things change."""
         return self.table.pacing(executor_id).num_left if self._mode is not None and self._mode.has_stop_rule else 0
 
     @property
