@@ -14,7 +14,7 @@ from common.latency import Rows, predict_ms
 from common.messages import LatencyProfile
 from services.planner.costs import Costs, iteration_costs
 from services.planner.drafter import Pool
-from services.planner.selection import Demand, QuotaOrder, Selection, select, select_chains, select_equally
+from services.planner.selection import Candidates, Demand, QuotaOrder, Selection, select, select_chains, select_equally
 from services.planner.trees import cut, join, split
 from tests.planner_trees import find_fault
 
@@ -275,6 +275,17 @@ def test_the_stop_rule_leaves_nodes_that_cost_more_than_they_bring() -> None:
     assert len(choose([CHAIN], [1.0], 3, costs=costs_of(flat, 1, 3)).chosen) == 3
     assert len(choose([CHAIN], [1.0], 3, costs=costs_of(steep, 1, 3)).chosen) == 0
     assert len(choose([CHAIN], [2.4], 3, costs=costs_of(steep, 1, 3)).chosen) == 2, "debts are paid at any price"
+
+
+def test_a_node_is_held_against_all_tokens_that_come_meanwhile() -> None:
+    """One request takes 10 ms, and so does each of `num_others`; a node takes 4 ms more: worth it if it brings 4 tenths."""
+    demand = Demand(debt=np.array([1.0]), most=np.array([9.0]))
+    for prob in (0.39, 0.41):
+        for num_others in range(5):
+            costs = Costs(by_count=10.0 * (1 + num_others) + np.array([0.0, 4.0]), per_node=np.zeros(1))
+            candidates = Candidates(owner=np.array([0]), prob=np.array([prob]))
+            found = select(candidates, demand, 1, max_required=9, order="cheapest", num_others=num_others, costs=costs)
+            assert len(found.chosen) == (prob > 0.4)
 
 
 def test_without_the_rest_only_quotas_are_chosen() -> None:

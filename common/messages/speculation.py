@@ -77,6 +77,8 @@ class IterationReport(msgspec.Struct, frozen=True, kw_only=True, tag="report.1")
     progress: tuple[SequenceProgress, ...] = ()
     token_budget: int
     base_tokens: int
+    num_others: int = 0
+    """Roots of the other cohort, whose pass is part of `t_spec_ms` too."""
     t_spec_ms: float
     measured_ms: float | None = None
     """What an iteration took since the report before this one, if nothing but decoding was done; else None."""

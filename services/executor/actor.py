@@ -269,6 +269,7 @@ class ExecutorActor:
             progress=tuple(step for step in iteration.progress if step.request_id not in known),
             token_budget=min(self._config.max_draft_tokens, self._config.max_batch_tokens - len(decoding)),
             base_tokens=len(next_pass),
+            num_others=len(decoding) - len(contexts),
             plain_ms=turns * (self._other_ms[False] + predict_ms(profile, root_rows(contexts))),
             other_ms=turns * max(0.0, self._other_ms[True] - self._other_ms[False]) if is_mixed else 0.0,
             is_mixed=bool(iteration.prefill_tokens or iteration.finetune_tokens or self._has_worked_back),

@@ -158,9 +158,10 @@ class Planner:
                 best = cheaper
         selection = best.selection
         in_debt, is_unmet = plain_debts > 1.0, selection.is_unmet
+        num_requests = len(in_debt) + report.num_others
         last = Round(
-            num_requests=len(in_debt),
-            tokens=len(in_debt) + float(drafts.candidates.prob[selection.chosen].sum()),
+            num_requests=num_requests,
+            tokens=num_requests + float(drafts.candidates.prob[selection.chosen].sum()),
             ms=best.ms - report.other_ms,
             plain_ms=_plain_ms(report),
             num_in_debt=int(in_debt.sum()),
@@ -231,6 +232,7 @@ def _choose_nodes(drafts: _Drafts, mode: Mode, t_spec_ms: float) -> Selection:
         max_required=control.quota_limit(budget, num_requests) if mode.has_quotas else 0,
         order=mode.order,
         has_rest=mode.has_rest,
+        num_others=drafts.report.num_others,
         costs=drafts.costs if mode.has_stop_rule else None,
     )
 

@@ -62,12 +62,14 @@ def select(
     max_required: int,
     order: QuotaOrder,
     has_rest: bool = True,
+    num_others: int = 0,
     costs: Costs | None = None,
 ) -> Selection:
     """At most `budget` candidates: first what debts need, then the best of the rest over all requests.
 
-    With `costs` the rest ends where expected tokens per ms are highest; without, when the budget is spent; without `has_rest`
-    there is none. A quota that the budget does not cover is granted in part.
+    With `costs` the rest ends where expected tokens per ms are highest, those of `num_others` roots that take part of the time
+    counted too; without, when the budget is spent; without `has_rest` there is none. A quota that the budget does not cover is
+    granted in part.
     """
     budget = max(0, budget)
     num_requests = len(demand.debt)
@@ -83,7 +85,7 @@ def select(
         # What debts need is spent: it must not make the rest look cheap, which is held against roots alone.
         more_ms = costs.by_count[len(required) :][: len(rest) + 1] - costs.by_count[len(required)]
         more_ms[1:] += np.cumsum(costs.per_node[candidates.owner[rest]])
-        rest = rest[: _best_count(float(num_requests), candidates.prob[rest], costs.by_count[0] + more_ms)]
+        rest = rest[: _best_count(float(num_requests + num_others), candidates.prob[rest], costs.by_count[0] + more_ms)]
     return Selection(
         chosen=np.sort(np.concatenate((required, rest))),
         num_required=granted,
