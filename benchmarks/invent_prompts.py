@@ -70,11 +70,11 @@ def openings(counts: dict[str, int], rng: random.Random) -> Iterator[tuple[str, 
 
 
 async def invent(url: str, chat: ChatTokenizer, model: str, counts: dict[str, int], seed: int, out: Path) -> None:
-    """Write the prompts as they come."""
+    """Add the prompts to the file as they come."""
     rng = random.Random(seed)
     before, behind = open_turn(chat)
     waiting = openings(counts, rng)
-    with out.open("w") as file:
+    with out.open("a") as file:
         async with httpx.AsyncClient(base_url=url, timeout=600.0) as client:
 
             async def work() -> None:
@@ -86,7 +86,9 @@ async def invent(url: str, chat: ChatTokenizer, model: str, counts: dict[str, in
                             "top_p": 0.95, "seed": rng.getrandbits(30),
                         }  # fmt: skip
                         response = await client.post("/v1/completions", json=body)
-                        response.raise_for_status()
+                        if response.is_error:
+                            print(f"left out: {response.text[:200]}")
+                            continue
                         content += response.json()["choices"][0]["text"]
                     file.write(json.dumps({"kind": kind, "text": before + content + behind}) + "\n")
                     file.flush()

@@ -32,8 +32,8 @@ class Linear:
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         self.dtype = weight_OI.dtype
         self.packed = _compiled(weight_OI, bias_O)
-        onednn = _onednn(weight_OI, bias_O) if self.packed is None else None
         """What multiplies, if that is the compiled library."""
+        onednn = _onednn(weight_OI, bias_O) if self.packed is None else None
         self._weight_OI = weight_OI if self.packed is None else None
         self._bias_O = bias_O
         self._forward: Product = self.packed or onednn or self._plain

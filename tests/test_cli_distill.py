@@ -51,6 +51,7 @@ class Server:
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.is_broken = False
+        self.num_answers = 10_000
 
     def client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(transport=httpx.MockTransport(self._answer), base_url="http://server")
@@ -58,7 +59,7 @@ class Server:
     def _answer(self, request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content)
         self.bodies.append(body)
-        if self.is_broken:
+        if self.is_broken or len(self.bodies) > self.num_answers:
             return httpx.Response(503)
         start = 3 + (7 * len(self.bodies)) % 60
         words = [WORDS[3 + (start + 5 * i) % 64] for i in range(24)]
@@ -128,13 +129,31 @@ def test_from_nothing_to_a_drafter(folder: Path, tmp_path: Path) -> None:
         distill(options, Server().client())
 
 
+def test_answers_are_kept_as_they_come(folder: Path, tmp_path: Path) -> None:
+    server, prompts = Server(), tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"text": f"a{i} b{j}"}) + "\n" for i in range(8) for j in range(8)))
+    options = DistillOptions(
+        model=str(folder), out=tmp_path / "drafter", prompts=prompts, url="http://unused", num_tokens=1200, vocabulary=50,
+        epochs=1, threads=1,
+    )  # fmt: skip
+    server.num_answers = 20
+    with pytest.raises(DistillError, match="503"):
+        distill(options, server.client())
+    assert len((options.out / "answers.jsonl").read_text().splitlines()) == 20
+    server.num_answers, asked_before = 10_000, {body["prompt"] for body in server.bodies[:20]}
+    del server.bodies[:]
+    distill(options, server.client())
+    assert not asked_before & {body["prompt"] for body in server.bodies}
+    assert len((options.out / "answers.jsonl").read_text().splitlines()) == 20 + len(server.bodies) >= 1200 // 25
+
+
 def test_a_drafter_is_trained_on(folder: Path, tmp_path: Path) -> None:
     first = DistillOptions(
         model=str(folder), out=tmp_path / "first", url="http://unused", num_tokens=900, vocabulary=50, epochs=2, threads=1
     )
     distill(first, Server().client())
     again = dataclasses.replace(first, out=tmp_path / "again", start=first.out, vocabulary=60, epochs=1, seed=1)
-    assert "Started from first." in distill(again, Server().client())
+    assert "Started from first," in distill(again, Server().client())
     before, after = read_drafter(first.out), read_drafter(again.out)
     assert after.vocabulary == before.vocabulary, "it is the start's"
     assert after.shape == before.shape

@@ -35,6 +35,21 @@ def test_linear_and_its_transpose(num_rows: int, num_in: int, num_out: int, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [33, 600, 1025])
+def test_linear_in_parts(num_rows: int, dtype: torch.dtype) -> None:
+    """More rows and inputs than stay in a cache at once."""
+    weight, x = randn(72, 1400, dtype=dtype) / 1400**0.5, randn(num_rows, 1400, dtype=dtype, seed=1)
+    narrow = weight.to(dtype)
+    linear, transposed = native.PackedLinear(narrow), native.PackedLinear(narrow.T, transposed=True)
+    assert_matches(linear(x.to(dtype)), x @ narrow.double().T)
+    assert torch.equal(transposed(x.to(dtype)), linear(x.to(dtype)))
+    dy = randn(num_rows, 72, dtype=dtype, seed=2)
+    assert_matches(linear.backward(dy.to(dtype)), dy @ narrow.double())
+    wide = native.PackedLinear(narrow.T.contiguous())
+    assert_matches(wide.backward(x.to(dtype)), x @ narrow.double().T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_takes_rows_that_are_not_contiguous_and_refuses_other_shapes(dtype: torch.dtype) -> None:
     weight, wide = randn(20, 12, dtype=dtype).to(dtype), randn(5, 40, dtype=dtype, seed=1).to(dtype)
     linear = native.PackedLinear(weight)
@@ -219,6 +234,21 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     native_build.library.cache_clear()
     monkeypatch.setattr(native_build, "build", lambda folder: pytest.fail("compiled twice"))
     assert native_build.library() is not None
+
+
+@pytest.mark.parametrize("level", [name for name in native_build.LEVELS if name != native_build.level()])
+def test_it_can_be_compiled_for_other_processors(tmp_path: Path, level: str) -> None:
+    built = native_build.build(tmp_path, level)
+    assert built.name == native_build.file_name(level) != native_build.file_name()
+    native_build.load(built)
+
+
+def test_a_lower_level_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEDDLE_CPU_LEVEL", "avx2")
+    assert native_build.level.__wrapped__() == "avx2"
+    monkeypatch.setenv("HEDDLE_CPU_LEVEL", "sse")
+    with pytest.raises(ValueError, match="HEDDLE_CPU_LEVEL=sse: not one of amx, avx512, avx2"):
+        native_build.level.__wrapped__()
 
 
 def test_a_library_that_does_not_fit_is_an_error(tmp_path: Path) -> None:

@@ -167,3 +167,24 @@ def test_what_cannot_pay_even_if_guessed_well_is_not_probed() -> None:
     assert pacing.num_left == 0
     assert pacing.choose(32, 1, PLAIN_MS, most_gain=0.7) is None, "not at any cost"
     assert pacing.choose(2, 0, PLAIN_MS, most_gain=2.0) == "all"
+
+
+def test_what_seems_hopeless_is_probed_rarely_and_in_time_for_who_waits() -> None:
+    pacing = Pacing()
+    num_iterations = 0
+    while pacing.choose(32, 0, PLAIN_MS, most_gain=0.5, num_iterations=8) is None:
+        num_iterations += 8
+        assert pacing.num_left == min(FIRST_REST, LONGEST_REST - num_iterations)
+    assert num_iterations == LONGEST_REST
+    assert pacing.choose(32, 0, PLAIN_MS, most_gain=0.5) is None
+
+
+def test_iterations_that_one_report_tells_of_all_count_of_a_rest() -> None:
+    pacing = Pacing()
+    probe(pacing, 33.0)
+    assert pacing.num_left == FIRST_REST
+    assert pacing.choose(32, 0, PLAIN_MS, num_iterations=8) is None
+    pacing.pass_by(7)
+    assert pacing.num_left == FIRST_REST - 15
+    assert pacing.choose(32, 0, PLAIN_MS) is None
+    assert pacing.choose(32, 0, PLAIN_MS) == "all"

@@ -47,8 +47,17 @@ def read_drafter(folder: Path) -> StoredDrafter:
         if config["format"] != FORMAT:
             raise DrafterFilesError(f"{folder / CONFIG}: the format {config['format']!r} is not {FORMAT}")
         stored = safetensors.torch.load_file(folder / WEIGHTS)
-        fields = {field.name: config[field.name] for field in dataclasses.fields(HeadShape)}
-        shape = HeadShape(**fields | {"feature_layers": tuple(int(layer) for layer in config["feature_layers"])})
+        shape = HeadShape(
+            hidden_size=int(config["hidden_size"]),
+            intermediate_size=int(config["intermediate_size"]),
+            num_heads=int(config["num_heads"]),
+            num_kv_heads=int(config["num_kv_heads"]),
+            head_dim=int(config["head_dim"]),
+            feature_layers=tuple(int(layer) for layer in config["feature_layers"]),
+            window=int(config["window"]),
+            rope_theta=float(config["rope_theta"]),
+            rms_norm_eps=float(config["rms_norm_eps"]),
+        )
         names = [name for name in stored if not name.endswith(("_scale", "vocabulary_V"))]
         return StoredDrafter(
             shape=shape,

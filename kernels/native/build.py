@@ -29,7 +29,9 @@ LEVELS = {
     "avx512": ("-march=x86-64-v4",),
     "avx2": ("-march=x86-64-v3",),
 }
-"""What the compiler may use, the best first; `HEDDLE_CPU_LEVEL` names one that is less than what the processor has."""
+"""What the compiler may use, the best first; `HEDDLE_CPU_LEVEL` names one that is less than what the processor has. It is about
+this library alone: below "amx" oneDNN multiplies bfloat16 where the processor can, with what it finds there.
+"""
 COMPILE_TIMEOUT_S = 120
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {

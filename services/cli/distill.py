@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import httpx
 from rich.progress import Progress, TextColumn
@@ -43,10 +44,14 @@ def distill(options: DistillOptions, client: httpx.AsyncClient | None = None) ->
     if options.out.exists() and any(path.name != ANSWERS for path in options.out.iterdir()):
         raise DistillError(f"{options.out} is not empty")
     folder = convert(options.model)
+    if options.start is not None:
+        from services.cli.distill_make import started_drafter  # needs torch; now, as answers take long
+
+        started_drafter(options.start, folder)
     chat = ChatTokenizer.load(folder)
     options.out.mkdir(parents=True, exist_ok=True)
     with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}")) as progress:
-        examples = _kept(options.out / ANSWERS) or _collected(options, folder, chat, client, progress)
+        examples = _collected(options, folder, chat, client, progress)
         return _train(options, folder, examples, progress)
 
 
@@ -60,22 +65,34 @@ def _kept(path: Path) -> list[Example]:
 def _collected(
     options: DistillOptions, folder: Path, chat: ChatTokenizer, client: httpx.AsyncClient | None, progress: Progress
 ) -> list[Example]:
+    """The answers that are kept, and as many more as are wanted, each kept as it comes."""
     prompts = None if options.prompts is None else read_prompts(options.prompts, chat)
-    task = progress.add_task("answers", total=options.num_tokens, note="")
+    kept = _kept(options.out / ANSWERS)
+    num_kept = sum(example.num_answer for example in kept)
+    if prompts is not None:
+        answered = {example.tokens[: example.num_prompt] for example in kept}
+        prompts = [prompt for prompt in prompts if tuple(chat.encode(prompt.text)) not in answered]
+    task = progress.add_task("answers", total=options.num_tokens, completed=num_kept, note="")
     headers = {} if options.api_key is None else {"authorization": f"Bearer {options.api_key}"}
     client = client or httpx.AsyncClient(base_url=options.url, headers=headers, timeout=600.0)
-    collector = Collector(client, options.served_model_name or folder.name, chat, options.seed)
+    seed = options.seed + len(kept)  # what was invented before is not invented again
+    collector = Collector(client, options.served_model_name or folder.name, chat, seed)
 
-    async def collect() -> None:
+    async def collect(file: TextIO) -> None:
+        def keep(example: Example) -> None:
+            file.write(json.dumps(dataclasses.asdict(example)) + "\n")
+            file.flush()
+            progress.update(task, advance=example.num_answer)
+
         async with client:
-            await collector.collect(prompts, options.num_tokens, lambda done: progress.update(task, completed=done))
+            await collector.collect(prompts, options.num_tokens - num_kept, keep)
 
-    asyncio.run(collect())
-    if not collector.examples:
+    if num_kept < options.num_tokens:
+        with (options.out / ANSWERS).open("a") as file:
+            asyncio.run(collect(file))
+    if not (examples := kept + collector.examples):
         raise DistillError("no answers: --tokens or the prompts are too few")
-    rows = (json.dumps(dataclasses.asdict(example)) for example in collector.examples)
-    (options.out / ANSWERS).write_text("".join(f"{row}\n" for row in rows))
-    return collector.examples
+    return examples
 
 
 def _train(options: DistillOptions, folder: Path, examples: Sequence[Example], progress: Progress) -> str:

@@ -98,7 +98,7 @@ class Collector:
         self._num_tokens = 0
         self.examples: list[Example] = []
 
-    async def collect(self, prompts: Sequence[Prompt] | None, num_tokens: int, on_progress: Callable[[int], None]) -> None:
+    async def collect(self, prompts: Sequence[Prompt] | None, num_tokens: int, on_example: Callable[[Example], None]) -> None:
         """Answer each prompt once, or prompts that the model invents itself, until `num_tokens` were answered.
 
         Raises DistillError if the server does not answer.
@@ -109,8 +109,9 @@ class Collector:
             for prompt in waiting:
                 if self._num_tokens >= num_tokens:
                     return
-                await self._answer(prompt)
-                on_progress(self._num_tokens)
+                if (example := await self._answer(prompt)) is not None:
+                    self.examples.append(example)
+                    on_example(example)
 
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -123,7 +124,7 @@ class Collector:
         while True:
             yield None
 
-    async def _answer(self, prompt: Prompt | None) -> None:
+    async def _answer(self, prompt: Prompt | None) -> Example | None:
         try:
             prompt = prompt or await self._invent()
             answer, is_whole = await self._complete(prompt.text, MAX_ANSWER_TOKENS, temperature=0.0)
@@ -132,11 +133,11 @@ class Collector:
             self._num_failures += 1
             if self._num_failures >= MAX_FAILURES:
                 raise DistillError(f"{self._client.base_url}: no answer from {self._model}: {error!r}") from error
-            return
+            return None
         before = self._chat.encode(prompt.text)
         behind = self._chat.encode(answer) + ([self._chat.eos_token_ids[0]] if is_whole and self._chat.eos_token_ids else [])
         self._num_tokens += len(behind)
-        self.examples.append(Example(prompt.kind, (*before, *behind), len(before)))
+        return Example(prompt.kind, (*before, *behind), len(before))
 
     async def _invent(self) -> Prompt:
         """Sampled behind an open user turn: a model that was taught to answer has also seen what is asked."""

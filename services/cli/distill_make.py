@@ -67,6 +67,7 @@ def make(
     progress.update(task, completed=1.0)
     name = fingerprint(folder)
     write_drafter(out, head, material.vocabulary, fingerprint=name, max_depth=MAX_DEPTH)
+    begun = "" if start is None else f"Started from {start.name}, which may have learned what was held out here. "
     num_learned = sum(lesson.trace.example.num_answer for lesson in material.learned)
     text = card(
         Facts(
@@ -77,8 +78,8 @@ def make(
             fingerprint=name,
             data=f"{len(material.learned):,} greedy answers of {folder.name} ({num_learned:,} tokens) to prompts that are"
             f" {origin}; {len(material.held_out):,} more were held out.",
-            training=f"{'' if start is None else f'Started from {start.name}. '}{num_steps:,} steps, {epochs:g} epochs,"
-            f" {(time.monotonic() - started_at) / 60:.0f} minutes with {torch.get_num_threads()} threads. {recipe!r}",
+            training=f"{begun}{num_steps:,} steps, {epochs:g} epochs, {(time.monotonic() - started_at) / 60:.0f} minutes with"
+            f" {torch.get_num_threads()} threads. {recipe!r}",
             acceptance=describe(evaluate(head.eval(), material.held_out, max_depth=5)),
         )
     )
@@ -99,7 +100,7 @@ def prepare(
 
     Raises DistillError for too few, or for a start that is another model's.
     """
-    started = None if start is None else _started(start, folder)
+    started = None if start is None else started_drafter(start, folder)
     layers = started.shape.feature_layers if started else feature_layers(read_model_shape(folder)[0].num_layers)
     target = Target(folder, layers)
     order = sorted(examples, key=lambda example: example.tokens)
@@ -128,7 +129,8 @@ def prepare(
     return Material(head, vocabulary, *parts)
 
 
-def _started(start: Path, folder: Path) -> StoredDrafter:
+def started_drafter(start: Path, folder: Path) -> StoredDrafter:
+    """The drafter in `start`, made for the model in `folder`. Raises DistillError."""
     try:
         stored = read_drafter(start)
     except DrafterFilesError as error:

@@ -203,7 +203,9 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="the model that is served: a name, a folder, a .gguf file")
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="the drafter's folder; new, or with answers")
     parser.add_argument("--prompts", type=path, metavar="FILE", help="JSONL with messages or text (default: the model's ideas)")
-    parser.add_argument("--start", type=path, metavar="DIR", help="a drafter of this model that is trained on")
+    parser.add_argument(
+        "--start", type=path, metavar="DIR", help="a drafter of this model that is trained on, with its vocabulary"
+    )
     parser.add_argument("--tokens", type=within(1), default=300_000, dest="num_tokens", metavar="N", help="tokens of answers")
     parser.add_argument("--epochs", type=within(1), default=4, metavar="N", help="how often each answer is learned")
     parser.add_argument("--vocabulary", type=within(16), default=10_240, metavar="N", help="tokens that it can draft")

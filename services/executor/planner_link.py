@@ -32,16 +32,18 @@ log = structlog.get_logger()
 
 MISSES_UNTIL_IMPATIENT = 3
 """After this many iterations without trees the link waits no more, until trees arrive again."""
-MAX_DEFERRED = 8
-"""Iterations that one report may tell of while the planner rests: it has to see new debts in time."""
+MAX_DEFERRED, MAX_DEFERRED_S = 8, 1.0
+"""Iterations that one report may tell of while the planner rests, and their time: it has to see new debts in time."""
+MAX_DEFERRED_BYTES = 1024 * 1024
+"""Of their features: a report must fit into a message."""
 
 
 class _Deferred:
     """What was done since the last report: of each sequence all its steps as one."""
 
     def __init__(self) -> None:
-        self.num_iterations = 0
-        self.is_mixed = False
+        self.num_iterations = self.num_bytes = 0
+        self.is_mixed = self.is_drafted = False
         self._steps: dict[str, SequenceProgress] = {}
 
     def add(self, progress: tuple[SequenceProgress, ...], is_mixed: bool) -> None:
@@ -49,6 +51,8 @@ class _Deferred:
         self.num_iterations += 1
         self.is_mixed |= is_mixed
         for step in progress:
+            self.num_bytes += len(step.features)
+            self.is_drafted |= step.num_drafted > 0
             before = self._steps.get(step.request_id)
             self._steps[step.request_id] = step if before is None else joined(before, step)
 
@@ -134,12 +138,11 @@ class PlannerLink:
         if self.planner_id is None:
             self._deferred = _Deferred()
             return
+        now = time.perf_counter()
         self._deferred.add(progress, is_mixed)
-        is_idle = iteration < self._resting_until and self._num_cohorts == 1 and not opened and not closed
-        if is_idle and self._deferred.num_iterations < MAX_DEFERRED:
+        if not opened and not closed and self._may_defer(iteration, now):
             return
         deferred, self._deferred = self._deferred, _Deferred()
-        now = time.perf_counter()
         report = IterationReport(
             executor_id=self._executor_id,
             iteration=iteration,
@@ -166,6 +169,18 @@ class PlannerLink:
         except (BusError, NatsError) as error:
             log.warning("planner.unreported", error=str(error) or type(error).__name__)
         self._report_ms = (time.perf_counter() - now) * 1e3
+
+    def _may_defer(self, iteration: int, now: float) -> bool:
+        """Whether the planner, which rests, need not hear of it yet; drafts that were verified are judged at once."""
+        deferred, reported_at = self._deferred, next(reversed(self._reported_at.values()), now)
+        return (
+            iteration < self._resting_until
+            and self._num_cohorts == 1
+            and not deferred.is_drafted
+            and deferred.num_iterations < MAX_DEFERRED
+            and deferred.num_bytes < MAX_DEFERRED_BYTES
+            and now - reported_at < MAX_DEFERRED_S
+        )
 
     def _measured_ms(self, last_reported: int, deferred: _Deferred, now: float) -> float | None:
         """With cohorts iterations overlap, and the time between two reports is that of none."""

@@ -17,6 +17,7 @@ from common.config import ConfigError
 from common.messages import LatencyProfile
 from common.sharing import parse_sharing
 from kernels import ops
+from kernels.native.build import level
 from kernels.version import kernels_version
 from services.executor.config import ExecutorConfig
 from services.executor.device import choose_device, is_out_of_memory, memory_bytes
@@ -137,5 +138,7 @@ def profile_key(model: str, dtype: torch.dtype, device: torch.device, num_thread
     kernels = f"{kernels_version()}.triton" if ops.interprets_triton else kernels_version()
     if device.type == "cuda":
         kernels = f"{kernels}.graphs-{max_graph_tokens}"
+    elif device.type == "cpu":
+        kernels = f"{kernels}.{level()}"
     code = f"{PROFILE_TERMS}.{version('heddle')}.{kernels}"
     return f"{platform.node()}.{model}.{device.type}.{dtype_name(dtype)}.{num_threads}.{code}"

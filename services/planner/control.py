@@ -52,6 +52,8 @@ def most_gain(plain_ms: float, level_rows_ms: float, most: int) -> float:
     """Times as many tokens per ms as roots alone that drafts can bring: of a chain for each request, as deep as is best and at
     most `most`, whose nodes are accepted as LIKELIEST says. A level of all chains takes `level_rows_ms` more than `plain_ms`.
     """
+    if plain_ms <= 0.0:
+        return math.inf
     tokens, best = 1.0, 0.0
     for depth in range(1, most + 1):
         tokens += LIKELIEST**depth

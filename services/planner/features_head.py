@@ -26,8 +26,10 @@ class FeaturesHead:
         """Raises ConfigError, naming the folder, if it holds no such head."""
         try:
             self._read(read_drafter(folder))
-        except (DrafterFilesError, KeyError, RuntimeError) as error:
+        except DrafterFilesError as error:
             raise ConfigError(str(error)) from error
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{folder} is no drafter on features: {error!r}") from error
 
     def _read(self, stored: StoredDrafter) -> None:
         shape = stored.shape

@@ -139,10 +139,16 @@ class _Arm:
             load.begin()
         if load.num_left == 0:
             return False
-        load.num_left = max(0, load.num_left - num_iterations)
-        if load.num_left == 0:
-            load.begin()
+        self.pass_by(num_iterations)
         return True
+
+    def pass_by(self, num_iterations: int) -> None:
+        """They were part of the rest, if there is one."""
+        load = self.load
+        if load.num_left > 0:
+            load.num_left = max(0, load.num_left - num_iterations)
+            if load.num_left == 0:
+                load.begin()
 
     def skip(self, plain_ms: float) -> None:
         """Roots alone are decoded."""
@@ -183,13 +189,14 @@ class Pacing:
         self._all = _Arm(LONGEST_REST)
         self._free = _Arm(LONGEST_FREE_REST) if has_free else None
         self._chosen: _Arm | None = None
-        self._is_hopeless = False
+        self._num_hopeless = 0
+        """Iterations for which drafts were not even probed."""
 
     @property
     def num_left(self) -> int:
         """Iterations still to go without drafts, while the load is what it is."""
-        if self._is_hopeless:
-            return FIRST_REST
+        if self._num_hopeless > 0:
+            return min(FIRST_REST, max(0, LONGEST_REST - self._num_hopeless))
         return min(arm.load.num_left for arm in (self._all, self._free) if arm is not None)
 
     def judge(self, num_accepted: int, num_requests: int, measured_ms: float | None) -> None:
@@ -198,15 +205,22 @@ class Pacing:
             if arm is not None:
                 arm.judge(num_accepted, num_requests, measured_ms)
 
+    def pass_by(self, num_iterations: int) -> None:
+        """A report that nobody drafts for, of so many iterations."""
+        for arm in (self._all, self._free):
+            if arm is not None:
+                arm.pass_by(num_iterations)
+
     def choose(
         self, num_running: int, num_in_debt: int, plain_ms: float, most_gain: float = math.inf, num_iterations: int = 1
     ) -> Tier | None:
         """Who drafts for this report, which comes `num_iterations` after the last one; None: nobody, and its iteration takes
         `plain_ms`. Debts end a rest that began without any. Where drafts cannot bring enough even if they are guessed well,
-        `most_gain`, they are not probed.
+        `most_gain`, they are probed after LONGEST_REST iterations alone: what is known of the time may be wrong.
         """
-        self._is_hopeless = most_gain < (LEAST_PAYING_GAIN if num_in_debt else LEAST_GAIN)
-        if self._is_hopeless:
+        is_hopeless = most_gain < (LEAST_PAYING_GAIN if num_in_debt else LEAST_GAIN) and self._num_hopeless < LONGEST_REST
+        self._num_hopeless = self._num_hopeless + num_iterations if is_hopeless else 0
+        if is_hopeless:
             self._chosen = None
             return None
         rests = self._all.rests(num_running, num_in_debt, num_iterations)

@@ -61,17 +61,16 @@ class Planner:
         sequences = self.table.apply(report, now)
         pacing = self.table.pacing(report.executor_id)
         pacing.judge(sum(each.accepted_len for each in report.progress), len(sequences), report.measured_ms)
-        if not sequences or report.token_budget <= 0:
+        if is_stale or not sequences or report.token_budget <= 0:
+            self.counters["stale_reports"] += is_stale
+            pacing.pass_by(report.num_iterations)
             return ()
         debts = _debts(sequences, report.t_spec_ms - report.wait_ms)
-        if is_stale:
-            self.counters["stale_reports"] += 1
-            return ()
         num_running = self.table.num_running(report.executor_id)
         num_in_debt, plain_ms = int(np.count_nonzero(debts > 1.0)), _plain_ms(report)
-        most_gain = control.most_gain(plain_ms, _level_rows_ms(report, len(sequences)), self._shape.max_depth)
         tier: Tier | None = "all"
         if self._mode.has_stop_rule:
+            most_gain = control.most_gain(plain_ms, _level_rows_ms(report, len(sequences)), self._shape.max_depth)
             tier = pacing.choose(num_running, num_in_debt, plain_ms, most_gain, report.num_iterations)
         if tier is None:
             self.counters["rests"] += 1
