@@ -133,15 +133,25 @@ class Bus:
         return cast(T, reply)
 
     async def subscribe(
-        self, subject: str, expected: type[T], handler: Handler[T], *, queue: str = "", concurrent: bool = False
+        self,
+        subject: str,
+        expected: type[T],
+        handler: Handler[T],
+        *,
+        queue: str = "",
+        concurrent: bool = False,
+        passes_empty: bool = False,
     ) -> Subscription:
         """Call `handler` for each message of the expected type (a type or a union); what it returns is the reply.
 
         Handlers of one subscription run one after another, in order, unless `concurrent`: then each has a task of its own.
         Malformed messages are counted and answered with ErrorReply 400, failures of the handler with 500; neither is fatal.
+        With `passes_empty` messages without a body are somebody else's.
         """
 
         async def on_message(raw: Msg) -> None:
+            if passes_empty and not raw.data:
+                return
             if concurrent:
                 self.spawn(self._handle(raw, expected, handler))
             else:

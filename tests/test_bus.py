@@ -133,6 +133,20 @@ async def test_malformed_and_failing_messages_are_counted_answered_and_survived(
     assert bus.counters == {"failed_messages": 1, "malformed_messages": 1}
 
 
+async def test_empty_messages_may_be_somebody_elses(bus: Bus) -> None:
+    seen: list[Cancel] = []
+
+    async def on_cancel(cancel: Cancel) -> Cancel:
+        seen.append(cancel)
+        return cancel
+
+    await bus.subscribe("s", Cancel, on_cancel, passes_empty=True)
+    await bus.client.publish("s", b"")
+    await bus.request("s", Cancel(request_id="r"), Cancel)
+    assert seen == [Cancel(request_id="r")]
+    assert not bus.counters
+
+
 async def test_concurrent_handlers_overlap(bus: Bus) -> None:
     both = asyncio.Barrier(2)
 

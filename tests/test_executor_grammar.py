@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from common.messages import Constraint
-from services.executor.grammar import Grammar, GrammarError, GrammarState, Vocabulary
+from services.executor.grammar import Grammar, GrammarError, GrammarState, Vocabulary, ascii_digits
 from tests.grammars import CHOICES, CONSTRAINTS, grammar, ids, tokenizer, vocabulary
 
 EOS = tokenizer().eos_token_ids[0]
@@ -53,6 +53,20 @@ def allowed(state: GrammarState) -> set[int]:
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
+@pytest.mark.parametrize(
+    ("regex", "expected"),
+    [
+        (r"\d{3}-\d", "[0-9]{3}-[0-9]"),
+        (r"[\d.]+\D", "[0-9.]+[^0-9]"),
+        (r"\\d[^\]\d]\d", r"\\d[^\]0-9][0-9]"),
+        ("a]", "a]"),
+        ("a\\", "a\\"),
+    ],
+)
+def test_digits_of_a_regex_are_ascii(regex: str, expected: str) -> None:
+    assert ascii_digits(regex) == expected
+
+
 def test_exactly_the_tokens_that_keep_a_word_possible_are_allowed(name: str) -> None:
     constraint, words = LANGUAGES[name]
     rng, endings = random.Random(0), set()

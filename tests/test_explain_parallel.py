@@ -165,5 +165,10 @@ def test_the_command_prints_plans_and_states(tmp_path: Path, capsys: pytest.Capt
     assert {row[0]: row[-1] for row in rows if len(row) == 4}.items() >= {
         "x": "[=,-,-]", "up": "[-,-,|]", "down": "[+,-,-]", "down_proj.low": "[+,-,-]", "next": "[=,-,-]",
     }.items()  # fmt: skip
-    with pytest.raises(SystemExit, match=r"^heddle: --ranks: 3 do not divide the model's 4 kv heads$"):
+    with pytest.raises(SystemExit, match=r"^heddle: --ranks: 3 do not divide .* 4 kv heads and .* 64, as 1, 2, 4 do$"):
         main([*command, "--ranks", "3"])
+    (tmp_path / "config.json").write_text(
+        json.dumps({**sizes, "num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 48})
+    )
+    main([*command, "--sequence-length", str(NUM_TOKENS)])
+    assert ", 3 ranks, " in capsys.readouterr().out, "the most up to four that divide the model"

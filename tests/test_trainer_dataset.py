@@ -100,8 +100,8 @@ def test_text_parts_names_blank_lines_and_a_byte_order_mark_are_read(tokenizer: 
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (b"{\n", "line 2: "),
-        (b"\xff\xfe\n", "line 2: "),
+        (b"{\n", "line 2: not valid JSON"),
+        (b"\xff\xfe\n", "line 2: not valid JSON"),
         (b"[" * 100_000 + b"\n", "line 2: "),
         (b'"text"\n', "Expected `object`"),
         (line(), "length >= 1"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.table import Table
@@ -24,6 +25,7 @@ from services.cli.status import wide_console
 
 MAX_PLANS = 20
 """That are printed of a bypass."""
+MAX_DEFAULT_RANKS = 4
 
 
 class ExplainError(ValueError):
@@ -45,12 +47,23 @@ def explain_memory(model: str, peft: Path, num_tokens: int, dtype: str | None, r
         console.print(line, markup=False, highlight=False)
 
 
-def explain_parallel(model: str, peft: Path, num_tokens: int, dtype: str | None, machine: Machine) -> None:
-    """Print the parallel plans of each bypass of the model's last adapted layer. Raises ExplainError, ModelError."""
+def explain_parallel(
+    model: str, peft: Path, num_tokens: int, dtype: str | None, num_ranks: int | None, machine_of: Callable[[int], Machine]
+) -> None:
+    """Print the parallel plans of each bypass of the model's last adapted layer, for so many ranks of a machine or, if it is
+    not said, for the most that divide the model, up to MAX_DEFAULT_RANKS. Raises ExplainError, ModelError.
+    """
     shape, bypasses, dtype = _read(model, peft, dtype)
-    for divided, number in (("kv heads", shape.num_kv_heads), ("intermediate_size", shape.intermediate_size)):
-        if number % machine.num_ranks:
-            raise ExplainError(f"--ranks: {machine.num_ranks} do not divide the model's {number} {divided}")
+    common = math.gcd(shape.num_kv_heads, shape.intermediate_size)
+    if num_ranks is None:
+        num_ranks = next(number for number in range(MAX_DEFAULT_RANKS, 0, -1) if common % number == 0)
+    if common % num_ranks:
+        fitting = ", ".join(str(number) for number in range(1, common + 1) if common % number == 0)
+        raise ExplainError(
+            f"--ranks: {num_ranks} do not divide the model's {shape.num_kv_heads} kv heads and intermediate_size"
+            f" {shape.intermediate_size}, as {fitting} do"
+        )
+    machine = machine_of(num_ranks)
     console = wide_console()
     console.print(
         f"{Path(model).name}, {machine.num_ranks} ranks, {num_tokens} tokens a pass, {dtype}; per rank, forward and backward\n"

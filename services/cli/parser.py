@@ -247,7 +247,8 @@ def _add_explain(parser: _Parser) -> None:
         help="part of a forward pass that may run again to keep less, as HEDDLE_EXECUTOR_MAX_RECOMPUTE_SHARE",
     )
     parallel = _add(subjects, "parallel", "show how each bypass could run beside a tensor-parallel model, and the cheapest way")
-    parallel.add_argument("--ranks", type=within(1, 1024), default=4, metavar="N", help="size of the tensor-parallel group")
+    ranks = "size of the tensor-parallel group (default: the most that divide the model, up to 4)"
+    parallel.add_argument("--ranks", type=within(1, 1024), metavar="N", help=ranks)
     parallel.add_argument("--tflops", type=rate, default=150.0, help="of one rank, in TFLOP/s")
     parallel.add_argument("--link-gb", type=rate, default=200.0, metavar="GB", help="that one rank sends in a second, in GB")
     parallel.add_argument("--latency-us", type=rate, default=10.0, metavar="US", help="of one collective, in microseconds")

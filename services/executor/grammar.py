@@ -137,10 +137,26 @@ def _source(constraint: Constraint) -> str:
         if constraint.kind == "choice":
             return _unforced({"lark_grammar": _alternatives(constraint.text)})
         if constraint.kind == "regex":
-            return _unforced(_only(LLMatcher.grammar_from_regex(constraint.text)))
+            return _unforced(_only(LLMatcher.grammar_from_regex(ascii_digits(constraint.text))))
         return _unforced({"lark_grammar": _lark_or_gbnf(constraint.text)})
     except ValueError as error:
         raise GrammarError(_short(error)) from error
+
+
+def ascii_digits(regex: str) -> str:
+    """The regex with `\\d` as 0 to 9, as in ECMAScript; the library takes it as any script's digits."""
+    found, is_class, at = list[str](), False, 0
+    while at < len(regex):
+        part = regex[at : at + 2] if regex[at] == "\\" else regex[at]
+        if part == r"\d":
+            found.append("0-9" if is_class else "[0-9]")
+        elif part == r"\D" and not is_class:
+            found.append("[^0-9]")
+        else:
+            found.append(part)
+            is_class = part != "]" if is_class else part == "["
+        at += len(part)
+    return "".join(found)
 
 
 def _unforced(grammar: dict[str, Any]) -> str:

@@ -51,7 +51,7 @@ class Metrics:
         model = answer.plan.model
         self._prompt_tokens.labels(model).inc(answer.plan.num_prompt_tokens)
         for choice in answer.choices:
-            self._ended.labels(model, choice.finish_reason or ("error" if answer.error else "abort")).inc()
+            self._ended.labels(model, choice.finish_reason or ("abort" if _was_left(answer) else "error")).inc()
         if answer.ttft_ms is not None:
             self._ttft.labels(model).observe(answer.ttft_ms / 1000)
         if answer.tpot_ms is not None:
@@ -61,7 +61,7 @@ class Metrics:
 
     def _count_verdicts(self, answer: Answer) -> None:
         """A request that failed attained nothing; one that its client left says nothing."""
-        if answer.error is None and not all(choice.finish_reason for choice in answer.choices):
+        if _was_left(answer):
             return
         slo = answer.plan.slo
         for target, limit, measured in (("tpot", slo.tpot_ms, answer.tpot_ms), ("ttft", slo.ttft_ms, answer.ttft_ms)):
@@ -74,3 +74,10 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, ("model_name",), buckets=buckets, registry=self.registry)
+
+
+def _was_left(answer: Answer) -> bool:
+    """Whether its client went away, or cancelled it, before it ended."""
+    if answer.error is not None:
+        return answer.error.code == "cancelled"
+    return not all(choice.finish_reason for choice in answer.choices)

@@ -190,7 +190,7 @@ def check_supported(request: GenerateRequest) -> None:
         if not any(type(value) is type(allowed) and value == allowed for allowed in neutral):
             raise _unsupported(name)
     if isinstance(request, ChatRequest) and request.tools and request.tool_choice != "none":
-        raise _unsupported("tools")
+        raise bad_request("Tools are not supported.", param="tools", code="unsupported_parameter")
     if isinstance(request, CompletionRequest) and request.best_of not in (None, request.n or 1):
         raise _unsupported("best_of")
 

@@ -91,7 +91,12 @@ def read_dataset(data: bytes, tokenizer: ChatTokenizer, max_length: int) -> Data
 
 
 def _sequence(line: bytes, tokenizer: ChatTokenizer, max_length: int) -> TrainingSequence:
-    messages = msgspec.json.decode(line, type=_Example).messages
+    try:
+        messages = msgspec.json.decode(line, type=_Example).messages
+    except msgspec.ValidationError:
+        raise
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DatasetError(f"not valid JSON: {error}") from error
     for message in messages:
         if message.weight is not None and message.role != "assistant":
             raise DatasetError(f"weight belongs to assistant messages, not to role {message.role}")
