@@ -236,6 +236,7 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert native_build.library() is not None
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("level", [name for name in native_build.LEVELS if name != native_build.level()])
 def test_it_can_be_compiled_for_other_processors(tmp_path: Path, level: str) -> None:
     built = native_build.build(tmp_path, level)
