@@ -61,12 +61,10 @@ def openings(counts: dict[str, int], rng: random.Random) -> Iterator[tuple[str, 
         if i < counts["summary"]:
             yield "summary", SUMMARY + rng.choice(REPORTS), True
         if i < counts["code"]:
-            is_ours = i % 2 == 0 and i // 2 < len(functions)
-            yield (
-                ("code", "Complete this Python function:\n" + functions[i // 2], False)
-                if is_ours
-                else ("code", rng.choice(CODE), True)
-            )
+            if i % 2 == 0 and i // 2 < len(functions):
+                yield "code", "Complete this Python function:\n" + functions[i // 2], False
+            else:
+                yield "code", rng.choice(CODE), True
 
 
 async def invent(url: str, chat: ChatTokenizer, model: str, counts: dict[str, int], seed: int, out: Path) -> None:

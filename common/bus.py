@@ -140,17 +140,17 @@ class Bus:
         *,
         queue: str = "",
         concurrent: bool = False,
-        passes_empty: bool = False,
+        ignores_empty: bool = False,
     ) -> Subscription:
         """Call `handler` for each message of the expected type (a type or a union); what it returns is the reply.
 
         Handlers of one subscription run one after another, in order, unless `concurrent`: then each has a task of its own.
         Malformed messages are counted and answered with ErrorReply 400, failures of the handler with 500; neither is fatal.
-        With `passes_empty` messages without a body are somebody else's.
+        With `ignores_empty` messages without a body are for somebody else.
         """
 
         async def on_message(raw: Msg) -> None:
-            if passes_empty and not raw.data:
+            if ignores_empty and not raw.data:
                 return
             if concurrent:
                 self.spawn(self._handle(raw, expected, handler))

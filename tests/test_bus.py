@@ -140,7 +140,7 @@ async def test_empty_messages_may_be_somebody_elses(bus: Bus) -> None:
         seen.append(cancel)
         return cancel
 
-    await bus.subscribe("s", Cancel, on_cancel, passes_empty=True)
+    await bus.subscribe("s", Cancel, on_cancel, ignores_empty=True)
     await bus.client.publish("s", b"")
     await bus.request("s", Cancel(request_id="r"), Cancel)
     assert seen == [Cancel(request_id="r")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from common.bus import Bus
 from common.fingerprint import fingerprint
 from common.fleet import MISSED_BEATS
 from common.messages import Beat, DraftTree, DraftTrees, IterationReport, PlannerClaim, PlannerGranted, ServiceState
+from services.executor import planner_link
 from services.executor.engine import Iteration
 from services.executor.planner_link import MAX_DEFERRED, MISSES_UNTIL_IMPATIENT
 from tests.executor_stage import Connect, Gate, Mailbox, Stage, known_profile, running_executor, write_model
@@ -196,9 +198,10 @@ async def test_late_trees_are_not_waited_for_until_they_are_on_time_again(
 
 
 async def test_a_planner_that_rests_is_not_waited_for_and_says_when_it_drafts_again(
-    connect: Connect, model_dir: Path, planner: FakePlanner
+    connect: Connect, model_dir: Path, planner: FakePlanner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No report but the first is answered until the second was made: who waited for an answer would wait for ever."""
+    monkeypatch.setattr(planner_link, "MAX_DEFERRED_S", math.inf)
     planner.num_resting = 2 * NUM_TOKENS
     planner.answers = lambda report: len(planner.reports) == 0
     async with claimed(connect, model_dir, planner) as stage:

@@ -121,6 +121,8 @@ async def test_a_cancel_ends_the_stream(connect: Connect, model_dir: Path) -> No
         assert last["error"]["code"] == "cancelled"
         cancelled = {await asyncio.wait_for(stage.executor.cancelled.get(), WAIT_S) for _ in range(2)}
         assert cancelled == {request.request_id for request in stage.executor.requests}
+        counts = (await stage.http.get("/metrics")).text
+        assert 'vllm:request_success_total{finished_reason="abort",model_name="tiny"} 2.0' in counts, "it is no error"
         assert not any(chunk["id"].endswith(attempt_id) for attempt_id in cancelled)
 
 

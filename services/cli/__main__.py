@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -108,14 +107,17 @@ def _explain(options: argparse.Namespace) -> None:
     if options.action == "memory":
         explain_memory(model, peft, num_tokens, dtype, options.recompute_share)
         return
-    machine_of = functools.partial(
-        Machine,
-        flops_per_s=options.tflops * 1e12,
-        link_bytes_per_s=options.link_gb * 1e9,
-        latency_s=options.latency_us * 1e-6,
-        passes_per_update=options.passes_per_update,
-    )
-    explain_parallel(model, peft, num_tokens, dtype, options.ranks, lambda num_ranks: machine_of(num_ranks=num_ranks))
+
+    def machine_of(num_ranks: int) -> Machine:
+        return Machine(
+            num_ranks=num_ranks,
+            flops_per_s=options.tflops * 1e12,
+            link_bytes_per_s=options.link_gb * 1e9,
+            latency_s=options.latency_us * 1e-6,
+            passes_per_update=options.passes_per_update,
+        )
+
+    explain_parallel(model, peft, num_tokens, dtype, options.ranks, machine_of)
 
 
 def _finetune(options: argparse.Namespace) -> None:

@@ -90,7 +90,7 @@ class ExecutorActor:
         tasks.create_task(self._gateways.run(bus))
         await bus.subscribe(subjects.executor_admit(self._config.instance_id), Admit, self._on_admit, concurrent=True)
         # NATS clients cancel with an empty message, which the gateway takes.
-        await bus.subscribe(subjects.ALL_CANCELS, Cancel, self._on_cancel, passes_empty=True)
+        await bus.subscribe(subjects.ALL_CANCELS, Cancel, self._on_cancel, ignores_empty=True)
         await self._training.start()
         if self._config.speculation:
             self._planner.fingerprint = fingerprint(Path(self._config.model_dir))
