@@ -140,6 +140,8 @@ def test_answers_are_kept_as_they_come(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DistillError, match="503"):
         distill(options, server.client())
     assert len((options.out / "answers.jsonl").read_text().splitlines()) == 20
+    with (options.out / "answers.jsonl").open("a") as file:
+        file.write('{"kind": "given", "tok')  # the power failed
     server.num_answers, asked_before = 10_000, {body["prompt"] for body in server.bodies[:20]}
     del server.bodies[:]
     distill(options, server.client())

@@ -20,12 +20,12 @@ BODY = {
     "nats_url": "nats://127.0.0.1:4222",
     "model": "little",
     "services": [
-        {"name": "gateway", "id": "g1", "state": "ready", "url": "http://127.0.0.1:8000", "load": {"running": 2}},
+        {"name": "gateway", "id": "g1", "state": "ready", "url": "http://127.0.0.1:8000", "load": {"live_streams": 2}},
         {
             "name": "executor",
             "id": "e1",
             "state": "starting",
-            "load": {"pages": 7, "age_ms": 12.3456, "adapters": []},
+            "load": {"jobs": 7, "mean_answer_ms": 12.3456, "adapters": [], "iterations": 9},
         },
     ],
 }
@@ -60,8 +60,8 @@ def test_the_table_names_every_service_with_state_and_load(capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert "nats://127.0.0.1:4222" in printed
     lines = [line.split() for line in printed.splitlines()]
-    assert ["gateway", "g1", "ready", "http://127.0.0.1:8000", "running=2"] in lines
-    assert ["executor", "e1", "starting", "pages=7", "age_ms=12.346"] in lines
+    assert ["gateway", "g1", "ready", "http://127.0.0.1:8000", "live_streams=2"] in lines
+    assert ["executor", "e1", "starting", "mean_answer_ms=12.346", "jobs=7"] in lines
 
 
 def test_json_is_passed_on_whole(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,8 +111,9 @@ def test_health_ends_with_status_1_where_nothing_runs(nats_server: NatsServer) -
     assert str(stopped.value.code).startswith("heddle: no planner answers pings")
 
 
-def test_summary_leaves_lists_and_tables_to_json() -> None:
-    assert summary({"a": 1, "b": [1], "c": {"d": 1}, "e": "x", "f": 0.123456}) == "a=1  e=x  f=0.12346"
+def test_summary_leaves_counters_lists_and_tables_to_json() -> None:
+    load = {"iterations": 9, "jobs": [1], "requests": 1, "sequences": {"d": 1}, "mean_answer_ms": 0.123456}
+    assert summary(load) == "mean_answer_ms=0.12346  requests=1"
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

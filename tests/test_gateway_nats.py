@@ -82,7 +82,7 @@ WRONG: list[tuple[bytes, str | None]] = [
     (b"\xc1\xff", "malformed"),
     (b"  {", "malformed"),
     (b"\x05", "invalid_type"),
-    (msgspec.msgpack.encode({"model": MODEL}), "invalid_type"),
+    (msgspec.msgpack.encode({"model": MODEL}), "missing_required_parameter"),
     (msgspec.msgpack.encode(TEXT | {"temperature": "hot"}), "invalid_type"),
     (msgspec.msgpack.encode(TEXT | {"model": "other"}), "model_not_found"),
     (msgspec.json.encode(TEXT | {"n": 99}), None),

@@ -57,6 +57,39 @@ def test_the_default_of_chat_respects_the_gateways_limit() -> None:
     assert fit_max_tokens(CompletionRequest(prompt="x"), 95, ServedModel("m", 100), LIMITS) == 5
 
 
+def test_what_is_too_much_for_the_context_is_named() -> None:
+    model, chat = ServedModel("m", 1000), ChatRequest(messages=[], max_completion_tokens=101)
+    with pytest.raises(ApiError, match="lower max_completion_tokens") as context:
+        fit_max_tokens(chat, 900, model, LIMITS)
+    assert (context.value.param, context.value.code) == ("max_completion_tokens", "context_length_exceeded")
+    with pytest.raises(ApiError) as prompt:
+        fit_max_tokens(chat, 1000, model, LIMITS)
+    assert (prompt.value.param, prompt.value.code) == ("messages", "context_length_exceeded")
+    with pytest.raises(ApiError, match="at most 100") as limit:
+        fit_max_tokens(chat, 10, model, LIMITS)
+    assert (limit.value.param, limit.value.code) == ("max_completion_tokens", "integer_above_max_value")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "code"),
+    [
+        ("max_tokens", 0, "integer_below_min_value"),
+        ("top_logprobs", 1000, "integer_above_max_value"),
+        ("temperature", -0.5, "decimal_below_min_value"),
+        ("top_p", 1.5, "decimal_above_max_value"),
+        ("cache_salt", "", "string_below_min_length"),
+        ("stop", ["x"] * 99, "array_above_max_length"),
+        ("slo", {"speed": 1}, "unknown_parameter"),
+        ("response_format", {"type": "xml"}, "invalid_value"),
+        ("seed", "x", "invalid_type"),
+    ],
+)
+def test_what_is_wrong_has_openais_code(field: str, value: object, code: str) -> None:
+    with pytest.raises(ApiError) as wrong:
+        convert({"messages": [{"role": "user", "content": "x"}], field: value}, ChatRequest)
+    assert (wrong.value.code, (wrong.value.param or "").split(".")[0]) == (code, field)
+
+
 def test_limits_are_checked_before_any_work() -> None:
     check(ChatRequest(messages=[], n=4, max_tokens=100), LIMITS)
     with pytest.raises(ApiError):

@@ -58,7 +58,11 @@ def distill(options: DistillOptions, client: httpx.AsyncClient | None = None) ->
 def _kept(path: Path) -> list[Example]:
     if not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)  # an interruption tore the last line
+    rows = [json.loads(line) for line in whole.splitlines()]
     return [Example(row["kind"], tuple(row["tokens"]), row["num_prompt"]) for row in rows]
 
 

@@ -176,7 +176,7 @@ def follow(gateway: Gateway, job_id: str) -> dict[str, Any]:
     for state, events in watch(gateway, job_id):
         job = state
         for event in events:
-            print(event["message"], flush=True)
+            print(line(job, event, time.time()), flush=True)
     return job
 
 
@@ -214,6 +214,14 @@ def bar_fields(job: dict[str, Any], events: list[dict[str, Any]], now: float) ->
         fields["loss"] = f"loss {newest['train_loss']:.4f}"
         fields["pace"] = f"{newest['tokens_per_second']:,.0f} tokens/s"
     return fields
+
+
+def line(job: dict[str, Any], event: dict[str, Any], now: float) -> str:
+    """An event's message, a step's with tokens per second and what is left."""
+    if event.get("type") != "metrics":
+        return str(event["message"])
+    fields = bar_fields(job, [event], now)
+    return ", ".join(filter(None, (event["message"], fields["pace"], fields["left"])))
 
 
 def _bar() -> Progress:

@@ -13,6 +13,11 @@ from rich.table import Table
 
 REFUSALS = (401, 403)
 """Statuses of a gateway that is there, and has not been given its key."""
+SHOWN = (
+    "executors", "in_flight", "live_streams", "num_running", "num_waiting", "free_pages", "pages_in_use", "sequences",
+    "mean_answer_ms", "jobs", "jobs_running", "jobs_queued", "requests", "generated_tokens", "finetune_tokens", "trained_tokens",
+)  # fmt: skip
+"""Of a service's load in the table; all of it is in --json."""
 
 
 class StatusError(RuntimeError):
@@ -75,9 +80,9 @@ def wide_console() -> Console:
 
 
 def summary(load: dict[str, Any]) -> str:
-    """The load's plain values in one line; lists and nested values are for --json."""
-    return "  ".join(f"{key}={_short(value)}" for key, value in load.items() if isinstance(value, int | float | str))
+    """What there is of `SHOWN`, in one line."""
+    return "  ".join(f"{key}={_short(load[key])}" for key in SHOWN if isinstance(load.get(key), int | float))
 
 
-def _short(value: float | str) -> str:
+def _short(value: float) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -183,6 +183,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Parameters that Heddle does not implement yet, and the values that change nothing."""
 
 
+_CODES: tuple[tuple[str, str], ...] = (
+    ("missing required field", "missing_required_parameter"),
+    ("unknown field", "unknown_parameter"),
+    ("got `", "invalid_type"),
+    ("Expected `int` >", "integer_below_min_value"),
+    ("Expected `int` <", "integer_above_max_value"),
+    ("Expected `float` >", "decimal_below_min_value"),
+    ("Expected `float` <", "decimal_above_max_value"),
+    ("Expected `array` of length >", "array_below_min_length"),
+    ("Expected `array` of length <", "array_above_max_length"),
+    ("Expected `str` of length >", "string_below_min_length"),
+    ("Expected `str` of length <", "string_above_max_length"),
+)
+"""What msgspec says of a value, and OpenAI's code for it; `invalid_value` for all else."""
+
+
 def check_supported(request: GenerateRequest) -> None:
     """Raises ApiError 400 for a parameter whose value would change the result but is not implemented."""
     for name, neutral in _NEUTRAL.items():
@@ -223,4 +239,5 @@ def _invalid(error: msgspec.ValidationError) -> ApiError:
     param = path.rstrip("`").removeprefix("$").removeprefix(".").removesuffix("[...]")  # a key of a dictionary
     if missing := re.search(r"missing required field `(\w+)`", message):
         param = f"{param}.{missing[1]}" if param else missing[1]
-    return bad_request(f"Invalid request: {text}", param=param or None, code="invalid_type")
+    code = next((code for words, code in _CODES if words in message), "invalid_value")
+    return bad_request(f"Invalid request: {text}", param=param or None, code=code)

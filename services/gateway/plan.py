@@ -82,8 +82,6 @@ def check(request: GenerateRequest, limits: Limits) -> None:
     if (request.n or 1) > limits.max_n:
         raise bad_request(f"n must be at most {limits.max_n}.", "n")
     name, value = max_tokens_of(request)
-    if value is not None and value > limits.max_tokens_limit:
-        raise bad_request(f"{name} must be at most {limits.max_tokens_limit}.", name)
     if value == 0 and not (isinstance(request, CompletionRequest) and request.echo):
         raise bad_request(f"{name} must be at least 1 without echo.", name)
     stops = stops_of(request)
@@ -234,15 +232,17 @@ def max_tokens_of(request: GenerateRequest) -> tuple[str, int | None]:
 def fit_max_tokens(request: GenerateRequest, prompt_len: int, model: ServedModel, limits: Limits) -> int:
     """The output limit; by default the remaining context for chat and 16 tokens for completions."""
     remaining = model.max_model_len - prompt_len
-    _, asked = max_tokens_of(request)
+    name, asked = max_tokens_of(request)
     if remaining < (asked or 1):
-        param = "prompt" if isinstance(request, CompletionRequest) else "messages"
+        prompt_name = "prompt" if isinstance(request, CompletionRequest) else "messages"
         raise bad_request(
             f"The model's context is {model.max_model_len} tokens, but the prompt has {prompt_len} tokens and the answer "
-            f"may have {asked or 'at least 1'}: shorten the prompt or lower max_tokens.",
-            param,
+            f"may have {asked or 'at least 1'}: shorten the prompt or lower {name}.",
+            prompt_name if remaining < 1 else name,
             "context_length_exceeded",
         )
+    if asked is not None and asked > limits.max_tokens_limit:
+        raise bad_request(f"{name} must be at most {limits.max_tokens_limit}.", name, "integer_above_max_value")
     if asked is not None:
         return asked
     default = DEFAULT_COMPLETION_TOKENS if isinstance(request, CompletionRequest) else limits.max_tokens_limit
