@@ -41,6 +41,7 @@ from tests.trainer_world import World
 pytestmark = pytest.mark.timeout(240)
 
 DATA = b"".join(example("answer " * (5 * i % 7 + 1), question=str(i)) for i in range(7))
+HELD_OUT = b"".join(example(f"answer {i} " * 4) for i in range(2))
 NUM_STEPS = 9
 KILL_AT = 4
 """The step (from 0) whose end is the sign to kill: in the second of three epochs."""
@@ -124,6 +125,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "supervised": {"hyperparameters": EPOCHS, "lora": WITH_DROPOUT},
     "distillation": {
         "hyperparameters": None,
+        "validation_file": "file-2",
         "method": {"type": "distillation", "distillation": {"hyperparameters": LEARNED}},
     },
 }
@@ -216,7 +218,9 @@ async def test_a_killed_executor_changes_no_bit_of_a_drafter_that_a_planner_then
     try:
         world = World(no_more, bus, processes.model_dir)
         await world.upload(DATA)
+        await world.upload(HELD_OUT, "file-2")
         job = await disturbed(world, processes, "executor", "distillation")
+        assert "of the file file-2, which it was not trained on" in (await drafter_of(world, job))["README.md"].decode()
         for name, data in (await drafter_of(world, job)).items():
             (folder / name).write_bytes(data)
     finally:

@@ -53,7 +53,6 @@ def test_a_distillation_has_its_own_hyperparameters() -> None:
     [
         ({"lora": {"rank": 4}}, "lora"),
         ({"suffix": "mine"}, "suffix"),
-        ({"validation_file": "file-1"}, "validation_file"),
         ({"hyperparameters": {"n_epochs": 1}}, "hyperparameters"),
         ({"method": METHOD | {"supervised": {}}}, "method.supervised"),
         ({"method": METHOD | {"type": "supervised"}}, "method.distillation"),
@@ -119,6 +118,19 @@ async def test_a_distillation_pauses_resumes_and_is_cancelled(world: World) -> N
     assert (await world.ask("get", job.id)).result_files == ()
 
 
+async def test_a_drafter_is_scored_on_the_validation_file(world: World) -> None:
+    await world.upload(DATA)
+    await world.upload(DATA[: DATA.index(b"\n") + 1] * 2, "file-2")
+    await world.trainer()
+    executor = await world.executor()
+    job = await world.create(method=METHOD, hyperparameters=None, validation_file="file-2")
+    await world.until(job.id, lambda record: record.job.step > 3)
+    metrics = [event.data for event in (await world.ask("events", job.id, limit=100)).data if event.type == "metrics"]
+    assert [m["step"] for m in metrics if "full_valid_mean_token_accuracy" in m][-1] == 3
+    assert executor.evaluated[:2] == [(3, 0), (3, 1)]
+    await world.ask("cancel", job.id)
+
+
 async def test_rows_without_an_answer_name_the_command_that_has_the_model_answer(world: World) -> None:
     row = json.dumps({"messages": [{"role": "user", "content": "what?"}]}).encode() + b"\n"
     await world.upload(DATA + row)
@@ -147,6 +159,7 @@ def test_the_folder_has_a_card_and_the_config_of_the_weights() -> None:
     }  # fmt: skip
     weights = safetensors.torch.save(tensors, metadata={"config": json.dumps(config)})
     spec = parse_create(BODY | {"method": METHOD}, new_seed=7)
+    validated = parse_create(BODY | {"method": METHOD, "validation_file": "file-2"}, new_seed=7)
     dataset = Dataset((TrainingSequence((1, 2, 3), (False, True, True)),))
     shares = [{"train_mean_token_accuracy": share} for share in (0.25, 0.75)]
     metrics = [JobEvent(id="", created_at=0, level="info", message="", data=data) for data in shares]
@@ -154,5 +167,9 @@ def test_the_folder_has_a_card_and_the_config_of_the_weights() -> None:
     assert files["drafter.safetensors"] == weights
     assert json.loads(files["config.json"]) == config
     text = files["README.md"].decode()
+    held_out = {"full_valid_mean_token_accuracy": 0.125, "full_valid_loss": 2.0}
+    scored = [*metrics, JobEvent(id="", created_at=0, level="info", message="", data=held_out)]
+    told = {name: data for _, name, data in drafter_files(weights, validated, dataset, scored)}["README.md"].decode()
+    assert "at 12% of the positions of the file file-2" in told.replace("\n", " ")
     for fact in ("layers 1, 3", "28 trained parameters, 7 of", "`0123`", "1 conversations", "2\ntokens", "at 50% of"):
         assert fact.replace("\n", " ") in text.replace("\n", " "), fact

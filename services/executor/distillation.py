@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import deque
 from collections.abc import Iterator
 
+import msgspec
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from common.messages import DrafterSpec, OptimizerStep, TrainingSlice
+from common.messages import DrafterSpec, EvaluationSlice, OptimizerStep, TrainingSlice
 from kernels.drafting.design import MAX_DEPTH, WINDOW, feature_layers, inner_size, with_rest
 from kernels.drafting.files import drafter_config, drafter_weights
 from kernels.drafting.head import DraftHead, HeadShape
 from kernels.drafting.start import start_from_identity
 from kernels.drafting.training import MAPS, HeadOptimizer
 from services.executor.adapter_spec import InvalidAdapterError
+from services.executor.evaluation import Score
 from services.executor.head_start import HeadStart, is_narrow
-from services.executor.job_steps import SteppedJob, number
+from services.executor.job_steps import MAX_GROUP_ROWS, GroupResult, SteppedJob, number
 from services.executor.lesson import LessonSequence, ReducedVocabulary
 from services.executor.lesson_units import UPDATE_COST, LessonUnits, Unit
 from services.executor.lora import read_tensors
@@ -47,10 +50,42 @@ class DistillationJob(SteppedJob[LessonSequence]):
         self._model_cost = _model_cost(decoder.config)
         self._start = HeadStart(self.head) if spec.start_steps and is_narrow(self.head) else None
         """While it gathers for the first weights."""
+        self._evaluations = deque[EvaluationSlice]()
+        """Those that wait, and the one in work."""
         self._units: Iterator[Unit] | None = None
         self._next: Unit | None = None
         self._credit = 0.0
         self._grad_norm = 0.0
+
+    @property
+    def num_evaluations(self) -> int:
+        """Held-out texts that wait or are in work."""
+        return len(self._evaluations)
+
+    def evaluate(self, item: EvaluationSlice) -> bool:
+        """Queue a valid held-out text, which the head is only to show what it knows of; False if it is queued already."""
+        if any((item.step, item.index) == (other.step, other.index) for other in self._evaluations):
+            return False
+        self._evaluations.append(item)
+        return True
+
+    def start_next(self, max_rows: int = MAX_GROUP_ROWS) -> tuple[LessonSequence, ...]:
+        """See SteppedJob; held-out texts come first, each as a group of its own."""
+        if not self.group and self._evaluations:
+            held = TrainingSlice(**msgspec.structs.asdict(self._evaluations[0]))
+            self.group = (self._sequence(held),)
+        return super().start_next(max_rows)
+
+    def finish(self) -> GroupResult | None:
+        """See SteppedJob; a held-out text leaves a score and changes nothing."""
+        if not self._evaluations:
+            return super().finish()
+        if not self._is_through():
+            return None
+        (sequence,), self.group = self.group, ()
+        held = self._evaluations.popleft()
+        counts = {"num_correct": sequence.num_correct, "num_tokens": sequence.num_tokens}
+        return GroupResult(num_sequences=1, score=Score(step=held.step, index=held.index, loss=sequence.loss, **counts))
 
     def advance(self, budget: float) -> float:
         """Run the group's next units that `budget` pays for, in forward tokens of the target; returns what they cost.
@@ -126,11 +161,13 @@ class DistillationJob(SteppedJob[LessonSequence]):
     def _work(self) -> Iterator[Unit]:
         """All units of the forwarded group, and of the update that it may end with."""
         start, order = self._start, self.group[-1].item.optimizer
+        is_held_out = self.num_evaluations > 0
+        learns = start is None and not is_held_out
         for sequence in self.group:
-            for unit in LessonUnits(self.head, sequence, self._spec.num_steps, self._seed, learns=start is None):
+            for unit in LessonUnits(self.head, sequence, self._spec.num_steps, self._seed, learns=learns, is_exact=is_held_out):
                 yield unit
                 self._check_finite("loss", sequence.loss)
-            if start is not None:
+            if start is not None and not is_held_out:
                 yield from start.units(sequence)
         if order is None:
             return

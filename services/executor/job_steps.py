@@ -16,6 +16,7 @@ from torch import Tensor
 
 from common.messages import OptimizerStep, TrainingSlice
 from services.executor.adapter_spec import InvalidAdapterError
+from services.executor.evaluation import Score
 from services.executor.lora import LoraAdapter
 from services.executor.model import Decoder
 from services.executor.training_sequence import InvalidSliceError, check_slice
@@ -50,10 +51,11 @@ class StepResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupResult:
-    """A group that is through, which has no more use for its slots; `step` is set at a step's end."""
+    """A group that is through, which has no more use for its slots; `step` at a step's end, `score` if it was held out."""
 
     num_sequences: int
     step: StepResult | None = None
+    score: Score | None = None
 
 
 class StepSequence(Protocol):

@@ -48,11 +48,22 @@ class _Part(NamedTuple):
 class LessonUnits:
     """The units of one forwarded sequence; gradients are added to the head's, unless the head only shows what it knows.
 
-    `seed` and the slice's place decide chance.
+    `seed` and the slice's place decide chance: noise, and the classes that the loss tells apart. Without chance (`is_exact`)
+    there is no noise, and all classes count.
     """
 
-    def __init__(self, head: DraftHead, sequence: LessonSequence, num_steps: int, seed: int, *, learns: bool = True) -> None:
+    def __init__(
+        self,
+        head: DraftHead,
+        sequence: LessonSequence,
+        num_steps: int,
+        seed: int,
+        *,
+        learns: bool = True,
+        is_exact: bool = False,
+    ) -> None:
         self._head, self._sequence, self._num_steps, self._learns = head, sequence, num_steps, learns
+        self._noise, self._is_exact = 0.0 if is_exact else NOISE, is_exact
         place = f"{seed}/{sequence.item.step}/{sequence.item.index}"
         self._chance = torch.Generator().manual_seed(random.Random(place).getrandbits(63))
         self._parts: list[_Part] = []
@@ -87,14 +98,15 @@ class LessonUnits:
         layer = sum(linear.weight.numel() for linear in (head.again, head.qkv, head.o, head.gate_up, head.down))
         vocabulary = head.head_VH.numel()
         passes = 1 + BACK if self._learns else 1
-        return self._num_steps * passes * (layer + vocabulary / SAMPLED_SHARE) + vocabulary
+        classes = vocabulary if self._is_exact else vocabulary / SAMPLED_SHARE
+        return self._num_steps * passes * (layer + classes) + vocabulary
 
     def _read(self, start: int, end: int) -> None:
         sequence = self._sequence
         features_TF = sequence.features_TF[start:end].float()
         noise_TF = torch.randn(features_TF.shape, generator=self._chance).to(features_TF.device)
         positions_T = torch.arange(start, end, device=features_TF.device)
-        read = self._head.read(features_TF * (1 + NOISE * noise_TF), sequence.places_T[start + 1 : end + 1], positions_T)
+        read = self._head.read(features_TF * (1 + self._noise * noise_TF), sequence.places_T[start + 1 : end + 1], positions_T)
         self._parts.append(_Part(start, end, read, Read(*(torch.zeros_like(tensor) for tensor in read))))
 
     def _train(self, rows: tuple[int, ...]) -> None:
@@ -112,7 +124,9 @@ class LessonUnits:
             leaves.x_TH[span.rows_R], rows_R.to(leaves.x_TH.device), following_RS, leaves.keys_TKD, leaves.values_TKD, [span]
         )
         truths = [sequence.truth(ahead_RS[:, step]) for step in range(self._num_steps)]
-        classes_C = sampled_classes(len(self._head.head_VH), truths, self._chance)
+        num_classes = len(self._head.head_VH)
+        every_C = torch.arange(num_classes, device=leaves.x_TH.device)
+        classes_C = every_C if self._is_exact else sampled_classes(num_classes, truths, self._chance)
         loss = torch.zeros((), device=leaves.x_TH.device)
         for out_RH, truth, weights_R, share in zip(outs, truths, weights_RS.T, step_weights(self._num_steps), strict=True):
             loss = loss + share * (weights_R * row_losses(self._head, out_RH, truth, classes_C)).sum()

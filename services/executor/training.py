@@ -129,11 +129,13 @@ class Training:
             entry.num_queued += entry.job.accept(item)
             return
         check_slice(item, self.decoder)
-        if isinstance(entry.job, DistillationJob):
-            raise InvalidSliceError(f"job {item.job_id} trains a drafter, which is not evaluated")
-        if item.step != entry.job.step or entry.num_queued:
+        num_evaluations = entry.job.num_evaluations if isinstance(entry.job, DistillationJob) else 0
+        if item.step != entry.job.step or entry.num_queued > num_evaluations:
             raise OutOfOrderSliceError(f"an evaluation before step {item.step} came, but step {entry.job.step} is next")
-        self._evaluations.accept(item, entry.job.adapter)
+        if isinstance(entry.job, DistillationJob):
+            entry.num_queued += entry.job.evaluate(item)
+        else:
+            self._evaluations.accept(item, entry.job.adapter)
 
     def views(self) -> list[JobView]:
         """Jobs that can use the next iteration, for the scheduler."""
@@ -288,6 +290,8 @@ class Training:
             return None
         self._pages.release(entry.table)
         entry.num_queued -= result.num_sequences
+        if result.score is not None:
+            return TrainingEvent(job_id=job_id, lease=entry.lease, score=result.score)
         if result.step is None:
             return None
         now = time.perf_counter()

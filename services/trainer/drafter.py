@@ -22,6 +22,7 @@ MAX_START_SHARE = 0.25
 """Of a job's steps: the rest trains."""
 LAST_STEPS = 20
 """Steps at the end that the card's accuracy is the mean of."""
+HELD_OUT = "full_valid_mean_token_accuracy"
 UNTRAINED = ("vocabulary_V", "embedding_VH", "head_VH")
 
 
@@ -66,7 +67,7 @@ def drafter_files(weights: bytes, spec: JobSpec, dataset: Dataset, metrics: Sequ
             " tokens of their assistant messages were learned from, with what the model itself would have said there.",
             training=f"A finetuning job: {len(metrics):,} steps of {spec.batch_size} conversations, {spec.n_epochs} epochs,"
             f" learning rate {spec.learning_rate:g}.",
-            acceptance=_accuracy(metrics[-LAST_STEPS:]),
+            acceptance=_acceptance(spec, metrics),
         )
     )
     return [
@@ -79,6 +80,16 @@ def drafter_files(weights: bytes, spec: JobSpec, dataset: Dataset, metrics: Sequ
 def _num_trained(header: dict[str, Any]) -> int:
     names = [name for name in header if name not in (*UNTRAINED, "__metadata__") and not name.endswith("_scale")]
     return sum(math.prod(header[name]["shape"]) for name in names)
+
+
+def _acceptance(spec: JobSpec, metrics: Sequence[JobEvent]) -> str:
+    held_out = [event.data[HELD_OUT] for event in metrics if HELD_OUT in event.data]
+    if not held_out:
+        return _accuracy(metrics[-LAST_STEPS:])
+    return (
+        f"The drafter's first guess was the model's favourite next token at {held_out[-1]:.0%} of the positions of the file"
+        f" {spec.validation_file}, which it was not trained on."
+    )
 
 
 def _accuracy(metrics: Sequence[JobEvent]) -> str:

@@ -177,7 +177,7 @@ def job_hyperparameters(spec: JobSpec) -> dict[str, Any]:
 
 def _distillation(asked: _CreateBody, method: _Method, new_seed: int) -> JobSpec:
     """A job that trains a drafter: what belongs to adapters is refused."""
-    for field in ("lora", "suffix", "validation_file", "hyperparameters"):
+    for field in ("lora", "suffix", "hyperparameters"):
         if getattr(asked, field) is not None:
             raise _wrong_method(field, "distillation")
     if method.supervised is not None:
