@@ -204,14 +204,14 @@ def test_nan_in_a_sequence_stays_in_it() -> None:
 def test_without_a_compiler_torch_does_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HEDDLE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(native_build, "compiler", lambda: None)
-    native_build.library.cache_clear()
+    native_build.loaded.cache_clear()
     try:
         assert native_build.library() is None
         x, weight = randn(3, 16).float(), randn(24, 16, seed=1).float()
         assert torch.equal(ops.Linear(weight)(x), torch.nn.functional.linear(x, weight))
         assert torch.equal(ops.rms_norm(x, weight[0], 1e-5), reference.rms_norm(x, weight[0], 1e-5))
     finally:
-        native_build.library.cache_clear()
+        native_build.loaded.cache_clear()
 
 
 def test_a_failing_compiler_is_named_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -220,36 +220,50 @@ def test_a_failing_compiler_is_named_and_leaves_nothing(monkeypatch: pytest.Monk
     compiler.chmod(0o755)
     monkeypatch.setattr(native_build, "compiler", lambda: str(compiler))
     with pytest.raises(native_build.BuildError, match="no such option"):
-        native_build.build(tmp_path / "cache")
+        native_build.build(tmp_path / "cache", "avx2")
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
 def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HEDDLE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(native_build, "library", functools.cache(native_build.library.__wrapped__))
-    assert native_build.find() is None
+    monkeypatch.setattr(native_build, "loaded", functools.cache(native_build.loaded.__wrapped__))
+    assert native_build.find(native_build.levels()[0]) is None
     assert native_build.library() is not None
     (built,) = (tmp_path / "native").iterdir()
-    assert native_build.find() == built
-    native_build.library.cache_clear()
-    monkeypatch.setattr(native_build, "build", lambda folder: pytest.fail("compiled twice"))
+    assert native_build.find(native_build.level()) == built
+    native_build.loaded.cache_clear()
+    monkeypatch.setattr(native_build, "build", lambda folder, level: pytest.fail("compiled twice"))
     assert native_build.library() is not None
+
+
+def test_a_compiler_older_than_the_processor_makes_what_it_can(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    old = tmp_path / "old-cc"
+    old.write_text(
+        f'#!/bin/sh\ncase "$*" in *x86-64-v4*) echo "bad value" >&2; exit 1;; esac\nexec {native_build.compiler()} "$@"\n'
+    )
+    old.chmod(0o755)
+    monkeypatch.setenv("CC", str(old))
+    monkeypatch.setenv("HEDDLE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(native_build, "levels", lambda: list(native_build.LEVELS))
+    with pytest.warns(RuntimeWarning, match="bad value"):
+        level, library = native_build.loaded.__wrapped__()
+    assert (level, library is not None) == ("avx2", True)
 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("level", [name for name in native_build.LEVELS if name != native_build.level()])
 def test_it_can_be_compiled_for_other_processors(tmp_path: Path, level: str) -> None:
     built = native_build.build(tmp_path, level)
-    assert built.name == native_build.file_name(level) != native_build.file_name()
+    assert built.name == native_build.file_name(level) != native_build.file_name(native_build.level())
     native_build.load(built)
 
 
 def test_a_lower_level_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEDDLE_CPU_LEVEL", "avx2")
-    assert native_build.level.__wrapped__() == "avx2"
+    assert native_build.levels() == ["avx2"]
     monkeypatch.setenv("HEDDLE_CPU_LEVEL", "sse")
     with pytest.raises(ValueError, match="HEDDLE_CPU_LEVEL=sse: not one of amx, avx512, avx2"):
-        native_build.level.__wrapped__()
+        native_build.levels()
 
 
 def test_a_library_that_does_not_fit_is_an_error(tmp_path: Path) -> None:

@@ -60,28 +60,41 @@ class BuildError(RuntimeError):
     """The library could not be built or loaded here; the message has the compiler's words."""
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, built now if this user has none yet (two seconds); None where it cannot be had."""
-    if not is_supported():
-        return None
-    try:
-        return load(find() or build(cache_dir() / "native"))
-    except BuildError as error:
-        warnings.warn(f"compiled CPU operations are not available, torch's are slower: {error}", RuntimeWarning, stacklevel=2)
-        return None
+    return loaded()[1]
+
+
+def level() -> str:
+    """The level that the library is of."""
+    return loaded()[0]
+
+
+@functools.cache
+def loaded() -> tuple[str, ctypes.CDLL | None]:
+    """Level and library: the best that compiler and machine make together, as a compiler may be older than its processor."""
+    candidates = levels()
+    for of_level in candidates if is_supported() else ():
+        try:
+            return of_level, load(find(of_level) or build(cache_dir() / "native", of_level))
+        except BuildError as error:
+            message = f"compiled CPU operations ({of_level}) are not available, others are slower: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return candidates[-1], None
 
 
 def is_supported() -> bool:
     """Whether this is Linux on a processor with AVX2 and FMA, and there is a compiler or a library built before."""
     is_x86 = platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64")
     has_avx2 = is_x86 and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
-    return has_avx2 and (find() is not None or compiler() is not None)
+    return has_avx2 and (compiler() is not None or any(find(of_level) for of_level in levels()))
 
 
-@functools.cache
-def level() -> str:
-    """The best of LEVELS that processor and kernel have, at most `HEDDLE_CPU_LEVEL`. Raises ValueError for another word."""
+def levels() -> list[str]:
+    """Those of LEVELS that processor and kernel have, at most `HEDDLE_CPU_LEVEL`, the best first.
+
+    Raises ValueError for another word.
+    """
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     has_tiles = torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
     has_amx = has_avx512 and torch.cpu._is_avx512_bf16_supported() and has_tiles
@@ -89,7 +102,7 @@ def level() -> str:
     wanted = os.environ.get("HEDDLE_CPU_LEVEL") or available[0]
     if wanted not in LEVELS:
         raise ValueError(f"HEDDLE_CPU_LEVEL={wanted}: not one of {', '.join(LEVELS)}")
-    return wanted if wanted in available else available[0]
+    return available[available.index(wanted) :] if wanted in available else available
 
 
 def compiler() -> str | None:
@@ -97,22 +110,21 @@ def compiler() -> str | None:
     return next((found for name in (os.environ.get("CC"), "cc", "gcc") if name and (found := shutil.which(name))), None)
 
 
-def file_name(of_level: str | None = None) -> str:
-    """The library's name; another one for another source or level, the processor's if none is given."""
+def file_name(of_level: str) -> str:
+    """The library's name; another one for another source or level."""
     sources = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]")))
-    of_level = of_level or level()
     key = hashlib.sha256(sources + " ".join((*FLAGS, *LEVELS[of_level])).encode()).hexdigest()[:16]
     return f"heddle_cpu-{of_level}-{key}.so"
 
 
-def find() -> Path | None:
+def find(of_level: str) -> Path | None:
     """The library that was built before: beside its source, as in our image, or in the user's cache."""
-    return next((path for folder in (SOURCE.parent, cache_dir() / "native") if (path := folder / file_name()).exists()), None)
+    places = (folder / file_name(of_level) for folder in (SOURCE.parent, cache_dir() / "native"))
+    return next((path for path in places if path.exists()), None)
 
 
-def build(folder: Path, of_level: str | None = None) -> Path:
-    """Compile into this folder, for this processor if no level is given. Raises BuildError."""
-    of_level = of_level or level()
+def build(folder: Path, of_level: str) -> Path:
+    """Compile into this folder. Raises BuildError."""
     if (command := compiler()) is None:
         raise BuildError("there is no C compiler (cc or gcc)")
     built = folder / file_name(of_level)
