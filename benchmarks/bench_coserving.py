@@ -18,7 +18,18 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from benchmarks import coserving_rows, finetune_alone
-from benchmarks.coserving_rows import OURS, SEPARATE, TPOT_MS, TTFT_MS, burst_rows, check_losses, load_row
+from benchmarks.coserving_rows import (
+    BUSY,
+    OURS,
+    SEPARATE,
+    TPOT_MS,
+    TTFT_MS,
+    UNTRAINED,
+    burst_rows,
+    busy_row,
+    check_losses,
+    load_row,
+)
 from benchmarks.coserving_sides import SIDES as LOAD_SIDES
 from benchmarks.coserving_sides import Running, Setup, make_job
 from benchmarks.finetune_sides import HEDDLE, SIDES
@@ -47,12 +58,15 @@ def measure_alone(folder: Path, options: argparse.Namespace) -> Iterator[dict[st
 
 
 def measure_side(side: str, running: Running, texts: Sequence[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One set-up at every rate."""
+    """One set-up at every rate: what it trains, or where it trains nothing, how much time that leaves."""
     asyncio.run(closed(running.url, texts[:2], 1, 8))
     for name, rate in options.loads.items():
         arrivals = poisson(texts, rate, options.seconds, TPOT_MS, TTFT_MS)
         load = asyncio.run(send(running.url, arrivals, options.tokens, is_exact=True, patience_s=PATIENCE_S))
-        yield load_row(name, rate, side, load, running.work())
+        if side == UNTRAINED:
+            yield busy_row(name, rate, load, running.iterations())
+        else:
+            yield load_row(name, rate, side, load, running.work())
 
 
 def measure_burst(running: Running, texts: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -129,13 +143,16 @@ def main() -> None:
     setup = Setup(folder, options.dtype, options.peer_dtype, options.peer, options.speculation, make_job(problems, folder))
     found: list[dict[str, Any]] = []
     if {"loads", "burst"} & set(options.parts):
-        with setup.reference() as reference:
-            peer_losses = reference.first_losses(options.checked_steps)
-        print(f"peft's first losses: {peer_losses}", flush=True)
         wanted = (options.sides or setup.sides()) if "loads" in options.parts else [OURS]
+        peer_losses: list[float] = []
+        if wanted != [UNTRAINED]:
+            with setup.reference() as reference:
+                peer_losses = reference.first_losses(options.checked_steps)
+            print(f"peft's first losses: {peer_losses}", flush=True)
         for side in wanted:
             with setup.running(side) as running:
-                check_losses(side, running.first_losses(options.checked_steps), peer_losses)
+                if side != UNTRAINED:
+                    check_losses(side, running.first_losses(options.checked_steps), peer_losses)
                 if "loads" in options.parts:
                     for row in measure_side(side, running, texts, options):
                         print(line(row), flush=True)
@@ -144,8 +161,11 @@ def main() -> None:
                     burst = measure_burst(running, texts, options)
                     write_csv(options.out.with_name(f"{options.out.stem}_burst.csv"), burst)
                     plot_burst(burst, options.out.with_name(f"{options.out.stem}_burst.svg"), shared)
-    for row in coserving_rows.judged(found):
+    for row in coserving_rows.judged([row for row in found if row["measure"] != BUSY]):
         keep({**row, "dtype": options.peer_dtype if row["side"] == coserving_rows.SEPARATE else options.dtype})
+    for row in found:
+        if row["measure"] == BUSY:
+            keep({**row, "dtype": options.dtype})
     if rows:
         plot(rows, options.out.with_suffix(".svg"))
 

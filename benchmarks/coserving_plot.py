@@ -26,6 +26,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     parts = [([row for row in rows if row["measure"] == finetune_alone.MEASURE], ALONE)]
     parts += [([row for row in rows if row["measure"] == coserving_rows.MEASURE], SHARED)]
     parts = [(found, columns) for found, columns in parts if found]
+    if not parts:
+        return
     figure, axes = pyplot.subplots(len(parts), 2, figsize=(11, 3.8 * len(parts)), layout="constrained", squeeze=False)
     for charts, (found, columns) in zip(axes, parts, strict=True):
         for chart, (column, label) in zip(charts, columns, strict=True):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.open_loop import Load
 
-OURS, SEPARATE = "heddle", "separate cores"
+OURS, SEPARATE, UNTRAINED = "heddle", "separate cores", "no finetuning"
 TPOT_MS, TTFT_MS = 150.0, 5000.0
 OVER_SEPARATE = {"light": 2.5, "heavy": 1.9}
 """Heddle's finetuning speed over the separate set-up's, at least, where it attains as much."""
@@ -24,6 +24,7 @@ ENOUGH = 0.9
 LOSS_TOLERANCE = 0.03
 """Of the mean loss of the first steps: adapters start at random, and types round."""
 MEASURE = "co-serving"
+BUSY = "share of the device's time that inference alone takes"
 
 
 class Piece(NamedTuple):
@@ -82,6 +83,17 @@ def load_row(name: str, rate: float, side: str, load: Load, work: Iterable[Piece
         "ttft_ms": round(statistics.median(s.ttft_ms for s in samples)) if samples else "",
         "tpot_ms": round(statistics.median(s.tpot_ms for s in samples), 1) if samples else "",
         "inference_tokens_per_s": round(load.throughput, 1), "tokens_per_s": round(trained / load.seconds, 1),
+    }  # fmt: skip
+
+
+def busy_row(name: str, rate: float, load: Load, found: Iterable[Iteration]) -> dict[str, Any]:
+    """The share of the time that iterations take at one rate where nothing is trained."""
+    start, end = load.started_at, load.started_at + load.seconds
+    spans = [(max(start, each.ended_at - each.ms / 1e3), min(end, each.ended_at)) for each in found]
+    busy_s = sum(max(0.0, last - first) for first, last in spans)
+    return {
+        "measure": BUSY, "workload": name, "rate": rate, "side": UNTRAINED, "attainment": round(load.attainment(), 3),
+        "value": round(busy_s / load.seconds, 3),
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import httpx
 
-from benchmarks.coserving_rows import OURS, SEPARATE, Iteration, Piece, iterations, pieces
+from benchmarks.coserving_rows import OURS, SEPARATE, UNTRAINED, Iteration, Piece, iterations, pieces
 from benchmarks.finetune_sides import ALPHA, RANK
 from benchmarks.servers import START_S, Vllm, stack
 from benchmarks.streams import MODEL
@@ -38,7 +38,7 @@ POLICIES = {OURS: "token", "temporal 64": "temporal:64", "temporal 128": "tempor
     "dynamic temporal": "dynamic"
 }
 SPATIAL = "spatial"
-SIDES = (SEPARATE, *POLICIES, SPATIAL)
+SIDES = (SEPARATE, *POLICIES, SPATIAL, UNTRAINED)
 
 
 class Job(NamedTuple):
@@ -81,12 +81,15 @@ class Setup(NamedTuple):
 
     @contextmanager
     def running(self, side: str) -> Iterator[Running]:
-        """The set-up of this name, in training."""
+        """The set-up of this name, in training unless it is UNTRAINED."""
         with ExitStack() as started:
             if side == SEPARATE:
                 yield started.enter_context(self._separate())
                 return
             server = self._heddle(started, {"HEDDLE_EXECUTOR_FINETUNE_SHARING": POLICIES.get(side, "token")})
+            if side == UNTRAINED:
+                yield Running(server.url, lambda: read_iterations(server), list, list)
+                return
             trainer = server if side in POLICIES else self._heddle(started, {})
             job_id = create_job(trainer, self.job.data)
             yield Running(

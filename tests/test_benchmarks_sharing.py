@@ -11,9 +11,11 @@ from benchmarks.bench_coserving import parse
 from benchmarks.coserving_rows import (
     OURS,
     SEPARATE,
+    UNTRAINED,
     Iteration,
     Piece,
     burst_rows,
+    busy_row,
     check_losses,
     iterations,
     judged,
@@ -98,6 +100,18 @@ def test_a_row_has_medians_rates_and_the_share_that_attained() -> None:
     assert (row["inference_tokens_per_s"], row["tokens_per_s"]) == (2.1, 12.5)
     nobody = load_row("light", 0.2, OURS, Load(outcomes=(outcome(None),), seconds=20.0, started_at=0.0), [])
     assert (nobody["attainment"], nobody["tpot_ms"], nobody["tokens_per_s"]) == (0.0, "", 0.0)
+
+
+def test_inference_alone_takes_the_time_of_its_iterations() -> None:
+    load = Load(outcomes=(outcome(100.0),), seconds=20.0, started_at=1000.0)
+    spans = [
+        (1001.0, 2000.0),
+        (1010.0, 4000.0),
+        (1021.0, 3000.0),
+        (990.0, 5.0),
+    ]  # the first one began before, the third ends after
+    row = busy_row("heavy", 0.8, load, [Iteration(end, ms, 1, 0, 0, 0.0) for end, ms in spans])
+    assert (row["side"], row["workload"], row["value"]) == (UNTRAINED, "heavy", (1.0 + 4.0 + 2.0) / 20.0)
 
 
 def test_goals_are_held_against_the_separate_set_up_at_equal_attainment() -> None:
