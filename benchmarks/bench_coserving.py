@@ -2,7 +2,7 @@
 
 Run by `make bench-coserving`. The other ways: the same engine in turns (temporal sharing) or as two processes on all cores
 (spatial sharing), and vLLM on one half of the cores with peft on the other. Requests come open-loop, at the same times on every
-side. Each side is checked before it is timed: its losses are peft's; its answers have the tokens that were asked for.
+side. Each side that trains is checked before it is timed: its losses are peft's; answers have the tokens that were asked for.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ ENOUGH = 0.9
 LOSS_TOLERANCE = 0.03
 """Of the mean loss of the first steps: adapters start at random, and types round."""
 MEASURE = "co-serving"
-BUSY = "share of the device's time that inference alone takes"
+BUSY = "share of the time that iterations of inference alone take"
 
 
 class Piece(NamedTuple):

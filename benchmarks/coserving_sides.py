@@ -1,6 +1,7 @@
 """The set-ups that serve and train at once: Heddle by policy, two Heddles, vLLM beside peft. Knows no rate and no row.
 
-All train the same sequences in the same order: a job of Heddle's trainer, whose schedule of batches peft's side is given.
+All but the one without finetuning train the same sequences in the same order: a job of Heddle's trainer, whose schedule of
+batches peft's side is given.
 """
 
 from __future__ import annotations

@@ -84,5 +84,6 @@ def _onednn(weight_OI: Tensor, bias_O: Tensor | None) -> Product | None:
 
 
 def _compiled(weight: Tensor, bias_O: Tensor | None) -> native.PackedLinear | None:
-    is_slower = _has_fast_half(weight) and level() != "amx"
-    return None if is_slower or not native.takes(weight) else native.PackedLinear(weight, bias_O)
+    if not native.takes(weight) or (_has_fast_half(weight) and level() != "amx"):
+        return None  # or slower than what torch has
+    return native.PackedLinear(weight, bias_O)

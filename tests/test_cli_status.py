@@ -112,8 +112,8 @@ def test_health_ends_with_status_1_where_nothing_runs(nats_server: NatsServer) -
 
 
 def test_summary_leaves_counters_lists_and_tables_to_json() -> None:
-    load = {"iterations": 9, "jobs": [1], "requests": 1, "sequences": {"d": 1}, "mean_answer_ms": 0.123456}
-    assert summary(load) == "mean_answer_ms=0.12346  requests=1"
+    load = {"iterations": 9, "jobs": [1], "num_running": 1, "sequences": {"d": 1}, "mean_answer_ms": 0.123456}
+    assert summary(load) == "num_running=1  mean_answer_ms=0.12346"
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

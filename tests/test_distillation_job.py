@@ -171,12 +171,28 @@ def test_held_out_texts_are_scored_as_the_head_is_and_change_nothing() -> None:
             sequence = forwarded(new_job(), item)
             assert score.loss == pytest.approx(whole_loss(told.head, sequence, item).item(), rel=1e-4)
             assert score.num_correct == hits(told.head, sequence)
+    assert any(score.num_correct for score in scores)
     assert told.checkpoint() == before
     for item in slices[4:]:
         engine.training.accept(item)
     driver.run(10_000)
     assert [event.step.loss for event in driver.events if event.step is not None] == losses
     assert told.artifact() == plain.artifact()
+
+
+def test_slices_behind_a_held_out_text_wait_for_it() -> None:
+    slices, plain, held_back = texts(3), new_job(), new_job()
+    losses = trained(slices, plain)
+    engine = opened(slices[:2], held_back)
+    driver = Driver(engine)
+    driver.run(10_000)
+    engine.training.accept(held_out(1, 0))
+    for item in slices[2:]:
+        engine.training.accept(item)
+    driver.run(10_000)
+    told = [(event.score is not None, event.step.loss if event.step else None) for event in driver.events]
+    assert told == [(False, losses[0]), (True, None), (False, losses[1]), (False, losses[2])]
+    assert held_back.artifact() == plain.artifact()
 
 
 @pytest.mark.parametrize("step", [0, 1])

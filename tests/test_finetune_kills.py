@@ -220,7 +220,7 @@ async def test_a_killed_executor_changes_no_bit_of_a_drafter_that_a_planner_then
         await world.upload(DATA)
         await world.upload(HELD_OUT, "file-2")
         job = await disturbed(world, processes, "executor", "distillation")
-        assert "of the file file-2, which it was not trained on" in (await drafter_of(world, job))["README.md"].decode()
+        assert "positions of the validation file, file-2." in (await drafter_of(world, job))["README.md"].decode()
         for name, data in (await drafter_of(world, job)).items():
             (folder / name).write_bytes(data)
     finally:

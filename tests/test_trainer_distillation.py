@@ -122,9 +122,9 @@ async def test_a_drafter_is_scored_on_the_validation_file(world: World) -> None:
     await world.upload(DATA)
     await world.upload(DATA[: DATA.index(b"\n") + 1] * 2, "file-2")
     await world.trainer()
-    executor = await world.executor()
+    executor = await world.executor(permits=4)
     job = await world.create(method=METHOD, hyperparameters=None, validation_file="file-2")
-    await world.until(job.id, lambda record: record.job.step > 3)
+    await world.until(job.id, lambda record: record.job.step == 4)
     metrics = [event.data for event in (await world.ask("events", job.id, limit=100)).data if event.type == "metrics"]
     assert [m["step"] for m in metrics if "full_valid_mean_token_accuracy" in m][-1] == 3
     assert executor.evaluated[:2] == [(3, 0), (3, 1)]
@@ -170,6 +170,6 @@ def test_the_folder_has_a_card_and_the_config_of_the_weights() -> None:
     held_out = {"full_valid_mean_token_accuracy": 0.125, "full_valid_loss": 2.0}
     scored = [*metrics, JobEvent(id="", created_at=0, level="info", message="", data=held_out)]
     told = {name: data for _, name, data in drafter_files(weights, validated, dataset, scored)}["README.md"].decode()
-    assert "at 12% of the positions of the file file-2" in told.replace("\n", " ")
+    assert "at 12% of the positions of the validation file, file-2." in told.replace("\n", " ")
     for fact in ("layers 1, 3", "28 trained parameters, 7 of", "`0123`", "1 conversations", "2\ntokens", "at 50% of"):
         assert fact.replace("\n", " ") in text.replace("\n", " "), fact

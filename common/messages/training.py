@@ -103,9 +103,9 @@ class TrainingSlice(msgspec.Struct, frozen=True, kw_only=True, tag="slice.1"):
 
 
 class EvaluationSlice(msgspec.Struct, frozen=True, kw_only=True, tag="evaluation_slice.1"):
-    """One sequence to be scored under the adapter as it is before step `step`; it changes nothing, so it may be asked again.
+    """One sequence to be scored under the adapter, or by the drafter, as it is before step `step`.
 
-    `weights` as in TrainingSlice.
+    It changes nothing, so it may be asked again. `weights` as in TrainingSlice.
     """
 
     job_id: str
@@ -117,7 +117,10 @@ class EvaluationSlice(msgspec.Struct, frozen=True, kw_only=True, tag="evaluation
 
 
 class SequenceEvaluated(msgspec.Struct, frozen=True, kw_only=True, tag="sequence_evaluated.1"):
-    """The score of an EvaluationSlice: the weighted sum of its losses, and hits of its tokens that have a weight."""
+    """The score of an EvaluationSlice: the weighted sum of its losses, and hits of its tokens that have a weight.
+
+    A drafter's hits are first guesses that are the model's favourite; it guesses no text's second token.
+    """
 
     job_id: str
     lease: int

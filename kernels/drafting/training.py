@@ -64,9 +64,11 @@ def sampled_classes(num_classes: int, truths: Sequence[Truth], generator: torch.
 def row_losses(head: DraftHead, out_RH: Tensor, truth: Truth, classes_C: Tensor, hard_share: float = HARD_SHARE) -> Tensor:
     """Of each output [R]: cross entropy with the target's distribution, its rest counted as the last class, and with its
     favourite. The last class and all favourites must be among `classes_C`."""
+    is_sampled = len(classes_C) < len(head.head_VH)
     place_V = torch.full((len(head.head_VH),), -1, device=classes_C.device)
     place_V[classes_C] = torch.arange(len(classes_C), device=classes_C.device)
-    log_probs_RC = F.linear(head.normed(out_RH), head.head_VH[classes_C]).log_softmax(-1)
+    rows_CH = head.head_VH[classes_C] if is_sampled else head.head_VH  # all of them: without a copy
+    log_probs_RC = F.linear(head.normed(out_RH), rows_CH).log_softmax(-1)
     top_Rk, probs_Rk = place_V[truth.top_Rk], truth.probs_Rk
     soft_R = -(probs_Rk * (top_Rk >= 0) * log_probs_RC.gather(1, top_Rk.clamp(min=0))).sum(1)
     soft_R = soft_R - (1 - probs_Rk.sum(1)).clamp(min=0) * log_probs_RC[:, -1]

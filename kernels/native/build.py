@@ -60,27 +60,32 @@ class BuildError(RuntimeError):
     """The library could not be built or loaded here; the message has the compiler's words."""
 
 
+class LevelError(BuildError):
+    """The compiler refuses the source, or the library does not load: those of a lower level may do."""
+
+
 def library() -> ctypes.CDLL | None:
     """The library, built now if this user has none yet (two seconds); None where it cannot be had."""
     return loaded()[1]
 
 
 def level() -> str:
-    """The level that the library is of."""
+    """The level that the library is of; "none" where there is none."""
     return loaded()[0]
 
 
 @functools.cache
 def loaded() -> tuple[str, ctypes.CDLL | None]:
     """Level and library: the best that compiler and machine make together, as a compiler may be older than its processor."""
-    candidates = levels()
-    for of_level in candidates if is_supported() else ():
+    for of_level in levels() if is_supported() else ():
         try:
             return of_level, load(find(of_level) or build(cache_dir() / "native", of_level))
         except BuildError as error:
             message = f"compiled CPU operations ({of_level}) are not available, others are slower: {error}"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
-    return candidates[-1], None
+            if not isinstance(error, LevelError):
+                break
+    return "none", None
 
 
 def is_supported() -> bool:
@@ -138,7 +143,7 @@ def build(folder: Path, of_level: str) -> Path:
                 subprocess.run([command, *step], check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
             os.replace(lib, built)
     except subprocess.CalledProcessError as error:
-        raise BuildError(f"{command} failed: {error.stderr.strip()[-500:]}") from error
+        raise LevelError(f"{command} failed: {error.stderr.strip()[-500:]}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(str(error)) from error
     return built
@@ -152,7 +157,7 @@ def load(path: Path) -> ctypes.CDLL:
             function = getattr(loaded, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        raise BuildError(str(error)) from error
+        raise LevelError(str(error)) from error
     return loaded
 
 

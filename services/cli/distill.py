@@ -61,7 +61,8 @@ def _kept(path: Path) -> list[Example]:
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole)  # an interruption tore the last line
+        with path.open("r+b") as file:  # an interruption tore the last line
+            file.truncate(len(whole.encode()))
     rows = [json.loads(line) for line in whole.splitlines()]
     return [Example(row["kind"], tuple(row["tokens"]), row["num_prompt"]) for row in rows]
 

@@ -15,8 +15,7 @@ REFUSALS = (401, 403)
 """Statuses of a gateway that is there, and has not been given its key."""
 SHOWN = (
     "executors", "in_flight", "live_streams", "num_running", "num_waiting", "free_pages", "pages_in_use", "sequences",
-    "mean_answer_ms", "jobs", "jobs_running", "jobs_queued", "requests", "generated_tokens", "finetune_tokens",
-    "trained_tokens",
+    "mean_answer_ms", "jobs", "jobs_running", "jobs_queued", "tokens_per_second",
 )  # fmt: skip
 """Of a service's load in the table; all of it is in --json."""
 

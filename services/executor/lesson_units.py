@@ -7,9 +7,10 @@ on when they run. Costs are counted in multiply-adds.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,12 +77,12 @@ class LessonUnits:
         first, behind = max(0, trained[0] - self._head.shape.window + 1), trained[-1] + 1
         for start in range(first, behind, READ_ROWS):
             end = min(start + READ_ROWS, behind)
-            yield Unit((end - start) * self._reading, lambda start=start, end=end: self._read(start, end))  # type: ignore[misc]
+            yield Unit((end - start) * self._reading, functools.partial(self._run, self._read, start, end))
         for i in range(0, len(trained), TRAINED_ROWS):
             rows = trained[i : i + TRAINED_ROWS]
-            yield Unit(len(rows) * self._training, lambda rows=rows: self._train(rows))  # type: ignore[misc]
+            yield Unit(len(rows) * self._training, functools.partial(self._run, self._train, rows))
         for part in self._parts if self._learns else ():
-            yield Unit(BACK * (part.end - part.start) * self._reading, lambda part=part: _go_back(part))  # type: ignore[misc]
+            yield Unit(BACK * (part.end - part.start) * self._reading, functools.partial(_go_back, part))
         self._parts = []
 
     @property
@@ -100,6 +101,10 @@ class LessonUnits:
         passes = 1 + BACK if self._learns else 1
         classes = vocabulary if self._is_exact else vocabulary / SAMPLED_SHARE
         return self._num_steps * passes * (layer + classes) + vocabulary
+
+    def _run(self, work: Callable[..., None], *arguments: Any) -> None:
+        with torch.set_grad_enabled(self._learns):
+            work(*arguments)
 
     def _read(self, start: int, end: int) -> None:
         sequence = self._sequence

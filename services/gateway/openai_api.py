@@ -193,6 +193,7 @@ _CODES: tuple[tuple[str, str], ...] = (
     ("Expected `float` <", "decimal_above_max_value"),
     ("Expected `array` of length >", "array_below_min_length"),
     ("Expected `array` of length <", "array_above_max_length"),
+    ("Expected `object` of length <", "object_above_max_properties"),
     ("Expected `str` of length >", "string_below_min_length"),
     ("Expected `str` of length <", "string_above_max_length"),
 )

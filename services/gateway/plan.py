@@ -73,17 +73,17 @@ class Plan:
 
 
 def check(request: GenerateRequest, limits: Limits) -> None:
-    """Raises ApiError 400 for what is wrong whatever the model: unsupported parameters and values over the limits."""
+    """Raises ApiError 400 for what is wrong whatever the model: unsupported parameters and values out of their range."""
     check_supported(request)
     logprobs_of(request)
     bias_of(request, limits.vocab_size)
     if request.prompt_logprobs is not None and request.stream:
         raise bad_request("prompt_logprobs are not told in streams; completions have echo with logprobs.", "prompt_logprobs")
     if (request.n or 1) > limits.max_n:
-        raise bad_request(f"n must be at most {limits.max_n}.", "n")
+        raise bad_request(f"n must be at most {limits.max_n}.", "n", "integer_above_max_value")
     name, value = max_tokens_of(request)
     if value == 0 and not (isinstance(request, CompletionRequest) and request.echo):
-        raise bad_request(f"{name} must be at least 1 without echo.", name)
+        raise bad_request(f"{name} must be at least 1 without echo.", name, "integer_below_min_value")
     stops = stops_of(request)
     if any(not 0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
         raise bad_request(f"Each stop string must have 1 to {MAX_STOP_CHARS} characters, at most {MAX_STOPS} of them.", "stop")

@@ -83,12 +83,14 @@ def _num_trained(header: dict[str, Any]) -> int:
 
 
 def _acceptance(spec: JobSpec, metrics: Sequence[JobEvent]) -> str:
-    held_out = [event.data[HELD_OUT] for event in metrics if HELD_OUT in event.data]
-    if not held_out:
-        return _accuracy(metrics[-LAST_STEPS:])
+    if spec.validation_file is None:
+        return f"{_accuracy(metrics[-LAST_STEPS:])} Nothing was held out."
+    held_out = metrics[-1].data.get(HELD_OUT) if metrics else None
+    if held_out is None:
+        return f"{_accuracy(metrics[-LAST_STEPS:])} What it scored at the end on the file {spec.validation_file} was lost."
     return (
-        f"The drafter's first guess was the model's favourite next token at {held_out[-1]:.0%} of the positions of the file"
-        f" {spec.validation_file}, which it was not trained on."
+        f"The drafter's first guess was the model's favourite next token at {held_out:.0%} of the positions of the validation"
+        f" file, {spec.validation_file}."
     )
 
 
@@ -98,5 +100,5 @@ def _accuracy(metrics: Sequence[JobEvent]) -> str:
     mean = sum(float(event.data["train_mean_token_accuracy"]) for event in metrics) / len(metrics)
     return (
         f"In the last {len(metrics)} steps the drafter's first guess was the model's favourite next token at {mean:.0%} of the"
-        " positions that it was trained on. Nothing was held out."
+        " positions that it was trained on."
     )

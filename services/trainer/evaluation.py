@@ -46,7 +46,7 @@ class Scores:
     def mean(self) -> Evaluation:
         """Of all sequences; the same in whatever order they came."""
         scores = [self._known[index] for index in range(self._num_sequences)]
-        num_tokens = sum(score.num_tokens for score in scores)
+        num_tokens = max(1, sum(score.num_tokens for score in scores))
         return Evaluation(
             loss=math.fsum(score.loss for score in scores) / num_tokens,
             token_accuracy=sum(score.num_correct for score in scores) / num_tokens,
