@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TextIO
 
 import httpx
-from rich.progress import Progress, TextColumn
+from rich.progress import Progress
 
 from common.chat import ChatTokenizer
 from services.cli.convert import convert
 from services.cli.distill_data import Collector, DistillError, Example, read_prompts
+from services.cli.progress import TaskProgress
 
 EVALUATED_SHARE = 0.03
 ANSWERS = "answers.jsonl"
@@ -50,7 +51,7 @@ def distill(options: DistillOptions, client: httpx.AsyncClient | None = None) ->
         started_drafter(options.start, folder)
     chat = ChatTokenizer.load(folder)
     options.out.mkdir(parents=True, exist_ok=True)
-    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}")) as progress:
+    with TaskProgress() as progress:
         examples = _collected(options, folder, chat, client, progress)
         return _train(options, folder, examples, progress)
 

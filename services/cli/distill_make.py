@@ -112,13 +112,13 @@ def prepare(
     vocabulary = started.vocabulary if started else _vocabulary(order[num_evaluated:], num_tokens, vocabulary_size)
     places_V = torch.full((target.config.vocab_size,), len(vocabulary))
     places_V[torch.tensor(vocabulary)] = torch.arange(len(vocabulary))
-    task = progress.add_task("hidden states", total=len(order), note="")
+    task = progress.add_task("hidden states", total=sum(len(example.tokens) for example in order), note="")
     parts: list[list[Lesson]] = []
     for part in (order[num_evaluated:], order[:num_evaluated]):
         traces = []
         for trace in target.traces(part):
             traces.append(trace)
-            progress.advance(task)
+            progress.advance(task, len(trace.example.tokens))
         parts.append(lessons_of(traces, target, places_V, vocabulary))
     if started is not None:
         return Material(started.head(), vocabulary, *parts)
