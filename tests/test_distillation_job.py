@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,75 +14,28 @@ import torch
 from torch import Tensor
 
 from common.latency import drafter_corrected, drafter_ms_per_token
-from common.messages import DrafterSpec, EvaluationSlice, LatencyProfile, OptimizerStep, Slo, TrainingSlice
+from common.messages import DrafterSpec, LatencyProfile, Slo
 from kernels.drafting.files import CONFIG, WEIGHTS
-from kernels.drafting.head import DraftHead, Span
+from kernels.drafting.head import DraftHead
 from kernels.drafting.start import RIDGE, LeastSquares, Solution, fit_rows
-from kernels.drafting.training import Truth, row_losses, step_weights
 from services.executor import lesson_units
 from services.executor.adapter_spec import InvalidAdapterError
-from services.executor.distillation import DistillationJob
-from services.executor.engine import Engine
-from services.executor.job_steps import OutOfOrderSliceError
-from services.executor.lesson import LessonSequence
 from services.executor.lesson_units import UPDATE_COST, LessonUnits
 from services.executor.scheduler import Limits
 from services.planner.features_head import FeaturesHead
-from tests.tiny import SHAPE, Driver, random_prompt, tiny_engine, tiny_pair, tiny_request
-
-VOCABULARY = tuple(range(3, 90))
-SPEC = DrafterSpec(vocabulary=VOCABULARY, num_steps=3)
-RATE = OptimizerStep(learning_rate=1e-2)
-TIGHT = Limits(idle_iteration_ms=5.0)
-
-
-def new_job(spec: DrafterSpec = SPEC, seed: int = 1) -> DistillationJob:
-    return DistillationJob("job", spec, tiny_pair()[1], "name", seed)
-
-
-def lesson(step: int, index: int = 0, num_tokens: int = 40, *, is_last: bool = True, **fields: Any) -> TrainingSlice:
-    """A text whose second half is an answer."""
-    weights = [0.0] * (num_tokens // 2) + [2.0 / num_tokens] * (num_tokens - num_tokens // 2)
-    values: dict[str, Any] = {"tokens": random_prompt(num_tokens, seed=100 * step + index), "weights": tuple(weights)}
-    optimizer = RATE if is_last else None
-    return TrainingSlice(job_id="job", lease=1, step=step, index=index, optimizer=optimizer, **(values | fields))
-
-
-def texts(num_steps: int) -> list[TrainingSlice]:
-    """Steps of two texts of many lengths, of the same few in turn."""
-    sizes = (40, 75, 23, 90)
-    return [
-        lesson(step, i, sizes[(2 * step + i) % 4], is_last=i == 1, tokens=random_prompt(sizes[(2 * step + i) % 4], seed=i))
-        for step in range(num_steps)
-        for i in range(2)
-    ]
-
-
-def opened(slices: Sequence[TrainingSlice], job: DistillationJob | None = None, **options: Any) -> Engine:
-    """An engine with the job and its work; pages for the longest text."""
-    engine = tiny_engine(tiny_pair()[1], **{"num_pages": 512, **options})
-    engine.training.open(job or new_job(), 1)
-    for item in slices:
-        engine.training.accept(item)
-    return engine
-
-
-def trained(slices: Sequence[TrainingSlice], job: DistillationJob | None = None, **options: Any) -> list[float]:
-    """The losses of all steps."""
-    driver = Driver(opened(slices, job, **options))
-    driver.run(100_000)
-    failures = [event.failure for event in driver.events if event.failure]
-    assert not failures
-    return [event.step.loss for event in driver.events if event.step is not None]
-
-
-def forwarded(job: DistillationJob, item: TrainingSlice) -> LessonSequence:
-    """The lesson, its rows gone through the model in windows of 32 or fewer."""
-    engine = opened([item], job, limits=TIGHT)
-    while not job.is_forwarded:
-        engine.forward_pass()
-    (sequence,) = job.group
-    return sequence
+from tests.distillation_stage import (
+    SPEC,
+    TIGHT,
+    VOCABULARY,
+    forwarded,
+    lesson,
+    new_job,
+    opened,
+    texts,
+    trained,
+    whole_loss,
+)
+from tests.tiny import SHAPE, Driver, random_prompt, tiny_pair, tiny_request
 
 
 def test_a_lesson_is_what_the_target_thinks() -> None:
@@ -127,89 +79,6 @@ def test_units_add_up_to_the_gradient_of_the_whole_text(monkeypatch: pytest.Monk
     assert len(got) == 14
     for name, grad in got.items():
         torch.testing.assert_close(grad, head.get_parameter(name).grad, atol=1e-6, rtol=1e-4, msg=name)
-
-
-def whole_loss(head: DraftHead, sequence: LessonSequence, item: TrainingSlice) -> Tensor:
-    """As `heddle distill` computes it: the text as one batch."""
-    rows_R, num_rows, num_steps = torch.tensor(sequence.trained), sequence.num_rows, SPEC.num_steps
-    padded_T = torch.cat([sequence.places_T, torch.zeros(num_steps, dtype=torch.int64)])
-    weights_T = torch.cat([torch.tensor(item.weights), torch.zeros(num_steps + 1)])
-    following_TS = torch.stack([padded_T[1 + step : 1 + step + num_rows] for step in range(num_steps)], dim=1)
-    outs = head.unroll(sequence.features_TF.float(), following_TS, [Span(0, num_rows, rows_R)], num_steps)
-    total = torch.zeros(())
-    for step, (out_RH, share) in enumerate(zip(outs, step_weights(num_steps), strict=True)):
-        truth: Truth = sequence.truth(rows_R + 1 + step)
-        losses_R = row_losses(head, out_RH, truth, torch.arange(len(head.head_VH)))
-        total = total + share * (weights_T[rows_R + 2 + step] * losses_R).sum()
-    return total
-
-
-def held_out(step: int, index: int, num_tokens: int = 40) -> EvaluationSlice:
-    """A text whose second half has weights of one."""
-    item = lesson(step, index, num_tokens, tokens=random_prompt(num_tokens, seed=7 + index))
-    weights = tuple(float(weight > 0) for weight in item.weights)
-    return EvaluationSlice(job_id="job", lease=1, step=step, index=index, tokens=item.tokens, weights=weights)
-
-
-def test_held_out_texts_are_scored_as_the_head_is_and_change_nothing() -> None:
-    slices, told, plain = texts(4), new_job(), new_job()
-    losses = trained(slices, plain)
-    engine = opened(slices[:4], told)
-    driver = Driver(engine)
-    driver.run(10_000)
-    before = told.checkpoint()
-    for index, num_tokens in enumerate((60, 25, 2, 150)):
-        engine.training.accept(held_out(2, index, num_tokens))
-        engine.training.accept(held_out(2, index, num_tokens))  # asked again
-    driver.run(10_000)
-    scores = [event.score for event in driver.events if event.score is not None]
-    assert [(score.step, score.index, score.num_tokens) for score in scores] == [(2, 0, 30), (2, 1, 13), (2, 2, 0), (2, 3, 75)]
-    for score, num_tokens in zip(scores, (60, 25, 2, 150), strict=True):
-        if score.num_tokens:
-            held = held_out(2, score.index, num_tokens)
-            item = lesson(0, 0, tokens=held.tokens, weights=held.weights)
-            sequence = forwarded(new_job(), item)
-            assert score.loss == pytest.approx(whole_loss(told.head, sequence, item).item(), rel=1e-4)
-            assert score.num_correct == hits(told.head, sequence)
-    assert any(score.num_correct for score in scores)
-    assert told.checkpoint() == before
-    for item in slices[4:]:
-        engine.training.accept(item)
-    driver.run(10_000)
-    assert [event.step.loss for event in driver.events if event.step is not None] == losses
-    assert told.artifact() == plain.artifact()
-
-
-def test_slices_behind_a_held_out_text_wait_for_it() -> None:
-    slices, plain, held_back = texts(3), new_job(), new_job()
-    losses = trained(slices, plain)
-    engine = opened(slices[:2], held_back)
-    driver = Driver(engine)
-    driver.run(10_000)
-    engine.training.accept(held_out(1, 0))
-    for item in slices[2:]:
-        engine.training.accept(item)
-    driver.run(10_000)
-    told = [(event.score is not None, event.step.loss if event.step else None) for event in driver.events]
-    assert told == [(False, losses[0]), (True, None), (False, losses[1]), (False, losses[2])]
-    assert held_back.artifact() == plain.artifact()
-
-
-@pytest.mark.parametrize("step", [0, 1])
-def test_held_out_texts_are_taken_between_steps_only(step: int) -> None:
-    engine = opened(texts(1)[:1])
-    with pytest.raises(OutOfOrderSliceError, match="step 0 is next"):
-        engine.training.accept(held_out(step, 0))
-
-
-def hits(head: DraftHead, sequence: LessonSequence) -> int:
-    """First guesses of the head that are the target's favourites, all rows at once."""
-    rows_R = torch.tensor(sequence.trained)
-    span = Span(0, sequence.num_rows, rows_R)
-    (out_RH,) = head.unroll(sequence.features_TF.float(), sequence.places_T[1 : sequence.num_rows + 1, None], [span], 1)
-    favourites_R = sequence.truth(rows_R + 1).favourites_R
-    guesses_R = head.logits(out_RH).argmax(-1)
-    return int(((guesses_R == favourites_R) & (favourites_R < len(VOCABULARY))).sum())
 
 
 def test_the_loss_falls_and_the_head_finds_the_favourites() -> None:
