@@ -9,16 +9,7 @@ from common.messages import EvaluationSlice
 from kernels.drafting.head import DraftHead, Span
 from services.executor.job_steps import OutOfOrderSliceError
 from services.executor.lesson import LessonSequence
-from tests.distillation_stage import (
-    VOCABULARY,
-    forwarded,
-    lesson,
-    new_job,
-    opened,
-    texts,
-    trained,
-    whole_loss,
-)
+from tests.distillation_stage import VOCABULARY, forwarded, lesson, new_job, opened, texts, trained, whole_loss
 from tests.tiny import Driver, random_prompt
 
 

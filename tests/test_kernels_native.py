@@ -224,6 +224,7 @@ def test_a_failing_compiler_is_named_and_leaves_nothing(monkeypatch: pytest.Monk
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
+@pytest.mark.timeout(180)
 def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HEDDLE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(native_build, "loaded", functools.cache(native_build.loaded.__wrapped__))
@@ -236,6 +237,7 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert native_build.library() is not None
 
 
+@pytest.mark.timeout(180)
 def test_a_compiler_older_than_the_processor_makes_what_it_can(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     old = tmp_path / "old-cc"
     old.write_text(
