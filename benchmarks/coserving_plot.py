@@ -38,7 +38,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def bars(chart: Axes, rows: Sequence[Row], column: str) -> None:
-    """A group of bars per workload, a bar per side."""
+    """A group of bars per workload, a bar per side that has the column."""
+    rows = [row for row in rows if row[column] != ""]
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     sides = list(dict.fromkeys(row["side"] for row in rows))
     width = WIDTH / len(sides)

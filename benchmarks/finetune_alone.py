@@ -1,7 +1,7 @@
 """Finetuning alone, beside peft on the same cores: tokens per second, peak memory beyond the weights. Knows no server.
 
 Every side is a process of its own; all get the same batches, in turn. Before anything is timed the first losses are compared:
-adapters start at zero, so that all sides must compute the same one.
+adapters start at zero, so that all sides must compute the same one. The floor computes none: it tells what a device can do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from benchmarks.finetune_sides import HEDDLE, PEFT, PEFT_CHECKPOINTING
+from benchmarks.finetune_sides import FLOOR, HEDDLE, PEFT, PEFT_CHECKPOINTING
 
 MEASURE = "finetuning alone"
 BATCH_SIZE = 4
@@ -91,7 +91,7 @@ def measure(processes: dict[str, Process], work: Batches, rounds: int) -> dict[s
         for side, process in sorted(processes.items(), reverse=bool(i % 2)):
             results[side].append(process.ask(work[i % len(work)]))
         if i == 0:
-            check({side: found[0]["loss"] for side, found in results.items()})
+            check({side: found[0]["loss"] for side, found in results.items() if side != FLOOR})
     return {side: found[1:] for side, found in results.items()}
 
 
@@ -107,6 +107,9 @@ def rows_of(workload: str, results: dict[str, list[dict[str, Any]]]) -> list[dic
     memory = {side: max(step["bytes_beyond_weights"] for step in steps) for side, steps in results.items()}
     rows = []
     for side in results:
+        if side == FLOOR:
+            rows.append(_floor_row(workload, speed[HEDDLE], speed[FLOOR], len(results[FLOOR])))
+            continue
         faster, share = speed[HEDDLE] / speed[side], memory[HEDDLE] / memory[side]
         goals = {
             PEFT: faster >= SPEED_OVER_PEFT and share <= MEMORY_OF_PEFT,
@@ -121,3 +124,11 @@ def rows_of(workload: str, results: dict[str, list[dict[str, Any]]]) -> list[dic
             }
         )  # fmt: skip
     return rows
+
+
+def _floor_row(workload: str, speed: float, floor: float, num_rounds: int) -> dict[str, Any]:
+    """Its memory and its goal are those of no side."""
+    return {
+        "measure": MEASURE, "workload": workload, "side": FLOOR, "tokens_per_s": round(floor, 1), "mb_beyond_weights": "",
+        "heddle_over_it": round(speed / floor, 2), "heddle_memory_over_its": "", "met": "", "rounds": num_rounds,
+    }  # fmt: skip

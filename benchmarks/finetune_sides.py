@@ -3,7 +3,7 @@
     python -m benchmarks.finetune_sides SIDE MODEL_FOLDER DTYPE THREADS
 
 A line is a JSON list of sequences of token ids; the answer is a JSON object. On every side: LoRA of rank 16 on all linears,
-AdamW, the mean loss over all predicted tokens of the step.
+AdamW, the mean loss over all predicted tokens of the step. All but the floor, which trains nothing and tells no loss.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from services.executor.model import KvCache
 from services.executor.profiling import NUM_SLOTS, measure_profile
 from services.executor.scheduler import Limits
 
-HEDDLE, PEFT, PEFT_CHECKPOINTING = "heddle", "peft", "peft checkpointing"
-SIDES = (HEDDLE, PEFT, PEFT_CHECKPOINTING)
+HEDDLE, PEFT, PEFT_CHECKPOINTING, FLOOR = "heddle", "peft", "peft checkpointing", "gemm floor"
+SIDES = (HEDDLE, PEFT, PEFT_CHECKPOINTING, FLOOR)
 RANK, ALPHA, LEARNING_RATE = 16, 32.0, 2e-4
 PAGE_SIZE, NUM_PAGES = 16, 256
 Batch = Sequence[Sequence[int]]
@@ -40,7 +40,7 @@ Batch = Sequence[Sequence[int]]
 class Side(Protocol):
     """A model in training."""
 
-    def step(self, batch: Batch) -> float:
+    def step(self, batch: Batch) -> float | None:
         """One optimizer step; returns the mean loss."""
 
 
@@ -107,10 +107,42 @@ class PeftSide:
         return float(loss.detach())
 
 
+class FloorSide:
+    """The least that training any adapter of the frozen model takes: of all rows of a step at once, x W^T forward and dy W
+    backward of every linear and the head, by torch. No attention, no adapter, no loss, nothing between the products.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        import transformers
+
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.weights_OI: list[torch.Tensor] = [
+            module.weight.detach() for module in model.modules() if isinstance(module, torch.nn.Linear)
+        ]
+        self._none = torch.empty(0)
+        self._rows: dict[int, torch.Tensor] = {}
+
+    def step(self, batch: Batch) -> None:
+        """The products of one step."""
+        num_rows = sum(map(len, batch))
+        for weight_OI in self.weights_OI:
+            torch.nn.functional.linear(self._rows_of(num_rows, weight_OI.shape[1], weight_OI.dtype), weight_OI)
+        for weight_OI in reversed(self.weights_OI):
+            torch.mm(self._rows_of(num_rows, weight_OI.shape[0], weight_OI.dtype), weight_OI)
+
+    def _rows_of(self, num_rows: int, num_features: int, dtype: torch.dtype) -> torch.Tensor:
+        """Made once for each width: the values do not matter, the time to write them would."""
+        if self._rows.get(num_features, self._none).shape[0] < num_rows:
+            self._rows[num_features] = torch.ones(num_rows, num_features, dtype=dtype)
+        return self._rows[num_features][:num_rows]
+
+
 def make(side: str, folder: Path, dtype: torch.dtype) -> Side:
     """A side by its name."""
     if side == HEDDLE:
         return HeddleSide(folder, dtype)
+    if side == FLOOR:
+        return FloorSide(folder, dtype)
     return PeftSide(folder, dtype, checkpointing=side == PEFT_CHECKPOINTING)
 
 
