@@ -67,7 +67,7 @@ def measure(
         batch = [texts[(i * concurrency + j) % len(texts)] for j in range(concurrency)]
         for side in SIDES[:: -1 if i % 2 else 1]:
             settle()
-            answers[side] += asyncio.run(closed(servers[side].url, batch, concurrency, MAX_TOKENS))
+            answers[side] += asyncio.run(closed(servers[side].url, batch, concurrency, MAX_TOKENS, salt=f"{concurrency}"))
     return answers
 
 

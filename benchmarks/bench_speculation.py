@@ -2,6 +2,8 @@
 
 Run by `make bench-speculation`. All servers run side by side and are asked in turn with the same prompts, greedily and to
 the end of the answer. They are checked before they are timed: servers start most of them alike (rounding may part them later).
+Prefix caches are off, and each measurement has a cache_salt of its own: prompts come again in the next one, and must not be
+drafted for from the answers of the last.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 import statistics
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -52,7 +55,8 @@ def running(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Ser
         servers: dict[str, Server] = {}
         for mode in options.modes:
             name = OURS if mode == "heddle" else f"heddle {mode}"
-            servers[name] = Stack(folder, home / mode.replace(":", "-"), "--dtype", options.dtype, "--speculation", mode)
+            flags = ("--dtype", options.dtype, "--no-prefix-cache", "--speculation", mode)
+            servers[name] = Stack(folder, home / mode.replace(":", "-"), *flags)
         for server in servers.values():
             server.start(START_S)
             started.callback(server.stop)
@@ -87,15 +91,17 @@ def check(answers: Mapping[str, Sequence[Sample]]) -> None:
 def ask(
     servers: Mapping[str, Server], texts: Sequence[str], concurrency: int, settle_s: float, until: float = math.inf
 ) -> dict[str, list[Sample]]:
-    """The same prompts to every server, one server after another in batches of `concurrency`; no batch but the first two is
-    begun after `until` on the monotonic clock.
+    """The same prompts to every server in batches of `concurrency`, the servers in turn, forwards and backwards; no batch but
+    the first two is begun after `until` on the monotonic clock.
     """
     answers: dict[str, list[Sample]] = {name: [] for name in servers}
-    for i in range(0, len(texts), concurrency):
-        if i >= 2 * concurrency and time.monotonic() > until:
+    salt = uuid.uuid4().hex
+    for number, first in enumerate(range(0, len(texts), concurrency)):
+        if number >= 2 and time.monotonic() > until:
             break
-        for name, server in servers.items():
-            answers[name] += asyncio.run(closed(server.url, texts[i : i + concurrency], concurrency, MAX_TOKENS))
+        for name in list(servers)[:: -1 if number % 2 else 1]:
+            server, batch = servers[name], texts[first : first + concurrency]
+            answers[name] += asyncio.run(closed(server.url, batch, concurrency, MAX_TOKENS, salt=salt))
             if isinstance(server, Vllm):
                 settle(settle_s)
     return answers
@@ -122,7 +128,7 @@ def measure_streams(
         yield from verify_rows(workload, answers, accepted)
         yield from tpot_rows(workload, 1, answers)
         yield from tpot_rows(workload, 8, ask(shown, found[: 16 if options.prompts > 8 else 8], 8, settle_s))
-    mixed = [text for group in zip(*(found[:12] for found in texts.values()), strict=True) for text in group][:32]
+    mixed = [text for group in zip(*texts.values(), strict=False) for text in group][: 64 if options.prompts > 2 else 32]
     yield from tpot_rows("mixed", 32, ask({name: shown[name] for name in (OURS, PLAIN) if name in shown}, mixed, 32, settle_s))
 
 
@@ -137,7 +143,7 @@ def measure_parts(server: Server, texts: Sequence[str]) -> list[dict[str, Any]]:
         return parts
 
     before = read()
-    asyncio.run(closed(server.url, texts, 8, MAX_TOKENS))
+    asyncio.run(closed(server.url, texts, 8, MAX_TOKENS, salt=uuid.uuid4().hex))
     after = read()
     return part_rows({name: after[name] - before[name] for name in after})
 
@@ -155,7 +161,7 @@ def measure_load(
         arrivals = thin(read_json(file), rate, options.seconds, unloaded_ms)
         loads = {}
         for name, server in servers.items():
-            loads[name] = asyncio.run(send(server.url, arrivals, MAX_TOKENS, patience_s=PATIENCE_S))
+            loads[name] = asyncio.run(send(server.url, arrivals, MAX_TOKENS, patience_s=PATIENCE_S, salt=f"{file.name} {rate}"))
             settle(options.settle)
             print(line(load_rows(file.name, rate, {name: loads[name]})[0]), flush=True)
         longest_s = max(longest_s, time.monotonic() - began_at)

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import httpx
 
@@ -59,12 +60,19 @@ async def chat(
     tpot_ms: float | None = None,
     ttft_ms: float | None = None,
     is_exact: bool = False,
+    salt: str | None = None,
 ) -> Sample:
-    """One greedy answer to one user's message, streamed, to its end or `max_tokens`; or, exact, of just that length.
+    """One greedy answer to one user's message, streamed, to its end or `max_tokens`; or, exact, of just that length. What was
+    asked under another `salt` helps neither caches nor drafts.
 
     Raises ValueError for an exact answer of another length.
     """
-    body = {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": max_tokens}
+    body: dict[str, Any] = {
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 0,
+        "max_tokens": max_tokens,
+        **({} if salt is None else {"cache_salt": salt}),
+    }
     targets = {"x-slo-tpot-ms": tpot_ms, "x-slo-ttft-ms": ttft_ms}
     headers = {name: f"{value:.3f}" for name, value in targets.items() if value is not None}
     sample = await timed(http, "/chat/completions", body | ({"ignore_eos": True} if is_exact else {}), headers)
@@ -74,7 +82,13 @@ async def chat(
 
 
 async def send(
-    url: str, arrivals: Sequence[Arrival], max_tokens: int, *, is_exact: bool = False, patience_s: float = TIMEOUT_S
+    url: str,
+    arrivals: Sequence[Arrival],
+    max_tokens: int,
+    *,
+    is_exact: bool = False,
+    patience_s: float = TIMEOUT_S,
+    salt: str | None = None,
 ) -> Load:
     """Every request at its time; returns when all are answered, or `patience_s` after the last one came.
 
@@ -85,7 +99,7 @@ async def send(
         await asyncio.sleep(started_at + arrival.at_s - time.monotonic())
         try:
             async with asyncio.timeout_at(started_at + arrivals[-1].at_s + patience_s):
-                sample = await chat(http, arrival.prompt, max_tokens, arrival.tpot_ms, arrival.ttft_ms, is_exact)
+                sample = await chat(http, arrival.prompt, max_tokens, arrival.tpot_ms, arrival.ttft_ms, is_exact, salt)
         except (httpx.HTTPStatusError, TimeoutError):
             return Outcome(arrival=arrival, sample=None)
         return Outcome(arrival=arrival, sample=sample)
@@ -96,13 +110,15 @@ async def send(
     return Load(outcomes=tuple(outcomes), seconds=time.monotonic() - started_at, started_at=began_at)
 
 
-async def closed(url: str, prompts: Sequence[str], concurrency: int, max_tokens: int) -> list[Sample]:
+async def closed(
+    url: str, prompts: Sequence[str], concurrency: int, max_tokens: int, *, salt: str | None = None
+) -> list[Sample]:
     """All prompts, `concurrency` at a time; the answers in the order of the prompts."""
     turns = asyncio.Semaphore(concurrency)
 
     async def one(http: httpx.AsyncClient, prompt: str) -> Sample:
         async with turns:
-            return await chat(http, prompt, max_tokens)
+            return await chat(http, prompt, max_tokens, salt=salt)
 
     async with client(url) as http:
         return list(await asyncio.gather(*(one(http, prompt) for prompt in prompts)))

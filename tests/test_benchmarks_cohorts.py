@@ -41,7 +41,7 @@ def test_sides_get_the_same_prompts_in_turn_until_time_is_up(
 ) -> None:
     asked: list[tuple[str, list[str]]] = []
 
-    async def closed(url: str, batch: list[str], concurrency: int, max_tokens: int) -> list[Sample]:
+    async def closed(url: str, batch: list[str], concurrency: int, max_tokens: int, salt: str) -> list[Sample]:
         assert (concurrency, max_tokens) == (2, bench_cohorts.MAX_TOKENS)
         asked.append((url, batch))
         return [answer(text, 1.0, 1) for text in batch]

@@ -6,9 +6,12 @@ import asyncio
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from benchmarks import bench_speculation, open_loop
 from benchmarks.open_loop import Load, Outcome
 from benchmarks.speculation_rows import load_rows, part_rows, tokens_per_verify, tpot_rows, verify_rows
 from benchmarks.streams import Sample
@@ -98,9 +101,23 @@ def test_parts_are_shares_and_their_rest_has_a_goal() -> None:
     assert (rows["all but draft and verify"]["value"], rows["all but draft and verify"]["met"]) == (0.04, "yes")
 
 
-def test_requests_are_sent_at_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import open_loop
+def test_a_measurement_shares_a_salt_that_no_other_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
 
+    async def timed(http: object, path: str, body: dict[str, Any], headers: dict[str, str]) -> Sample:
+        asked.append((body["messages"][0]["content"], body["cache_salt"]))
+        return answer(1.0)
+
+    monkeypatch.setattr(open_loop, "timed", timed)
+    servers: dict[str, Any] = {name: SimpleNamespace(url=f"http://{name}") for name in ("ours", "theirs")}
+    for _ in range(2):
+        assert len(bench_speculation.ask(servers, ["a", "b", "c"], 2, 0.0)["theirs"]) == 3
+    assert [prompt for prompt, _ in asked[:6]] == ["a", "b", "a", "b", "c", "c"]
+    first, second = ({salt for _, salt in half} for half in (asked[:6], asked[6:]))
+    assert len(first) == len(second) == len(first | second) - 1
+
+
+def test_requests_are_sent_at_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[tuple[str, float]] = []
 
     async def chat(http: object, prompt: str, max_tokens: int, *targets: object) -> Sample:
