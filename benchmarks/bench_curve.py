@@ -24,7 +24,7 @@ from services.cli.parser import DEFAULT_MODEL
 from services.executor.engine import Engine
 from services.executor.finetune import FinetuneJob, new_job
 from services.executor.loader import load_decoder
-from services.executor.scheduler import Limits
+from services.executor.views import Limits
 from services.trainer.schedule import learning_rate_factor
 
 TOLERANCE = 0.01

@@ -28,7 +28,7 @@ from services.executor.finetune import new_job
 from services.executor.loader import load_decoder
 from services.executor.model import KvCache
 from services.executor.profiling import NUM_SLOTS, measure_profile
-from services.executor.scheduler import Limits
+from services.executor.views import Limits
 
 HEDDLE, PEFT, PEFT_CHECKPOINTING, FLOOR = "heddle", "peft", "peft checkpointing", "gemm floor"
 SIDES = (HEDDLE, PEFT, PEFT_CHECKPOINTING, FLOOR)

@@ -14,7 +14,7 @@ from kernels.drafting.training import Truth, row_losses, step_weights
 from services.executor.distillation import DistillationJob
 from services.executor.engine import Engine
 from services.executor.lesson import LessonSequence
-from services.executor.scheduler import Limits
+from services.executor.views import Limits
 from tests.tiny import Driver, random_prompt, tiny_engine, tiny_pair
 
 VOCABULARY = tuple(range(3, 90))

@@ -11,12 +11,8 @@ from typing import Any
 from common.latency import Rows, make_profile
 from common.messages import LatencyProfile
 from services.executor.finetune_share import JobView
-from services.executor.scheduler import (
-    IterationPlan,
-    Limits,
-    SequenceView,
-    plan_iteration,
-)
+from services.executor.scheduler import IterationPlan, plan_iteration
+from services.executor.views import Limits, SequenceView
 
 LINEAR = LatencyProfile(points=((1, 10.1), (1001, 110.1)), backward_ms_per_token=0.2)
 """10 ms, and 0.1 ms per token."""

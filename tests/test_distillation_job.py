@@ -21,7 +21,7 @@ from kernels.drafting.start import RIDGE, LeastSquares, Solution, fit_rows
 from services.executor import lesson_units
 from services.executor.adapter_spec import InvalidAdapterError
 from services.executor.lesson_units import UPDATE_COST, LessonUnits
-from services.executor.scheduler import Limits
+from services.executor.views import Limits
 from services.planner.features_head import FeaturesHead
 from tests.distillation_stage import SPEC, TIGHT, VOCABULARY, forwarded, lesson, new_job, opened, texts, trained, whole_loss
 from tests.tiny import SHAPE, Driver, random_prompt, tiny_pair, tiny_request

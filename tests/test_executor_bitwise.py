@@ -12,7 +12,7 @@ import torch
 from common.messages import LoraSpec, Sampling
 from kernels.native.build import library
 from services.executor.model import Decoder
-from services.executor.scheduler import Limits
+from services.executor.views import Limits
 from tests.drafts import oracle_draft
 from tests.helpers import as_decoder, random_adapter, tiny_model
 from tests.tiny import NUM_TOKENS, PROMPTS, SHAPE, Driver, serve, tiny_engine, tiny_request

@@ -15,7 +15,7 @@ from common.messages import AdapterRecord, LoraSpec
 from common.peft_folder import CONFIG, WEIGHTS, PeftFolderError, read_peft_folder
 from services.cli import adapters
 from services.executor.lora import LoraAdapter
-from services.executor.scheduler import Limits
+from services.executor.views import Limits
 from tests.bottleneck_oracle import inserted, random_bottleneck
 from tests.drafts import oracle_draft
 from tests.helpers import random_adapter

@@ -17,7 +17,7 @@ from services.executor.backward_unit import BackwardUnit
 from services.executor.engine import Engine
 from services.executor.finetune import new_job
 from services.executor.forward_units import ForwardUnits, head_layers
-from services.executor.scheduler import Limits
+from services.executor.views import Limits
 from tests.helpers import training_slice
 from tests.tiny import Driver, random_prompt, tiny_engine, tiny_pair, tiny_request
 

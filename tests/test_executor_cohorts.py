@@ -15,7 +15,7 @@ from common.messages import IterationReport, LoraSpec, OptimizerStep
 from common.sharing import parse_sharing
 from services.executor.cohorts import Cohorts
 from services.executor.finetune import new_job
-from services.executor.scheduler import Limits, SequenceView
+from services.executor.views import Limits, SequenceView
 from tests.executor_stage import Connect, known_profile, running_executor, write_model
 from tests.helpers import training_slice
 from tests.plans import decoding, plan, waiting

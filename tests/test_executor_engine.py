@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from services.executor.model import Decoder
-from services.executor.scheduler import Limits
+from services.executor.views import Limits
 from tests.drafts import chain_tree, junk_draft, oracle_draft
 from tests.tiny import (
     NUM_TOKENS,

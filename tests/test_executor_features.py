@@ -12,7 +12,7 @@ import torch
 from common.messages import OpenedSequence, PlannerGranted
 from services.executor.engine import Engine, Iteration
 from services.executor.features import MAX_REPORT_BYTES, FeatureWindow, FeatureWish, bounded, wish_of
-from services.executor.scheduler import Limits
+from services.executor.views import Limits
 from tests.drafts import oracle_draft
 from tests.tiny import (
     NUM_TOKENS,

@@ -14,8 +14,8 @@ from common.messages import DraftTree, LoraSpec, OptimizerStep, Slo, TrainingSli
 from services.executor.engine import Engine, Iteration
 from services.executor.finetune import new_job
 from services.executor.job_steps import StepResult
-from services.executor.scheduler import Limits
 from services.executor.sequences import Sequence
+from services.executor.views import Limits
 from tests.drafts import Draft, oracle_draft
 from tests.helpers import training_slice
 from tests.tiny import Driver, greedy, random_prompt, tiny_engine, tiny_pair, tiny_request

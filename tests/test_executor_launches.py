@@ -21,8 +21,8 @@ from services.executor.features import FeatureWish, PassFeatures
 from services.executor.finetune import new_job
 from services.executor.lora import LoraWeights
 from services.executor.model import KvCache
-from services.executor.scheduler import Limits
 from services.executor.training_sequence import heads
+from services.executor.views import Limits
 from tests.helpers import (
     OperatorCount,
     forward_sequence,

@@ -15,8 +15,9 @@ from common.codec import encode
 from common.messages import InferenceRequest, Logprobs, Sampling, TokenChunk
 from services.executor.logprobs import BLOCK_ROWS, LOWEST, score, score_blocks
 from services.executor.sampling import NonFiniteLogitsError
-from services.executor.scheduler import IterationPlan, Limits
+from services.executor.scheduler import IterationPlan
 from services.executor.sharing import plan_turn
+from services.executor.views import Limits
 from tests.drafts import oracle_draft
 from tests.tiny import (
     NUM_TOKENS,

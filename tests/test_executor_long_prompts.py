@@ -18,8 +18,9 @@ from services.executor import profiling
 from services.executor.finetune_share import JobView
 from services.executor.model import KvCache
 from services.executor.passes import Passes
-from services.executor.scheduler import Limits, SequenceView, plan_iteration
+from services.executor.scheduler import plan_iteration
 from services.executor.startup import profile_key
+from services.executor.views import Limits, SequenceView
 from tests.plans import decoding, waiting
 from tests.tiny import tiny_pair
 

@@ -13,8 +13,8 @@ from services.executor import startup
 from services.executor.config import ExecutorConfig
 from services.executor.device import MIN_BATCH_TOKENS, choose_device, is_out_of_memory
 from services.executor.model import Decoder
-from services.executor.scheduler import Limits
 from services.executor.startup import make_engine
+from services.executor.views import Limits
 from tests.executor_stage import known_profile, write_model
 from tests.tiny import Driver, all_requests, random_prompt, serve, tiny_engine, tiny_pair, tiny_request, truth
 

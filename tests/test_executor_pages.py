@@ -14,9 +14,9 @@ from common.messages import DraftTree, LoraSpec, OptimizerStep, Sampling, Traini
 from services.executor.engine import Engine
 from services.executor.finetune import new_job
 from services.executor.pages import OutOfPagesError, PageAllocator
-from services.executor.scheduler import Limits
 from services.executor.sequences import Sequence
 from services.executor.training import TooManySlicesError
+from services.executor.views import Limits
 from tests.drafts import grow_tree
 from tests.tiny import Driver, greedy, random_prompt, serve, set_trees, tiny_engine, tiny_pair, tiny_request
 

@@ -10,8 +10,9 @@ from common.latency import Rows
 from services.executor.assembly import Assembly
 from services.executor.engine import Engine
 from services.executor.pages import PageAllocator
-from services.executor.scheduler import IterationPlan, Limits
+from services.executor.scheduler import IterationPlan
 from services.executor.sequences import Sequence
+from services.executor.views import Limits
 from tests.drafts import chain_tree, oracle_draft
 from tests.tiny import Driver, greedy, random_prompt, set_trees, tiny_engine, tiny_pair, tiny_request
 

@@ -12,8 +12,8 @@ from common import prefix
 from common.messages import DraftTree, InferenceRequest, LoraSpec, OptimizerStep, Sampling, TrainingSlice
 from services.executor.engine import Engine
 from services.executor.finetune import new_job
-from services.executor.scheduler import Limits
 from services.executor.sequences import Sequence
+from services.executor.views import Limits
 from tests.drafts import chain_tree, grow_tree
 from tests.helpers import random_adapter
 from tests.tiny import Driver, greedy, random_prompt, serve, set_trees, tiny_engine, tiny_pair, tiny_request

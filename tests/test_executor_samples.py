@@ -11,7 +11,7 @@ from common.messages import InferenceRequest, LoraSpec, Sampling
 from services.executor.engine import Engine
 from services.executor.lora import LoraAdapter
 from services.executor.model import Decoder
-from services.executor.scheduler import Limits
+from services.executor.views import Limits
 from tests.drafts import junk_draft, oracle_draft
 from tests.helpers import random_adapter
 from tests.tiny import NUM_TOKENS, PROMPTS, Driver, all_requests, serve, tiny_engine, tiny_pair, tiny_request, truth

@@ -11,12 +11,8 @@ import pytest
 from common.latency import Rows, predict_ms
 from common.messages import LatencyProfile
 from services.executor.finetune_share import JobView
-from services.executor.scheduler import (
-    Limits,
-    iteration_limits_ms,
-    plan_iteration,
-    slack_ms,
-)
+from services.executor.scheduler import iteration_limits_ms, plan_iteration, slack_ms
+from services.executor.views import Limits
 from tests.plans import BACKWARD, JOB, LINEAR, decoding, plan, random_case, random_sequence, waiting
 
 
@@ -40,6 +36,27 @@ def test_extra_nodes_are_the_most_probable_ones() -> None:
     assert plan(one, two, max_batch_tokens=6).decode == {"a": 2, "b": 2}
     assert plan(one, two, JOB, finetune_weight=0.25).decode == {"a": 3, "b": 2}, "a training token is worth more than the rest"
     assert plan(one, two, JOB, finetune_weight=0.99).decode == {"a": 1, "b": 0}
+
+
+def test_draft_nodes_come_before_prompts_which_keep_half_of_the_time() -> None:
+    """What nodes are expected to bring makes the iteration longer; prompts must not take that time without the nodes."""
+    tight = decoding("tight", tpot_ms=20.0, num_decoded=10, decode_ms=190.0, tree_probs=(0.9, 0.8, 0.7))
+    result = plan(tight, waiting("w", 900))
+    assert result.decode == {"tight": 3}
+    assert result.limit_ms == pytest.approx(0.9 * 20.0 * (10 + 3.4) - 190.0)
+    assert result.prefill["w"] == pytest.approx((result.limit_ms - 10.1) / 0.1, abs=6)
+    wide = dataclasses.replace(tight, tree_probs=(0.5,) * 900)
+    nodes = plan(wide, waiting("w", 900), max_iteration_ms=60.0).decode["tight"]
+    assert plan(wide, max_iteration_ms=60.0).decode["tight"] == pytest.approx(2 * nodes, abs=2)
+    cut = plan(dataclasses.replace(wide, tree_probs=(0.9, *[0.01] * 899)), waiting("w", 900), max_batch_tokens=20)
+    assert cut.decode["tight"] == 20 - 1 - 16, "a chunk of a prompt has room in the batch"
+
+
+def test_time_that_only_left_out_nodes_would_pay_for_is_not_taken() -> None:
+    tight = decoding("tight", tpot_ms=20.0, num_decoded=10, decode_ms=190.0, tree_probs=(0.9, 0.8, 0.7))
+    result = plan(tight, waiting("w", 900), JOB, finetune_weight=0.85)
+    assert result.decode == {"tight": 1}
+    assert result.limit_ms == pytest.approx(max(10.1, 0.9 * 20.0 * (10 + 1.9) - 190.0))
 
 
 def test_slack_is_what_the_target_leaves() -> None:

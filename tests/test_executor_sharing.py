@@ -14,8 +14,9 @@ from common.sharing import Sharing, parse_sharing
 from services.executor.config import ExecutorConfig
 from services.executor.finetune import new_job
 from services.executor.finetune_share import JobView
-from services.executor.scheduler import IterationPlan, Limits, SequenceView, plan_iteration
+from services.executor.scheduler import IterationPlan, plan_iteration
 from services.executor.sharing import Turns, dynamic_frequency, plan_turn, recent_arrivals
+from services.executor.views import Limits, SequenceView
 from tests.helpers import training_slice
 from tests.plans import JOB, LINEAR, decoding, waiting
 from tests.tiny import NUM_TOKENS, Driver, all_requests, random_prompt, tiny_engine, tiny_pair

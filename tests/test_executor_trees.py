@@ -14,8 +14,8 @@ from common.messages import LoraSpec, OptimizerStep
 from services.executor.engine import Engine
 from services.executor.finetune import new_job
 from services.executor.model import Decoder
-from services.executor.scheduler import Limits
 from services.executor.sequences import Sequence
+from services.executor.views import Limits
 from tests.drafts import chain_tree, make_tree, oracle_draft
 from tests.helpers import training_slice
 from tests.tiny import (

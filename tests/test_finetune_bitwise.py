@@ -14,7 +14,7 @@ from common.messages import EvaluationSlice, LoraSpec, OptimizerStep, Sampling, 
 from kernels.native.build import library
 from services.executor.finetune import new_job
 from services.executor.model import Decoder
-from services.executor.scheduler import Limits
+from services.executor.views import Limits
 from tests.helpers import training_slice
 from tests.test_executor_bitwise import WIDE, decoder_of
 from tests.tiny import Driver, random_prompt, tiny_engine, tiny_request

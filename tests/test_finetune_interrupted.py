@@ -14,7 +14,7 @@ from kernels.native.build import library
 from services.executor.backward_unit import BackwardUnit
 from services.executor.finetune import new_job
 from services.executor.forward_units import ForwardUnits
-from services.executor.scheduler import Limits
+from services.executor.views import Limits
 from tests.test_finetune_bitwise import JOBS, decoder, slices, undisturbed
 from tests.tiny import Driver, random_prompt, serve, tiny_engine, tiny_request
 

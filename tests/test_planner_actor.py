@@ -126,7 +126,7 @@ async def test_claim_report_trees(bus: Bus, connect: Connect) -> None:
 async def test_every_report_has_one_answer_in_order(bus: Bus, connect: Connect) -> None:
     executor = await FakeExecutor(await connect(), "e").start()
     async with running(bus, instance_id="p"):
-        for iteration in range(50):
+        for iteration in range(40):
             await executor.report("p", iteration, new=(opened(),) if iteration >= 10 else ())
             answer = await executor.answer()
             assert (answer.iteration, bool(answer.trees)) == (iteration, iteration >= 10)

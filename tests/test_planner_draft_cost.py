@@ -41,6 +41,14 @@ def test_a_draft_that_was_held_up_hardly_counts() -> None:
     assert before < cost.of(4, 32) < before * (1 + MAX_SURPRISE / 2)
 
 
+def test_limits_leave_room_for_how_far_drafts_are_from_what_is_predicted() -> None:
+    steady, shaky, limits = learned(1.0, 0.2), learned(1.0, 0.2, noise=0.5), [(6, 3)] * 8
+    assert shaky.deviation_ms > 10 * steady.deviation_ms > 0.0
+    patience_ms = 1.05 * steady.of(6, rows_of(limits))
+    assert steady.affordable(limits, patience_ms) == limits
+    assert shaky.affordable(limits, patience_ms) != limits
+
+
 def test_limits_are_cut_first_in_width_then_in_depth_and_only_when_late() -> None:
     cost = learned(1.0, 0.2)
     limits = [(6, 3)] * 8

@@ -11,7 +11,7 @@ from common.config import ConfigError
 from common.drafts import DraftSpec, parse_drafts
 from services.planner.calibration import Calibration, Reliability
 from services.planner.drafter import Drafter, DraftOrder, Key, Pool
-from services.planner.mixed import MixedDrafter
+from services.planner.mixed import SURE, MixedDrafter
 
 KEY: Key = ("executor", "request")
 Fork = dict[int, float]
@@ -107,6 +107,26 @@ def test_only_drafters_that_cost_nothing_draft_for_the_free_tier() -> None:
     assert paths(pool) == pytest.approx({(1,): 0.5})
     (pool,) = ours.draft([DraftOrder(KEY, 2, 3)], "all")
     assert paths(pool) == pytest.approx({(1,): 0.7, (2,): 0.2})
+
+
+def test_drafters_that_cost_time_have_limits_of_their_own_and_are_not_asked_where_others_are_sure() -> None:
+    """Of two sequences the first goes on as the free drafter says."""
+    free, costly = (TableDrafter({(): {1: prob}, (1,): {2: 0.5}, (1, 2): {3: 0.5}}) for prob in (0.9, 0.6))
+    free.is_free = True
+    ours = mixed(costly, free)
+    orders, shallow = [DraftOrder(KEY, 3, 3)], [DraftOrder(KEY, 1, 1)]
+    (pool,) = ours.draft(orders, "all", shallow)
+    assert paths(pool) == pytest.approx({(1,): 0.9, (1, 2): 0.45, (1, 2, 3): 0.225})
+    assert ours.asked == [DraftOrder(KEY, 0, 1)]
+    (pool,) = ours.draft(orders, "all")
+    assert paths(pool)[1,] == pytest.approx(0.96)
+    assert ours.asked == orders
+    unsure = TableDrafter({(): {1: SURE - 0.1}, (1,): {2: 0.5}})
+    unsure.is_free = True
+    ours = mixed(costly, unsure)
+    (pool,) = ours.draft(orders, "all", shallow)
+    assert paths(pool) == pytest.approx({(1,): 0.88, (1, 2): 0.44}), "the costly drafter told of one level"
+    assert ours.asked == shallow
 
 
 def test_tokens_tenants_and_features_reach_every_drafter() -> None:

@@ -8,6 +8,7 @@ from common.config import ConfigError, load_config
 from common.messages import LatencyProfile
 from services.cli.parser import build_parser
 from services.planner.config import PlannerConfig
+from services.planner.pacing import FIRST_TRIAL
 from tests.test_planner_sequences import opened, planner, progress, report
 
 STEEP = LatencyProfile(points=((1, 30.0), (2, 60.0), (256, 7680.0)))
@@ -24,7 +25,7 @@ def test_adaserve_spends_the_budget_where_heddle_stops() -> None:
 def test_heddle_learns_from_rejected_drafts_and_adaserve_takes_probabilities_raw(mode: str, learns: bool) -> None:
     ours = planner(mode=mode)
     (first,) = ours.answer(report(0, new=(opened(),)), 0.0)
-    for i in range(1, 80, 2):
+    for i in range(1, FIRST_TRIAL - 2, 2):
         ours.answer(report(i, done=(progress((7777,), 2),)), 0.0)
         (last,) = ours.answer(report(i + 1, new=(opened(),)), 0.0)
     assert (last.probs[1] < 0.5 * first.probs[1]) is learns

@@ -6,7 +6,18 @@ import math
 
 import pytest
 
-from services.planner.pacing import FIRST_REST, LONGEST_REST, NUM_PROBED, Pacing, Round, Tier, load_of
+from services.planner.pacing import (
+    FIRST_REST,
+    FIRST_TRIAL,
+    LONGEST_REST,
+    NUM_PROBED,
+    PLAIN_TRIAL,
+    TRIAL_GAP,
+    Pacing,
+    Round,
+    Tier,
+    load_of,
+)
 
 PLAIN_MS, DRAFTED_MS = 30.0, 40.0
 
@@ -38,10 +49,14 @@ def play(pacing: Pacing, num_reports: int, tokens: dict[Tier, float], num_runnin
     return chosen
 
 
-def probe(pacing: Pacing, tokens: float, *, num_running: int = 32, drafted_ms: float | None = None) -> int:
-    """Rounds of drafts, all accepted as expected, until drafting rests; at most a hundred."""
+def probe(
+    pacing: Pacing, tokens: float, *, num_running: int = 32, drafted_ms: float | None = None, plain_ms: float | None = None
+) -> int:
+    """Rounds of drafts, all accepted as expected, until drafting rests; at most a hundred; trials of roots alone are none."""
     for count in range(100):
-        if pacing.num_left > 0 or pacing.choose(num_running, 0, PLAIN_MS) is None:
+        while pacing.num_left <= PLAIN_TRIAL and pacing.choose(num_running, 0, PLAIN_MS) is None:
+            pacing.judge(0, num_running, plain_ms)
+        if pacing.num_left > PLAIN_TRIAL:
             return count
         pacing.observe(round_of(num_running, tokens))
         pacing.judge(round(tokens - num_running), num_running, drafted_ms)
@@ -112,6 +127,46 @@ def test_where_roots_alone_take_longer_than_predicted_drafts_pay_earlier() -> No
         rested(pacing, plain_ms=plain_ms)
     assert probe(slow, 36.0) == 100
     assert probe(even, 36.0) == 1
+
+
+@pytest.mark.parametrize(("plain_ms", "goes_on"), [(PLAIN_MS, True), (None, True), (0.7 * PLAIN_MS, False)])
+def test_roots_alone_are_tried_now_and_then_and_drafting_rests_where_they_are_faster(
+    plain_ms: float | None, goes_on: bool
+) -> None:
+    """53 tokens in 40 ms are 1.24 times as many as 32 in 30; if these take 21, fewer."""
+    assert (probe(Pacing(), 53.0, plain_ms=plain_ms) == 100) == goes_on
+
+
+def test_trials_of_roots_alone_are_announced_and_short_and_only_made_where_drafts_bring_little() -> None:
+    def gaps(tokens: float, plain_ms: float | None) -> list[int]:
+        pacing, found, gap = Pacing(), list[int](), 0
+        for _ in range(FIRST_TRIAL + 3 * (TRIAL_GAP + PLAIN_TRIAL) - 2):
+            if pacing.choose(32, 0, PLAIN_MS) == "all":
+                pacing.observe(round_of(32, tokens))
+                pacing.judge(round(tokens) - 32, 32, None)
+                gap += 1
+                continue
+            if gap:
+                assert pacing.num_left == PLAIN_TRIAL - 1
+                found, gap = [*found, gap], 0
+            pacing.judge(0, 32, plain_ms)
+        return found
+
+    assert gaps(52.0, PLAIN_MS) == [FIRST_TRIAL - 1, TRIAL_GAP, TRIAL_GAP]
+    assert gaps(70.0, PLAIN_MS) == [FIRST_TRIAL - 1], "drafts bring much"
+    assert gaps(70.0, None)[:3] == [FIRST_TRIAL - 1, FIRST_TRIAL, FIRST_TRIAL], "nothing was measured"
+
+
+def test_a_late_draft_s_iteration_tells_nothing_of_the_time_that_drafts_take() -> None:
+    """It held no nodes and was short for that."""
+    on_time, late = Pacing(), Pacing()
+    for _ in range(FIRST_TRIAL - 2):
+        for pacing in (on_time, late):
+            assert pacing.choose(32, 0, PLAIN_MS) == "all"
+            pacing.observe(round_of(32, 53.0))
+        on_time.judge(21, 32, DRAFTED_MS)
+        late.judge(21, 32, 0.5 * DRAFTED_MS, is_late=True)
+    assert late._all.load.current_gain == pytest.approx(on_time._all.load.current_gain, rel=0.05)
 
 
 def test_an_iteration_that_something_else_held_up_does_not_end_drafting() -> None:

@@ -17,8 +17,8 @@ import torch
 from common.messages import DraftTree, DraftTrees, FinishReason, InferenceRequest, LatencyProfile, Sampling, Slo, TokenChunk
 from services.executor.engine import Engine, Iteration
 from services.executor.model import Decoder
-from services.executor.scheduler import Limits
 from services.executor.training_work import TrainingEvent
+from services.executor.views import Limits
 from tests.drafts import Draft
 from tests.helpers import as_decoder, tiny_model
 

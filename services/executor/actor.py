@@ -59,8 +59,8 @@ class ExecutorActor:
         self._pages_at = -math.inf
         self._iteration_ms = 0.0
         self._other_ms = {False: 0.0, True: 0.0}
-        """Mean time of an iteration beyond what its decoding rows are predicted to take: messages; and, if it holds other rows
-        than those that decode, prefill and finetuning too.
+        """Mean time of an iteration beyond what its decoding rows are predicted to take: of one of roots alone, which is
+        messages, and of one that holds other rows than those that decode, which is prefill and finetuning too.
         """
         self._has_worked_back = False
         """In the last iteration, on finetuning."""
@@ -233,7 +233,9 @@ class ExecutorActor:
         self._iteration_ms += 0.2 * (elapsed_ms - self._iteration_ms)
         plain_ms = elapsed_ms - (reported_at - sent_at) * 1e3
         is_mixed = bool(iteration.prefill_tokens or iteration.finetune_tokens or work.is_any)
-        if iteration.decode_tokens or iteration.prefill_tokens:  # finetuning alone takes as long as it likes
+        is_plain = not is_mixed and iteration.draft_tokens == 0 and self._planner.is_quiet(iteration.number - 1)
+        if is_plain or (is_mixed and (iteration.decode_tokens or iteration.prefill_tokens)):
+            # finetuning alone takes as long as it likes; verifying, or a planner that is busy, is no part of decoding roots
             self._other_ms[is_mixed] += 0.2 * (max(0.0, plain_ms - iteration.decode_ms) - self._other_ms[is_mixed])
         self._engine.counters["send_ms"] += (sent_at - passed_at) * 1e3  # type: ignore[assignment]
         self._note(iteration, work, elapsed_ms)

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
-from services.executor.scheduler import SequenceView
+from services.executor.views import SequenceView
 
 
 class Cohorts:

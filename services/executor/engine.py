@@ -42,13 +42,14 @@ from services.executor.pages import PageAllocator
 from services.executor.passes import Passes
 from services.executor.requests import refusal
 from services.executor.sampling import Draws, NonFiniteLogitsError
-from services.executor.scheduler import IterationPlan, Limits
+from services.executor.scheduler import IterationPlan
 from services.executor.sequences import Sequence, new_sequence
 from services.executor.sharing import Turns, plan_turn
 from services.executor.training import Training
 from services.executor.training_work import BackwardWork, layers_of
 from services.executor.trees import TreeLimits, attach
 from services.executor.verify import Verdict
+from services.executor.views import Limits
 
 log = structlog.get_logger()
 

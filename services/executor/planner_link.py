@@ -31,7 +31,11 @@ from common.messages import (
 log = structlog.get_logger()
 
 MISSES_UNTIL_IMPATIENT = 3
-"""After this many iterations without trees the link waits no more, until trees arrive again."""
+"""After so many answers in a row that were late, the link asks for no drafts for a while: they would only take time from the
+passes that they are too late for."""
+FIRST_QUIET, LONGEST_QUIET = 8, 64
+"""Iterations of such a while; twice as many each time that the answers after it are late too. The first of them may well be:
+drafters have to catch up."""
 MAX_DEFERRED, MAX_DEFERRED_S = 8, 1.0
 """Iterations that one report may tell of while the planner rests, and their time: it has to see new debts in time."""
 MAX_DEFERRED_BYTES = 1024 * 1024
@@ -43,18 +47,27 @@ class _Deferred:
 
     def __init__(self) -> None:
         self.num_iterations = self.num_bytes = 0
-        self.is_mixed = self.is_drafted = False
+        self.is_drafted = False
+        self._measured_s = 0.0
+        self._num_measured = 0
         self._steps: dict[str, SequenceProgress] = {}
 
-    def add(self, progress: tuple[SequenceProgress, ...], is_mixed: bool) -> None:
-        """An iteration."""
+    def add(self, progress: tuple[SequenceProgress, ...], seconds: float | None) -> None:
+        """An iteration that took so long; None if that tells nothing."""
         self.num_iterations += 1
-        self.is_mixed |= is_mixed
+        if seconds is not None:
+            self._measured_s += seconds
+            self._num_measured += 1
         for step in progress:
             self.num_bytes += len(step.features)
             self.is_drafted |= step.num_drafted > 0
             before = self._steps.get(step.request_id)
             self._steps[step.request_id] = step if before is None else joined(before, step)
+
+    @property
+    def measured_ms(self) -> float | None:
+        """Mean of the iterations whose time tells something, if there are any."""
+        return 1e3 * self._measured_s / self._num_measured if self._num_measured else None
 
     def progress(self, opened: Container[str]) -> tuple[SequenceProgress, ...]:
         """Of all sequences but those that are opened, with all their tokens."""
@@ -98,6 +111,10 @@ class PlannerLink:
         self._resting_until = 0
         """The planner announced no drafts for the iterations up to this one."""
         self._misses = 0
+        self._quiet_until, self._next_quiet = 0, FIRST_QUIET
+        """No drafts are asked for after the iterations up to this one."""
+        self._last = (0, 0.0)
+        """The last iteration that was told of, and when."""
         self._deferred = _Deferred()
         self._answers: dict[int, DraftTrees] = {}
         self._arrived = asyncio.Event()
@@ -108,6 +125,10 @@ class PlannerLink:
         await bus.subscribe(subjects.executor_trees(self._executor_id), DraftTrees, self._on_trees)
         await bus.subscribe(subjects.beat("planner", "*"), Beat, self._on_beat)
         tasks.create_task(self._keep_claimed())
+
+    def is_quiet(self, iteration: int) -> bool:
+        """Whether nobody drafts because of this iteration's report."""
+        return self.planner_id is None or iteration <= max(self._resting_until, self._quiet_until)
 
     def takes_reopening(self) -> bool:
         """Whether the planner is new and must be told all decoding sequences; asked once per claim."""
@@ -139,7 +160,10 @@ class PlannerLink:
             self._deferred = _Deferred()
             return
         now = time.perf_counter()
-        self._deferred.add(progress, is_mixed)
+        number, at = self._last
+        is_told = iteration == number + 1 and not is_mixed and self._num_cohorts == 1  # cohorts' iterations overlap
+        self._last = iteration, now
+        self._deferred.add(progress, now - at if is_told else None)
         if not opened and not closed and self._may_defer(iteration, now):
             return
         deferred, self._deferred = self._deferred, _Deferred()
@@ -149,11 +173,11 @@ class PlannerLink:
             opened=opened,
             closed=closed,
             progress=deferred.progress({sequence.request_id for sequence in opened}),
-            token_budget=token_budget,
+            token_budget=0 if iteration <= self._quiet_until else token_budget,
             base_tokens=base_tokens,
             num_others=num_others,
             t_spec_ms=plain_ms + other_ms + self.mean_wait_ms,
-            measured_ms=self._measured_ms(iteration - deferred.num_iterations, deferred, now),
+            measured_ms=deferred.measured_ms,
             num_iterations=deferred.num_iterations,
             wait_ms=self.mean_wait_ms,
             other_ms=other_ms,
@@ -182,21 +206,14 @@ class PlannerLink:
             and now - reported_at < MAX_DEFERRED_S
         )
 
-    def _measured_ms(self, last_reported: int, deferred: _Deferred, now: float) -> float | None:
-        """With cohorts iterations overlap, and the time between two reports is that of none."""
-        last = self._reported_at.get(last_reported)
-        if deferred.is_mixed or last is None or self._num_cohorts > 1:
-            return None
-        return (now - last) * 1e3 / deferred.num_iterations
-
     async def trees(self, iteration: int) -> DraftTrees | None:
         """The trees that answer the report of this iteration, waiting for them a little; None if they are late."""
         if self.planner_id is None or iteration not in self._reported_at:
             return None
-        if iteration <= self._resting_until:
+        if self.is_quiet(iteration):
             return self._answers.get(iteration)
         started_at = time.perf_counter()
-        if iteration not in self._answers and self._misses < MISSES_UNTIL_IMPATIENT:
+        if iteration not in self._answers:
             left_s = self._reported_at[iteration] + self._max_wait_s - time.perf_counter()
             try:
                 async with asyncio.timeout(max(left_s, 0.0)):
@@ -204,11 +221,17 @@ class PlannerLink:
                         self._arrived.clear()
                         await self._arrived.wait()
             except TimeoutError:
-                self._misses += 1
+                self._miss(iteration)
         waited_ms = self._report_ms + (time.perf_counter() - started_at) * 1e3
         self.wait_ms += waited_ms
         self.mean_wait_ms += 0.1 * (waited_ms - self.mean_wait_ms)
         return self._answers.get(iteration)
+
+    def _miss(self, iteration: int) -> None:
+        self._misses += 1
+        if self._misses >= MISSES_UNTIL_IMPATIENT:
+            self._misses, self._quiet_until = 0, iteration + self._next_quiet
+            self._next_quiet = min(2 * self._next_quiet, LONGEST_QUIET)
 
     async def _on_trees(self, message: DraftTrees) -> None:
         reported_at = self._reported_at.get(message.iteration)
@@ -216,8 +239,8 @@ class PlannerLink:
             return
         turnaround_ms = (time.perf_counter() - reported_at) * 1e3
         self._resting_until = message.iteration + message.num_resting
-        if turnaround_ms <= self._max_wait_s * 1e3:
-            self._misses = 0  # also when a short iteration did not wait for them: the next one will
+        if turnaround_ms <= self._max_wait_s * 1e3 and message.iteration > self._quiet_until:
+            self._misses, self._next_quiet = 0, FIRST_QUIET
         self.mean_turnaround_ms += 0.1 * (turnaround_ms - self.mean_turnaround_ms)
         self._answers[message.iteration] = message
         self._arrived.set()
@@ -254,4 +277,5 @@ class PlannerLink:
             return
         self.granted = granted
         self.planner_id, self._reopen, self._misses, self._resting_until = granted.planner_id, True, 0, 0
+        self._quiet_until, self._next_quiet = 0, FIRST_QUIET
         log.info("planner.claimed", planner=granted.planner_id)

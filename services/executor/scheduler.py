@@ -2,9 +2,11 @@
 
 Order of claims (design: one token budget, three claimants):
 1. T*, the longest the iteration may take so that no request that can still make its TPOT or TTFT target loses it.
-2. Roots of all decoding sequences. 3. Draft nodes required for an SLO. 4. Prefill chunks by priority and TTFT deadline.
-5. Draft nodes worth more than a finetuning token; finetuning in what is left of f^-1(T*).
+2. Roots of all decoding sequences. 3. Draft nodes required for an SLO, then those worth more than a finetuning token; while
+prompts wait, the latter in half of what T* leaves. 4. Prefill chunks by priority and TTFT deadline. 5. Finetuning.
 While a request is behind, draft nodes are not held to T*: the planner has weighed their cost against the tokens they bring.
+Tokens that drafts may bring make T* longer, so that nodes come before prompts: prompts would take the time and leave no room
+for the nodes that it was given for.
 """
 
 from __future__ import annotations
@@ -16,70 +18,13 @@ from collections.abc import Sequence as Seq
 
 from common.latency import Rows, max_rows, predict_ms
 from common.messages import LatencyProfile
+from services.executor.draft_nodes import extra_nodes, node_limit_ms, required_nodes, room_for_nodes, with_nodes, with_tree_of
 from services.executor.finetune_share import JobView, UnitSize, backward_ms, share_out, unit_size
+from services.executor.views import Limits, SequenceView
 
 LEAST_IDLE_PASSES = 2.0
 """An iteration of finetuning alone may take so many passes of one row, however slow these are: where reading the weights takes
 longer than `idle_iteration_ms`, it would else have a row per pass, though many cost hardly more. Half of it goes into rows."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Constants of an executor's scheduling."""
-
-    max_iteration_ms: float = 250.0
-    """Longest iteration while only requests without a TPOT target decode."""
-    max_prefill_ms: float = 1000.0
-    """Longest iteration that computes prompts while no request with a TPOT target decodes: one pass costs less than several."""
-    idle_iteration_ms: float = 120.0
-    """Longest iteration of finetuning alone: what a request that arrives meanwhile may have to wait."""
-    interruptible_ms: float = 0.0
-    """The same if it goes in units, each of half of that: a request waits for one of them only. 0: it never does."""
-    max_batch_tokens: int = 1024
-    min_prefill_tokens: int = 16
-    """Prompt tokens that are worth a chunk: about a page. Behind a long context a smaller one costs nearly as much."""
-    max_prefill_gap: int = 8
-    """So many iterations in a row may leave waiting prompts with less than that; the next one computes it whatever T* says.
-
-    Prefill yields to every target that can be met, but a prompt must end: this bounds its rate from below by a chunk per nine
-    iterations, and what it adds to the mean time per token by a ninth of a chunk's cost, which `safety` has room for. A floor
-    in each iteration would cost nine times that, and one row in each would read the whole context for a row.
-    """
-    min_finetune_share: float = 0.1
-    """Share of the iteration that finetuning gets whenever no request is behind its target."""
-    finetune_weight: float = 0.25
-    """Value of a finetuning token; a draft node's value is its probability of being accepted."""
-    safety: float = 0.9
-    """Share of a request's slack that an iteration may use: predictions err, and messages take time."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SequenceView:
-    """A running sequence. `num_uncomputed` tokens have no KV yet: one while decoding, more while prefilling.
-
-    `decode_ms` is the time since its first token, `num_decoded` the tokens after the first one.
-    """
-
-    request_id: str
-    num_uncomputed: int
-    is_decoding: bool
-    context_tokens: int
-    arrived_at: float
-    priority: int = 0
-    """Lower is prefilled earlier."""
-    num_decoded: int = 0
-    max_remaining: int = 1
-    decode_ms: float = 0.0
-    tpot_ms: float | None = None
-    first_token_due_at: float | None = None
-    tokens_per_step: float = 1.0
-    """Mean of its decode iterations so far; what drafts may be hoped to bring."""
-    tree_probs: tuple[float, ...] = ()
-    num_required: int = 0
-    num_unscored: int = 0
-    """Of the uncomputed tokens so many, the first ones, whose rows are scored: each costs the model's head besides."""
-    is_resting: bool = False
-    """It decodes, but not in this iteration: the other half does (see cohorts)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,14 +80,18 @@ def plan_iteration(
     limit_ms, prefill_ms, is_behind = iteration_limits_ms(now, decoding, waiting, base_ms, limits, resting, idle_ms)
     capacity = rows.tokens + max_rows(profile, limit_ms, limits.max_batch_tokens - rows.tokens, rows)
     reserve = 0 if is_behind or not jobs else int(limits.min_finetune_share * capacity)
-    required = _required_nodes(decoding, limits.max_batch_tokens - len(decoding))
-    rows = _with_nodes(rows, decoding, required)
+    required = required_nodes(decoding, limits.max_batch_tokens - len(decoding))
+    rows = with_nodes(rows, decoding, required)
+    node_ms = None if is_behind else node_limit_ms(limit_ms, rows, waiting, profile, limits)
+    floor = min(limits.min_prefill_tokens, sum(view.num_uncomputed for view in waiting))
+    room = room_for_nodes(decoding, rows, reserve, node_ms, profile, limits, floor)
+    nodes = extra_nodes(decoding, required, room, limits.finetune_weight if jobs else 0.0)
+    rows = with_nodes(rows, decoding, {name: num - required[name] for name, num in nodes.items()})
+    kept = [with_tree_of(view, nodes[view.request_id]) for view in decoding]
+    limit_ms, prefill_ms, is_behind = iteration_limits_ms(now, kept, waiting, base_ms, limits, resting, idle_ms)
     is_due = not decoding or num_starved >= limits.max_prefill_gap
-    prefill, is_starved = _prefill_chunks(waiting, rows, reserve, prefill_ms, is_due, profile, limits)
+    prefill, is_starved = _prefill_chunks(waiting, rows, reserve, prefill_ms, is_due, floor, profile, limits)
     rows = _with_chunks(rows, waiting, prefill)
-    room = _room_for_nodes(decoding, rows, reserve, None if is_behind else limit_ms, profile, limits)
-    nodes = _extra_nodes(decoding, required, room, limits.finetune_weight if jobs else 0.0)
-    rows = _with_nodes(rows, decoding, {name: num - required[name] for name, num in nodes.items()})
     share_ms = 0.0 if is_behind else limits.min_finetune_share * limit_ms
     spare_ms = max(limit_ms - predict_ms(profile, rows), share_ms)
     back_ms = _after_first_tokens_ms(decoding, waiting, prefill, profile, limits)
@@ -223,27 +172,19 @@ def _prefill_order(view: SequenceView) -> tuple[int, float, float]:
     return view.priority, due, view.arrived_at
 
 
-def _required_nodes(decoding: Seq[SequenceView], room: int) -> dict[str, int]:
-    """Draft nodes that requests need for their SLO, as far as there is room: the planner keeps to it, late trees may not."""
-    counts: dict[str, int] = {}
-    for view in decoding:
-        counts[view.request_id] = max(0, min(view.num_required, len(view.tree_probs), room))
-        room -= counts[view.request_id]
-    return counts
-
-
 def _prefill_chunks(
     waiting: Seq[SequenceView],
     rows: Rows,
     reserve: int,
     limit_ms: float,
     is_due: bool,
+    floor: int,
     profile: LatencyProfile,
     limits: Limits,
 ) -> tuple[dict[str, int], bool]:
     """Prompt tokens per request, as many as the limit allows behind each one's context, and whether they were too few.
 
-    Too few are less than `min_prefill_tokens`. When these are due (see Limits.max_prefill_gap), the first in order gets them.
+    Too few are less than `floor`. When these are due (see Limits.max_prefill_gap), the first in order gets them.
     """
     chunks: dict[str, int] = {}
     beside = rows.widened(reserve, 0)
@@ -255,7 +196,6 @@ def _prefill_chunks(
             beside = beside.with_segment(num, view.context_tokens, view.num_unscored)
         if num < view.num_uncomputed:  # who is next has to wait too, else a long prompt could be overtaken for ever
             break
-    floor = min(limits.min_prefill_tokens, sum(view.num_uncomputed for view in waiting))
     if not is_due or sum(chunks.values()) >= floor:
         return chunks, sum(chunks.values()) < floor
     return _in_order(waiting, min(floor, limits.max_batch_tokens - rows.tokens)), False
@@ -276,41 +216,6 @@ def _with_chunks(rows: Rows, waiting: Seq[SequenceView], chunks: dict[str, int])
     for view in waiting:
         rows = rows.with_segment(chunks.get(view.request_id, 0), view.context_tokens, view.num_unscored)
     return rows
-
-
-def _with_nodes(rows: Rows, decoding: Seq[SequenceView], nodes: dict[str, int]) -> Rows:
-    for view in decoding:
-        rows = rows.widened(nodes[view.request_id], view.context_tokens)
-    return rows
-
-
-def _room_for_nodes(
-    decoding: Seq[SequenceView], rows: Rows, reserve: int, limit_ms: float | None, profile: LatencyProfile, limits: Limits
-) -> int:
-    """Draft nodes that fit beside `rows` and the reserve, all behind the longest context; without a limit by number alone."""
-    room = limits.max_batch_tokens - rows.tokens - reserve
-    if limit_ms is None:
-        return room
-    context = max((view.context_tokens for view in decoding), default=0)
-    beside = rows.widened(reserve, 0)
-    return max_rows(profile, limit_ms, room, beside._replace(context=rows.context - context), context)
-
-
-def _extra_nodes(decoding: Seq[SequenceView], required: dict[str, int], room: int, min_value: float) -> dict[str, int]:
-    """Draft nodes per request: the required ones, then the most probable of the rest that beat a finetuning token."""
-    counts = dict(required)
-    ranked = sorted(
-        (
-            (prob, view.request_id)
-            for view in decoding
-            for prob in sorted(view.tree_probs, reverse=True)[required[view.request_id] :]
-            if prob > min_value
-        ),
-        reverse=True,
-    )
-    for _, request_id in ranked[: max(room, 0)]:
-        counts[request_id] += 1
-    return counts
 
 
 def _after_first_tokens_ms(

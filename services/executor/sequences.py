@@ -12,7 +12,7 @@ from services.executor.logits import LogitsProcessor, processor_of
 from services.executor.lora import LoraAdapter
 from services.executor.model_config import ModelConfig
 from services.executor.pages import PageAllocator, PageTable
-from services.executor.scheduler import SequenceView
+from services.executor.views import SequenceView
 
 
 @dataclasses.dataclass(eq=False)

@@ -17,7 +17,8 @@ from common.latency import Rows, predict_ms
 from common.messages import LatencyProfile
 from common.sharing import TOKEN, Sharing
 from services.executor.finetune_share import JobView
-from services.executor.scheduler import IterationPlan, Limits, SequenceView, plan_iteration
+from services.executor.scheduler import IterationPlan, plan_iteration
+from services.executor.views import Limits, SequenceView
 
 DYNAMIC_FREQUENCIES = (64, 512)
 """The most and the least frequent mini-batches of `dynamic`: those of the fixed frequencies that it is compared with."""

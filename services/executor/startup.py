@@ -27,7 +27,7 @@ from services.executor.model import Decoder, KvCache
 from services.executor.model_config import ModelConfig, read_model_config
 from services.executor.profile_store import ProfileStore
 from services.executor.profiling import NUM_SLOTS, measure_profile
-from services.executor.scheduler import Limits
+from services.executor.views import Limits
 
 PROFILE_TERMS = "row-context.scored-row"
 """The newest term of the latency model, in the key: profiles of before would be read, but lack it for ever."""

@@ -14,6 +14,9 @@ FORGETTING = 0.97
 MAX_SURPRISE = 3.0
 """A draft that took more times what was predicted was held up by something else, and counts as this much."""
 
+DEVIATIONS = 2.0
+"""Drafts are cut so that one which takes so many mean deviations longer than predicted still comes in time."""
+
 Limits = Sequence[tuple[int, int]]
 """Depth and width of each request's draft."""
 
@@ -33,12 +36,16 @@ class DraftCost:
         self._levels_ms = PRIOR_WEIGHT * LEVEL_MS
         self._rows_ms = PRIOR_WEIGHT * PRIOR_ROWS**2 * ROW_MS
         self.level_ms, self.row_ms = LEVEL_MS, ROW_MS
+        self.deviation_ms = 0.0
+        """How far drafts were from what was predicted, lately and in the mean."""
 
     def observe(self, levels: int, rows: int, ms: float) -> None:
         """A draft of so many levels and rows took so long."""
         if levels <= 0:
             return
-        ms = min(ms, MAX_SURPRISE * self.of(levels, rows) + LEVEL_MS)
+        expected = self.of(levels, rows)
+        ms = min(ms, MAX_SURPRISE * expected + LEVEL_MS)
+        self.deviation_ms = FORGETTING * self.deviation_ms + (1.0 - FORGETTING) * abs(ms - expected)
         self._levels_levels = FORGETTING * self._levels_levels + levels * levels
         self._levels_rows = FORGETTING * self._levels_rows + levels * rows
         self._rows_rows = FORGETTING * self._rows_rows + rows * rows
@@ -52,9 +59,9 @@ class DraftCost:
 
     def affordable(self, limits: Limits, patience_ms: float) -> list[tuple[int, int]]:
         """The limits, cut so that drafts come in time: first no request drafts wider than need be, then none so deep."""
-        fitting = list(limits)
+        fitting, left_ms = list(limits), patience_ms - DEVIATIONS * self.deviation_ms
         widest, deepest = max((w for _, w in fitting), default=1), max((d for d, _ in fitting), default=0)
-        while self.of(deepest, rows_of(fitting)) > patience_ms and (widest > 1 or deepest > 1):
+        while self.of(deepest, rows_of(fitting)) > left_ms and (widest > 1 or deepest > 1):
             if widest > 1:
                 widest -= 1
             else:

@@ -11,6 +11,8 @@ from services.planner.calibration import MAX_PROB, Calibration, Reliability
 from services.planner.drafter import Drafter, DraftOrder, FeatureNeed, Key, Pool
 from services.planner.pacing import Tier
 
+SURE = 0.8
+"""Where a drafter that costs nothing is so sure of the next token, those that compute a model are not asked besides."""
 SILENT, DISSENTS, NAMES = 0, 1, 2
 """What a drafter says of a node: nothing of its siblings either; only siblings; the node itself."""
 
@@ -55,6 +57,8 @@ class MixedDrafter:
         self.is_free = all(drafter.is_free for drafter in drafters)
         self.has_tiers = len({drafter.is_free for drafter in drafters}) == 2
         """Whether some drafters cost next to nothing, and some do not."""
+        self.asked: list[DraftOrder] = []
+        """What drafters that compute a model were asked for in the last draft."""
         self._drafters = tuple(drafters)
         self._own = [Calibration(forgetting=forgetting, is_frozen=is_frozen) for _ in drafters]
         self._mixes = [Calibration(forgetting=forgetting, is_frozen=is_frozen) for _ in range(3 ** len(drafters))]
@@ -83,18 +87,33 @@ class MixedDrafter:
             for drafter in self._drafters:
                 drafter.close(key)
 
-    def draft(self, orders: Sequence[DraftOrder], tier: Tier = "all") -> list[Pool]:
-        """See Drafter; who does not belong to the tier has nothing to say."""
-        by_drafter = [
-            drafter.draft(orders) if tier == "all" or drafter.is_free else [Pool() for _ in orders]
-            for drafter in self._drafters
-        ]
+    def draft(self, orders: Sequence[DraftOrder], tier: Tier = "all", costly: Sequence[DraftOrder] | None = None) -> list[Pool]:
+        """See Drafter; who does not belong to the tier has nothing to say. `costly` are orders of their own, of the same
+        sequences, for drafters that compute a model; these are then not asked where others are SURE.
+        """
+        by_drafter: dict[int, list[Pool]] = {}
+        self.asked = list(costly or orders) if tier == "all" else []
+        for i, drafter in sorted(enumerate(self._drafters), key=lambda each: not each[1].is_free):
+            if drafter.is_free:
+                by_drafter[i] = drafter.draft(orders)
+                for place, pool in enumerate(by_drafter[i] if self.asked and costly else []):
+                    if self._is_sure(i, pool):
+                        self.asked[place] = self.asked[place]._replace(depth=0)
+            else:
+                by_drafter[i] = drafter.draft(self.asked) if self.asked else [Pool() for _ in orders]
         pools = []
-        for order, *own in zip(orders, *by_drafter, strict=True):
+        for order, *own in zip(orders, *(by_drafter[i] for i in range(len(self._drafters))), strict=True):
             draft = self._merge(own) if len(own) > 1 else self._correct(own[0])
             self._open[order.key] = draft
             pools.append(draft.pool)
         return pools
+
+    def _is_sure(self, drafter: int, pool: Pool) -> bool:
+        return any(
+            self._own[drafter].probability(prob, depth) >= SURE
+            for prob, depth in zip(pool.probs, pool.depths, strict=True)
+            if depth == 1
+        )
 
     def choose(self, key: Key, nodes: Sequence[int]) -> None:
         """These nodes of the last pool of the sequence are sent to the target."""

@@ -22,6 +22,10 @@ LEAST_PAYING_GAIN = 0.8
 """The same where drafts pay debts: what one request gains, all others must not pay for with more than this."""
 DOUBTFUL_GAIN = 1.3
 """Below it, drafters that cost nothing are tried by themselves."""
+PLAIN_TRIAL, FIRST_TRIAL, TRIAL_GAP = 8, 32, 128
+"""So many iterations go without drafts, at first after so many with them, then after so many where drafts bring less than
+DOUBTFUL_GAIN: what roots alone take is else only predicted, from passes that verified nodes, and that is too much.
+"""
 NUM_PROBED = 32
 """Drafts (requests times iterations) that are tried before they may be judged as not worth their time."""
 FIRST_REST, LONGEST_REST, LONGEST_FREE_REST = 16, 256, 64
@@ -68,6 +72,27 @@ class _Pace:
 
 
 @dataclasses.dataclass(slots=True)
+class _PlainPace:
+    """Iterations without drafts: how long they took for each request in them."""
+
+    measured_ms: float = 0.0
+    num_requests: float = 0.0
+    num: float = 0.0
+
+    def observe(self, measured_ms: float, num_requests: int, predicted_ms: float) -> None:
+        self.measured_ms = PACE_FORGETTING * self.measured_ms + min(measured_ms, MAX_SURPRISE * predicted_ms)
+        self.num_requests = PACE_FORGETTING * self.num_requests + num_requests
+        self.num = PACE_FORGETTING * self.num + 1.0
+
+    def ratio(self, predicted_ms: float) -> float:
+        """Times as long as the `predicted_ms` for each request."""
+        if self.num_requests == 0.0 or predicted_ms <= 0.0:
+            return 1.0
+        ratio = self.measured_ms / self.num_requests / predicted_ms
+        return (PACE_PRIOR + self.num * ratio) / (PACE_PRIOR + self.num)
+
+
+@dataclasses.dataclass(slots=True)
 class _Load:
     """What is known of drafting while about so many requests run."""
 
@@ -87,7 +112,9 @@ class _Load:
     age: int = 0
     """Iterations since then."""
     drafted: _Pace = dataclasses.field(default_factory=_Pace)
-    plain: _Pace = dataclasses.field(default_factory=_Pace)
+    plain: _PlainPace = dataclasses.field(default_factory=_PlainPace)
+    num_until_trial: int = FIRST_TRIAL
+    """Iterations with drafts until roots alone are tried; below zero: so many of the trial are still to go."""
 
     def begin(self) -> None:
         """Drafts are tried (again): what they brought before counts no more."""
@@ -97,7 +124,8 @@ class _Load:
     @property
     def current_gain(self) -> float:
         """Times as many tokens per ms as roots alone."""
-        return self.tokens * self.plain_ms * self.plain.ratio / (self.plain_tokens * self.ms * self.drafted.ratio)
+        plain_ms = self.plain_ms * self.plain.ratio(self.plain_ms / self.plain_tokens)
+        return self.tokens * plain_ms / (self.plain_tokens * self.ms * self.drafted.ratio)
 
 
 def load_of(num_running: int) -> int:
@@ -119,12 +147,16 @@ class _Arm:
         self._pending = 0.0
         """Tokens that the last drafts were expected to bring beyond the roots'; not judged yet."""
         self._accepted = self._expected = 0.0
-        self._pace: _Pace | None = None
+        self._pace: _Pace | _PlainPace | None = None
         self._predicted_ms = 0.0
+        self._num_requests = 0
 
-    def judge(self, num_accepted: int, num_requests: int, measured_ms: float | None) -> None:
-        if self._pace is not None and measured_ms is not None:
-            self._pace.observe(self._predicted_ms, measured_ms)
+    def judge(self, num_accepted: int, num_requests: int, measured_ms: float | None, *, is_late: bool) -> None:
+        if measured_ms is not None:
+            if isinstance(self._pace, _PlainPace):
+                self._pace.observe(measured_ms, self._num_requests, self._predicted_ms)
+            elif self._pace is not None and not (is_late and self._pending > 0.0):
+                self._pace.observe(self._predicted_ms, measured_ms)
         self._pace = None
         if self._pending <= 0.0:
             return
@@ -150,9 +182,25 @@ class _Arm:
             if load.num_left == 0:
                 load.begin()
 
-    def skip(self, plain_ms: float) -> None:
+    def tries_plain(self, num_iterations: int) -> bool:
+        """Whether this iteration is one of a trial of roots alone."""
+        load = self.load
+        if load.num_until_trial > 0:
+            load.num_until_trial -= num_iterations
+            if load.num_until_trial > 0:
+                return False
+            is_wanted = load.plain.num == 0.0 or 0.0 < load.gain < DOUBTFUL_GAIN
+            load.num_until_trial = -PLAIN_TRIAL if is_wanted else TRIAL_GAP
+            return is_wanted
+        load.num_until_trial += num_iterations
+        if load.num_until_trial < 0:
+            return True
+        load.num_until_trial = TRIAL_GAP if load.plain.num > 0.0 else FIRST_TRIAL
+        return False
+
+    def skip(self, plain_ms: float, num_requests: int) -> None:
         """Roots alone are decoded."""
-        self._pace, self._predicted_ms = self.load.plain, plain_ms
+        self._pace, self._predicted_ms, self._num_requests = self.load.plain, plain_ms, num_requests
 
     def observe(self, last: Round, least_gain: float) -> None:
         load = self.load
@@ -197,13 +245,17 @@ class Pacing:
         """Iterations still to go without drafts, while the load is what it is."""
         if self._num_hopeless > 0:
             return min(FIRST_REST, max(0, LONGEST_REST - self._num_hopeless))
+        if self._chosen is None and self._all.load.num_until_trial < 0:
+            return -self._all.load.num_until_trial - 1
         return min(arm.load.num_left for arm in (self._all, self._free) if arm is not None)
 
-    def judge(self, num_accepted: int, num_requests: int, measured_ms: float | None) -> None:
-        """What the last round came to: its drafts may have been late as well as wrong. None: its time tells nothing."""
+    def judge(self, num_accepted: int, num_requests: int, measured_ms: float | None, *, is_late: bool = False) -> None:
+        """What the last round came to: its drafts may have been wrong or, `is_late`, not verified at all, which is as bad, but
+        tells nothing about the time that it takes to verify them. None: its time tells nothing.
+        """
         for arm in (self._all, self._free):
             if arm is not None:
-                arm.judge(num_accepted, num_requests, measured_ms)
+                arm.judge(num_accepted, num_requests, measured_ms, is_late=is_late)
 
     def pass_by(self, num_iterations: int) -> None:
         """A report that nobody drafts for, of so many iterations."""
@@ -233,10 +285,12 @@ class Pacing:
             in_doubt = 0.0 < load.gain < DOUBTFUL_GAIN and (free.gain == 0.0 or free.age > LONGEST_REST)
             is_trial = not free_rests and num_in_debt == 0 and (in_doubt or 0 < free.num_probed < NUM_PROBED)
             self._chosen = self._free if is_trial or (rests and not free_rests) else None if rests else self._all
+        if self._chosen is self._all and self._all.tries_plain(num_iterations):
+            self._chosen = None
         if self._chosen is None:
             for arm in (self._all, self._free):
                 if arm is not None:
-                    arm.skip(plain_ms)
+                    arm.skip(plain_ms, num_running)
             return None
         return "free" if self._chosen is self._free else "all"
 

@@ -13,7 +13,7 @@ from common.latency import Rows, predict_ms
 from common.messages import DraftTree, IterationReport
 from services.planner import control, trees
 from services.planner.costs import Costs, Floats, iteration_costs
-from services.planner.draft_cost import DraftCost
+from services.planner.draft_cost import DraftCost, rows_of
 from services.planner.drafter import DraftOrder, FeatureNeed, Pool
 from services.planner.mixed import MixedDrafter
 from services.planner.modes import Mode
@@ -60,7 +60,12 @@ class Planner:
             return ()
         sequences = self.table.apply(report, now)
         pacing = self.table.pacing(report.executor_id)
-        pacing.judge(sum(each.accepted_len for each in report.progress), len(sequences), report.measured_ms)
+        pacing.judge(
+            sum(each.accepted_len for each in report.progress),
+            len(sequences),
+            report.measured_ms,
+            is_late=not any(each.num_drafted for each in report.progress),
+        )
         if is_stale or not sequences or report.token_budget <= 0:
             self.counters["stale_reports"] += is_stale
             pacing.pass_by(report.num_iterations)
@@ -77,12 +82,18 @@ class Planner:
             return ()
         cost = self._costs[tier]
         limits = self._limits(report, self._mode, sequences, debts, cost)
+        affordable = limits
         if self._mode.chain_length is None:
-            limits = cost.affordable(limits, PATIENCE * report.patience_ms)
-        orders = [DraftOrder((report.executor_id, name), *own) for name, own in zip(sequences, limits, strict=True)]
+            affordable = cost.affordable(limits, PATIENCE * report.patience_ms)
+        if not self._mode.has_stop_rule:
+            limits = affordable
+        keys = [(report.executor_id, name) for name in sequences]
+        orders, costly = (
+            [DraftOrder(key, *own) for key, own in zip(keys, found, strict=True)] for found in (limits, affordable)
+        )
         depths = [depth for depth, _ in limits]
         started_at = self._clock()
-        pools = self._drafter.draft(orders, tier)
+        pools = self._drafter.draft(orders, tier, costly if self._mode.has_stop_rule else None)
         drafted_at = self._clock()
         selection, last = self._select(_drafts(report, sequences, depths, pools), self._mode, debts)
         picked = trees.split(selection.chosen.tolist(), pools)
@@ -90,7 +101,8 @@ class Planner:
             self._drafter.choose(order.key, nodes)
         drafted = _trees(sequences, pools, picked, selection.num_required.tolist())
         draft_ms = 1e3 * (drafted_at - started_at)
-        cost.observe(*trees.size(pools), draft_ms)
+        asked = [(order.depth, order.width) for order in self._drafter.asked] or limits
+        cost.observe(max(depth for depth, _ in asked), rows_of(asked), draft_ms)
         self._count(selection, draft_ms, 1e3 * (self._clock() - drafted_at))
         pacing.observe(last)
         return drafted
