@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 MISSES_UNTIL_IMPATIENT = 3
 """After so many answers in a row that were late, the link asks for no drafts for a while: they would only take time from the
-passes that they are too late for."""
+passes that they are too late for. With two cohorts it only waits no more, until trees arrive in time again."""
 FIRST_QUIET, LONGEST_QUIET = 8, 64
 """Iterations of such a while; twice as many each time that the answers after it are late too. The first of them may well be:
 drafters have to catch up."""
@@ -213,7 +213,7 @@ class PlannerLink:
         if self.is_quiet(iteration):
             return self._answers.get(iteration)
         started_at = time.perf_counter()
-        if iteration not in self._answers:
+        if iteration not in self._answers and self._misses < MISSES_UNTIL_IMPATIENT:
             left_s = self._reported_at[iteration] + self._max_wait_s - time.perf_counter()
             try:
                 async with asyncio.timeout(max(left_s, 0.0)):
@@ -229,7 +229,7 @@ class PlannerLink:
 
     def _miss(self, iteration: int) -> None:
         self._misses += 1
-        if self._misses >= MISSES_UNTIL_IMPATIENT:
+        if self._misses >= MISSES_UNTIL_IMPATIENT and self._num_cohorts == 1:  # a cohort's drafts have the other one's pass
             self._misses, self._quiet_until = 0, iteration + self._next_quiet
             self._next_quiet = min(2 * self._next_quiet, LONGEST_QUIET)
 
