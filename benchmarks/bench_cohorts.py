@@ -13,6 +13,7 @@ import math
 import statistics
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -61,13 +62,14 @@ def measure(
     No second batch is begun after `until`, of time.monotonic.
     """
     answers: dict[str, list[Sample]] = {side: [] for side in SIDES}
+    salt = uuid.uuid4().hex
     for i in range(num_rounds):
         if i and time.monotonic() > until:
             break
         batch = [texts[(i * concurrency + j) % len(texts)] for j in range(concurrency)]
         for side in SIDES[:: -1 if i % 2 else 1]:
             settle()
-            answers[side] += asyncio.run(closed(servers[side].url, batch, concurrency, MAX_TOKENS, salt=f"{concurrency}"))
+            answers[side] += asyncio.run(closed(servers[side].url, batch, concurrency, MAX_TOKENS, salt=salt))
     return answers
 
 

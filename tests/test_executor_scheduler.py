@@ -52,6 +52,14 @@ def test_draft_nodes_come_before_prompts_which_keep_half_of_the_time() -> None:
     assert cut.decode["tight"] == 20 - 1 - 16, "a chunk of a prompt has room in the batch"
 
 
+def test_nodes_that_keep_a_request_in_time_are_not_left_out_for_prompts() -> None:
+    steep = LatencyProfile(points=((1, 20.0), (101, 220.0)))
+    tight = decoding("tight", tpot_ms=40.0, num_decoded=50, decode_ms=1920.0, max_remaining=50, tree_probs=(0.6,) * 8)
+    nodes = [plan(dataclasses.replace(tight, decode_ms=ms), waiting("w", 900), profile=steep).decode["tight"] for ms in
+             (1700.0, 1920.0, 1940.0)]  # fmt: skip
+    assert nodes[1:] == [8, 8], "in time with them, and behind"
+
+
 def test_time_that_only_left_out_nodes_would_pay_for_is_not_taken() -> None:
     tight = decoding("tight", tpot_ms=20.0, num_decoded=10, decode_ms=190.0, tree_probs=(0.9, 0.8, 0.7))
     result = plan(tight, waiting("w", 900), JOB, finetune_weight=0.85)

@@ -117,16 +117,18 @@ def test_drafters_that_cost_time_have_limits_of_their_own_and_are_not_asked_wher
     orders, shallow = [DraftOrder(KEY, 3, 3)], [DraftOrder(KEY, 1, 1)]
     (pool,) = ours.draft(orders, "all", shallow)
     assert paths(pool) == pytest.approx({(1,): 0.9, (1, 2): 0.45, (1, 2, 3): 0.225})
-    assert ours.asked == [DraftOrder(KEY, 0, 1)]
+    assert ours.computed == []
     (pool,) = ours.draft(orders, "all")
     assert paths(pool)[1,] == pytest.approx(0.96)
-    assert ours.asked == orders
+    assert [pool.depths for pool in ours.computed] == [[1, 2, 3]]
     unsure = TableDrafter({(): {1: SURE - 0.1}, (1,): {2: 0.5}})
     unsure.is_free = True
     ours = mixed(costly, unsure)
     (pool,) = ours.draft(orders, "all", shallow)
     assert paths(pool) == pytest.approx({(1,): 0.88, (1, 2): 0.44}), "the costly drafter told of one level"
-    assert ours.asked == shallow
+    assert [pool.depths for pool in ours.computed] == [[1]]
+    ours.draft(orders, "free")
+    assert [pool.depths for pool in ours.computed] == [[1, 2]]
 
 
 def test_tokens_tenants_and_features_reach_every_drafter() -> None:

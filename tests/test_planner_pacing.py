@@ -154,7 +154,22 @@ def test_trials_of_roots_alone_are_announced_and_short_and_only_made_where_draft
 
     assert gaps(52.0, PLAIN_MS) == [FIRST_TRIAL - 1, TRIAL_GAP, TRIAL_GAP]
     assert gaps(70.0, PLAIN_MS) == [FIRST_TRIAL - 1], "drafts bring much"
-    assert gaps(70.0, None)[:3] == [FIRST_TRIAL - 1, FIRST_TRIAL, FIRST_TRIAL], "nothing was measured"
+    assert gaps(70.0, None) == [FIRST_TRIAL - 1, 4 * FIRST_TRIAL], "nothing was measured: ever more rarely"
+
+
+def test_roots_alone_are_not_tried_while_a_request_needs_what_drafts_bring() -> None:
+    pacing = Pacing()
+    for _ in range(3 * FIRST_TRIAL):
+        assert pacing.choose(32, 4, PLAIN_MS) == "all"
+        pacing.observe(round_of(32, 52.0, in_debt=4, paid=4))
+    assert pacing.choose(32, 0, PLAIN_MS) is None
+    assert pacing.num_left == PLAIN_TRIAL - 1
+    assert pacing.choose(32, 1, PLAIN_MS) == "all", "a debt ends a trial"
+    pacing = Pacing()
+    while pacing.choose(32, 0, PLAIN_MS) is not None:
+        pacing.observe(round_of(32, 52.0))
+    pacing.pass_by(PLAIN_TRIAL)
+    assert pacing.choose(32, 0, PLAIN_MS) == "all", "what nobody drafts for is part of it"
 
 
 def test_a_late_draft_s_iteration_tells_nothing_of_the_time_that_drafts_take() -> None:

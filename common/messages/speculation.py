@@ -81,7 +81,7 @@ class IterationReport(msgspec.Struct, frozen=True, kw_only=True, tag="report.1")
     """Roots of the other cohort, whose pass is part of `t_spec_ms` too."""
     t_spec_ms: float
     measured_ms: float | None = None
-    """What an iteration took since the report before this one, if nothing but decoding was done; else None."""
+    """Mean of the iterations told of that did nothing but decode; None if there are none, or if they overlap (two cohorts)."""
     num_iterations: int = 1
     """Since the report before this one. Progress is that of all of them."""
     wait_ms: float = 0.0

@@ -29,6 +29,7 @@ from services.executor.gateway_watch import GatewayWatch
 from services.executor.grammar_store import GrammarStore
 from services.executor.inbox import Inbox
 from services.executor.load import cached_pages, executor_vitals
+from services.executor.other_time import OtherTime
 from services.executor.planner_link import PlannerLink
 from services.executor.profile_store import ProfileStore
 from services.executor.scheduler import root_rows
@@ -58,10 +59,9 @@ class ExecutorActor:
         self._pages: bytes | None = None
         self._pages_at = -math.inf
         self._iteration_ms = 0.0
-        self._other_ms = {False: 0.0, True: 0.0}
-        """Mean time of an iteration beyond what its decoding rows are predicted to take: of one of roots alone, which is
-        messages, and of one that holds other rows than those that decode, which is prefill and finetuning too.
-        """
+        self._other_time = OtherTime()
+        self._is_left_alone = True
+        """By the planner, which is not at work beside the next pass."""
         self._has_worked_back = False
         """In the last iteration, on finetuning."""
         self._num_failures = 0
@@ -233,14 +233,15 @@ class ExecutorActor:
         self._iteration_ms += 0.2 * (elapsed_ms - self._iteration_ms)
         plain_ms = elapsed_ms - (reported_at - sent_at) * 1e3
         is_mixed = bool(iteration.prefill_tokens or iteration.finetune_tokens or work.is_any)
-        is_plain = not is_mixed and iteration.draft_tokens == 0 and self._planner.is_quiet(iteration.number - 1)
-        if is_plain or (is_mixed and (iteration.decode_tokens or iteration.prefill_tokens)):
-            # finetuning alone takes as long as it likes; verifying, or a planner that is busy, is no part of decoding roots
-            self._other_ms[is_mixed] += 0.2 * (max(0.0, plain_ms - iteration.decode_ms) - self._other_ms[is_mixed])
+        if iteration.decode_tokens or (is_mixed and iteration.prefill_tokens):  # finetuning alone takes as long as it likes
+            is_plain = iteration.draft_tokens == 0 and self._is_left_alone
+            self._other_time.learn(plain_ms - iteration.decode_ms, is_mixed=is_mixed, is_plain=is_plain)
         self._engine.counters["send_ms"] += (sent_at - passed_at) * 1e3  # type: ignore[assignment]
         self._note(iteration, work, elapsed_ms)
         await self._training.publish(work.events)
-        trees = await self._planner.trees(self._engine.cohorts.awaited(self._decoding(), iteration.number))
+        awaited = self._engine.cohorts.awaited(self._decoding(), iteration.number)
+        trees = await self._planner.trees(awaited)
+        self._is_left_alone = self._planner.is_quiet(awaited)
         self._engine.counters["wait_ms"] = self._planner.wait_ms  # type: ignore[assignment]
         self._inbox.apply()
         if trees is not None:
@@ -273,8 +274,8 @@ class ExecutorActor:
             token_budget=min(self._config.max_draft_tokens, self._config.max_batch_tokens - len(decoding)),
             base_tokens=len(next_pass),
             num_others=len(decoding) - len(contexts),
-            plain_ms=turns * (self._other_ms[False] + predict_ms(profile, root_rows(contexts))),
-            other_ms=turns * max(0.0, self._other_ms[True] - self._other_ms[False]) if is_mixed else 0.0,
+            plain_ms=turns * (self._other_time.plain_ms + predict_ms(profile, root_rows(contexts))),
+            other_ms=turns * self._other_time.mixed_ms if is_mixed else 0.0,
             is_mixed=bool(iteration.prefill_tokens or iteration.finetune_tokens or self._has_worked_back),
             latency=profile,
         )

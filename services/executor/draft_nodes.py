@@ -25,12 +25,10 @@ def with_nodes(rows: Rows, decoding: Seq[SequenceView], nodes: dict[str, int]) -
     return rows
 
 
-def node_limit_ms(limit_ms: float, rows: Rows, waiting: Seq[SequenceView], profile: LatencyProfile, limits: Limits) -> float:
-    """How long an iteration may take with its draft nodes: T*, and while prompts wait less, so that some of it is left."""
-    if not waiting:
-        return limit_ms
+def part_ms(limit_ms: float, share: float, rows: Rows, profile: LatencyProfile) -> float:
+    """How long a pass may take that spends this share of what these rows leave of the limit."""
     before_ms = predict_ms(profile, rows)
-    return before_ms + limits.node_share * max(0.0, limit_ms - before_ms)
+    return before_ms + share * max(0.0, limit_ms - before_ms)
 
 
 def with_tree_of(view: SequenceView, num_nodes: int) -> SequenceView:

@@ -113,7 +113,7 @@ class PlannerLink:
         self._misses = 0
         self._quiet_until, self._next_quiet = 0, FIRST_QUIET
         """No drafts are asked for after the iterations up to this one."""
-        self._last = (0, 0.0)
+        self._last: tuple[int, float] | None = None
         """The last iteration that was told of, and when."""
         self._deferred = _Deferred()
         self._answers: dict[int, DraftTrees] = {}
@@ -160,10 +160,10 @@ class PlannerLink:
             self._deferred = _Deferred()
             return
         now = time.perf_counter()
-        number, at = self._last
-        is_told = iteration == number + 1 and not is_mixed and self._num_cohorts == 1  # cohorts' iterations overlap
-        self._last = iteration, now
-        self._deferred.add(progress, now - at if is_told else None)
+        before, self._last = self._last, (iteration, now)
+        is_told = not is_mixed and self._num_cohorts == 1  # cohorts' iterations overlap
+        seconds = now - before[1] if is_told and before is not None and before[0] == iteration - 1 else None
+        self._deferred.add(progress, seconds)
         if not opened and not closed and self._may_defer(iteration, now):
             return
         deferred, self._deferred = self._deferred, _Deferred()
@@ -195,10 +195,10 @@ class PlannerLink:
         self._report_ms = (time.perf_counter() - now) * 1e3
 
     def _may_defer(self, iteration: int, now: float) -> bool:
-        """Whether the planner, which rests, need not hear of it yet; drafts that were verified are judged at once."""
+        """Whether the planner, which is not to draft, need not hear of it yet; drafts that were verified are judged at once."""
         deferred, reported_at = self._deferred, next(reversed(self._reported_at.values()), now)
         return (
-            iteration < self._resting_until
+            iteration < max(self._resting_until, self._quiet_until)
             and self._num_cohorts == 1
             and not deferred.is_drafted
             and deferred.num_iterations < MAX_DEFERRED

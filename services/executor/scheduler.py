@@ -18,7 +18,7 @@ from collections.abc import Sequence as Seq
 
 from common.latency import Rows, max_rows, predict_ms
 from common.messages import LatencyProfile
-from services.executor.draft_nodes import extra_nodes, node_limit_ms, required_nodes, room_for_nodes, with_nodes, with_tree_of
+from services.executor.draft_nodes import extra_nodes, part_ms, required_nodes, room_for_nodes, with_nodes, with_tree_of
 from services.executor.finetune_share import JobView, UnitSize, backward_ms, share_out, unit_size
 from services.executor.views import Limits, SequenceView
 
@@ -82,13 +82,18 @@ def plan_iteration(
     reserve = 0 if is_behind or not jobs else int(limits.min_finetune_share * capacity)
     required = required_nodes(decoding, limits.max_batch_tokens - len(decoding))
     rows = with_nodes(rows, decoding, required)
-    node_ms = None if is_behind else node_limit_ms(limit_ms, rows, waiting, profile, limits)
     floor = min(limits.min_prefill_tokens, sum(view.num_uncomputed for view in waiting))
-    room = room_for_nodes(decoding, rows, reserve, node_ms, profile, limits, floor)
-    nodes = extra_nodes(decoding, required, room, limits.finetune_weight if jobs else 0.0)
-    rows = with_nodes(rows, decoding, {name: num - required[name] for name, num in nodes.items()})
-    kept = [with_tree_of(view, nodes[view.request_id]) for view in decoding]
-    limit_ms, prefill_ms, is_behind = iteration_limits_ms(now, kept, waiting, base_ms, limits, resting, idle_ms)
+    with_required, was_behind = rows, is_behind
+    for share in (limits.node_share if waiting else 1.0, 1.0):
+        node_ms = None if was_behind else part_ms(limit_ms, share, with_required, profile)
+        room = room_for_nodes(decoding, with_required, reserve, node_ms, profile, limits, floor)
+        nodes = extra_nodes(decoding, required, room, limits.finetune_weight if jobs else 0.0)
+        kept = [with_tree_of(view, nodes[view.request_id]) for view in decoding]
+        kept_ms, prefill_ms, is_behind = iteration_limits_ms(now, kept, waiting, base_ms, limits, resting, idle_ms)
+        if is_behind == was_behind:  # else those that were left out are what keeps a request in time
+            break
+    limit_ms = kept_ms
+    rows = with_nodes(with_required, decoding, {name: num - required[name] for name, num in nodes.items()})
     is_due = not decoding or num_starved >= limits.max_prefill_gap
     prefill, is_starved = _prefill_chunks(waiting, rows, reserve, prefill_ms, is_due, floor, profile, limits)
     rows = _with_chunks(rows, waiting, prefill)

@@ -57,8 +57,8 @@ class MixedDrafter:
         self.is_free = all(drafter.is_free for drafter in drafters)
         self.has_tiers = len({drafter.is_free for drafter in drafters}) == 2
         """Whether some drafters cost next to nothing, and some do not."""
-        self.asked: list[DraftOrder] = []
-        """What drafters that compute a model were asked for in the last draft."""
+        self.computed: list[Pool] = []
+        """Of the last draft what took its time: the pools of drafters that compute a model, if any was asked, or else all."""
         self._drafters = tuple(drafters)
         self._own = [Calibration(forgetting=forgetting, is_frozen=is_frozen) for _ in drafters]
         self._mixes = [Calibration(forgetting=forgetting, is_frozen=is_frozen) for _ in range(3 ** len(drafters))]
@@ -92,15 +92,19 @@ class MixedDrafter:
         sequences, for drafters that compute a model; these are then not asked where others are SURE.
         """
         by_drafter: dict[int, list[Pool]] = {}
-        self.asked = list(costly or orders) if tier == "all" else []
+        self.computed = []
+        asked = list(costly or orders) if tier == "all" else []
         for i, drafter in sorted(enumerate(self._drafters), key=lambda each: not each[1].is_free):
             if drafter.is_free:
                 by_drafter[i] = drafter.draft(orders)
-                for place, pool in enumerate(by_drafter[i] if self.asked and costly else []):
+                for place, pool in enumerate(by_drafter[i] if asked and costly else []):
                     if self._is_sure(i, pool):
-                        self.asked[place] = self.asked[place]._replace(depth=0)
+                        asked[place] = asked[place]._replace(depth=0)
             else:
-                by_drafter[i] = drafter.draft(self.asked) if self.asked else [Pool() for _ in orders]
+                by_drafter[i] = drafter.draft(asked) if asked else [Pool() for _ in orders]
+                self.computed += [pool for pool, order in zip(by_drafter[i], asked, strict=False) if order.depth > 0]
+        if tier == "free" or self.is_free:
+            self.computed = [pool for i, found in by_drafter.items() if self._drafters[i].is_free for pool in found]
         pools = []
         for order, *own in zip(orders, *(by_drafter[i] for i in range(len(self._drafters))), strict=True):
             draft = self._merge(own) if len(own) > 1 else self._correct(own[0])

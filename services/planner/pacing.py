@@ -22,9 +22,10 @@ LEAST_PAYING_GAIN = 0.8
 """The same where drafts pay debts: what one request gains, all others must not pay for with more than this."""
 DOUBTFUL_GAIN = 1.3
 """Below it, drafters that cost nothing are tried by themselves."""
-PLAIN_TRIAL, FIRST_TRIAL, TRIAL_GAP = 8, 32, 128
+PLAIN_TRIAL, FIRST_TRIAL, TRIAL_GAP, LONGEST_TRIAL_GAP = 8, 32, 128, 4096
 """So many iterations go without drafts, at first after so many with them, then after so many where drafts bring less than
-DOUBTFUL_GAIN: what roots alone take is else only predicted, from passes that verified nodes, and that is too much.
+DOUBTFUL_GAIN: what roots alone take is else only predicted, from passes that verified nodes, and that is too much. Ever more
+rarely where no time is told, as beside finetuning.
 """
 NUM_PROBED = 32
 """Drafts (requests times iterations) that are tried before they may be judged as not worth their time."""
@@ -113,6 +114,7 @@ class _Load:
     """Iterations since then."""
     drafted: _Pace = dataclasses.field(default_factory=_Pace)
     plain: _PlainPace = dataclasses.field(default_factory=_PlainPace)
+    next_trial: int = FIRST_TRIAL
     num_until_trial: int = FIRST_TRIAL
     """Iterations with drafts until roots alone are tried; below zero: so many of the trial are still to go."""
 
@@ -177,14 +179,20 @@ class _Arm:
     def pass_by(self, num_iterations: int) -> None:
         """They were part of the rest, if there is one."""
         load = self.load
+        if load.num_until_trial < 0:
+            load.num_until_trial = min(0, load.num_until_trial + num_iterations)
         if load.num_left > 0:
             load.num_left = max(0, load.num_left - num_iterations)
             if load.num_left == 0:
                 load.begin()
 
-    def tries_plain(self, num_iterations: int) -> bool:
-        """Whether this iteration is one of a trial of roots alone."""
+    def tries_plain(self, num_iterations: int, num_in_debt: int) -> bool:
+        """Whether this iteration is one of a trial of roots alone: not while a request needs what drafts bring."""
         load = self.load
+        if num_in_debt > 0:
+            is_due = load.num_until_trial > 0
+            load.num_until_trial = max(1, load.num_until_trial - num_iterations) if is_due else load.next_trial
+            return False
         if load.num_until_trial > 0:
             load.num_until_trial -= num_iterations
             if load.num_until_trial > 0:
@@ -195,7 +203,9 @@ class _Arm:
         load.num_until_trial += num_iterations
         if load.num_until_trial < 0:
             return True
-        load.num_until_trial = TRIAL_GAP if load.plain.num > 0.0 else FIRST_TRIAL
+        is_measured = load.plain.num > 0.0
+        load.next_trial = TRIAL_GAP if is_measured else min(4 * load.next_trial, LONGEST_TRIAL_GAP)
+        load.num_until_trial = load.next_trial
         return False
 
     def skip(self, plain_ms: float, num_requests: int) -> None:
@@ -285,7 +295,7 @@ class Pacing:
             in_doubt = 0.0 < load.gain < DOUBTFUL_GAIN and (free.gain == 0.0 or free.age > LONGEST_REST)
             is_trial = not free_rests and num_in_debt == 0 and (in_doubt or 0 < free.num_probed < NUM_PROBED)
             self._chosen = self._free if is_trial or (rests and not free_rests) else None if rests else self._all
-        if self._chosen is self._all and self._all.tries_plain(num_iterations):
+        if self._chosen is self._all and self._all.tries_plain(num_iterations, num_in_debt):
             self._chosen = None
         if self._chosen is None:
             for arm in (self._all, self._free):

@@ -13,7 +13,7 @@ from common.latency import Rows, predict_ms
 from common.messages import DraftTree, IterationReport
 from services.planner import control, trees
 from services.planner.costs import Costs, Floats, iteration_costs
-from services.planner.draft_cost import DraftCost, rows_of
+from services.planner.draft_cost import DraftCost
 from services.planner.drafter import DraftOrder, FeatureNeed, Pool
 from services.planner.mixed import MixedDrafter
 from services.planner.modes import Mode
@@ -101,8 +101,8 @@ class Planner:
             self._drafter.choose(order.key, nodes)
         drafted = _trees(sequences, pools, picked, selection.num_required.tolist())
         draft_ms = 1e3 * (drafted_at - started_at)
-        asked = [(order.depth, order.width) for order in self._drafter.asked] or limits
-        cost.observe(max(depth for depth, _ in asked), rows_of(asked), draft_ms)
+        if self._drafter.computed:
+            cost.observe(*trees.size(self._drafter.computed), draft_ms)
         self._count(selection, draft_ms, 1e3 * (self._clock() - drafted_at))
         pacing.observe(last)
         return drafted

@@ -20,6 +20,12 @@ def join(pools: Sequence[Pool]) -> Candidates:
     )
 
 
+def size(pools: Sequence[Pool]) -> tuple[int, int]:
+    """Levels and rows that it took to draft these pools: a row for each node that was continued, and for each root."""
+    levels = max((pool.depths[-1] for pool in pools if pool.depths), default=1)
+    return levels, sum(max(1, len(set(pool.parents))) for pool in pools)
+
+
 def split(chosen: Sequence[int], pools: Sequence[Pool]) -> list[list[int]]:
     """The chosen indices of the joined pools (rising) as indices into each pool."""
     picked: list[list[int]] = []
