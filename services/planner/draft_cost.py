@@ -57,9 +57,9 @@ class DraftCost:
         """Predicted ms."""
         return self.level_ms * levels + self.row_ms * rows
 
-    def affordable(self, limits: Limits, patience_ms: float) -> list[tuple[int, int]]:
+    def affordable(self, limits: Limits, patience_ms: float, deviations: float = DEVIATIONS) -> list[tuple[int, int]]:
         """The limits, cut so that drafts come in time: first no request drafts wider than need be, then none so deep."""
-        fitting, left_ms = list(limits), patience_ms - DEVIATIONS * self.deviation_ms
+        fitting, left_ms = list(limits), patience_ms - deviations * self.deviation_ms
         widest, deepest = max((w for _, w in fitting), default=1), max((d for d, _ in fitting), default=0)
         while self.of(deepest, rows_of(fitting)) > left_ms and (widest > 1 or deepest > 1):
             if widest > 1:

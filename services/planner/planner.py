@@ -13,7 +13,7 @@ from common.latency import Rows, predict_ms
 from common.messages import DraftTree, IterationReport
 from services.planner import control, trees
 from services.planner.costs import Costs, Floats, iteration_costs
-from services.planner.draft_cost import DraftCost
+from services.planner.draft_cost import DEVIATIONS, DraftCost
 from services.planner.drafter import DraftOrder, FeatureNeed, Pool
 from services.planner.mixed import MixedDrafter
 from services.planner.modes import Mode
@@ -84,7 +84,8 @@ class Planner:
         limits = self._limits(report, self._mode, sequences, debts, cost)
         affordable = limits
         if self._mode.chain_length is None:
-            affordable = cost.affordable(limits, PATIENCE * report.patience_ms)
+            deviations = DEVIATIONS if self._mode.has_stop_rule else 0.0  # who spends all of a budget spends all of the time
+            affordable = cost.affordable(limits, PATIENCE * report.patience_ms, deviations)
         if not self._mode.has_stop_rule:
             limits = affordable
         keys = [(report.executor_id, name) for name in sequences]
