@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
 import time
@@ -9,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from common.messages import IterationReport, LatencyProfile, OpenedSequence, SequenceProgress
+from common.messages import DraftTrees, IterationReport, LatencyProfile, OpenedSequence, SequenceProgress
 from services.executor import planner_link
-from services.executor.planner_link import MAX_DEFERRED, MAX_DEFERRED_BYTES, PlannerLink
+from services.executor.planner_link import MAX_DEFERRED, MAX_DEFERRED_BYTES, MISSES_UNTIL_IMPATIENT, PlannerLink
 
 LATENCY = LatencyProfile(points=((1, 1.0), (2, 1.5)), ms_per_context_token=0.0)
 
@@ -132,6 +133,26 @@ async def test_time_is_the_mean_of_iterations_that_did_nothing_else(executor: Ex
     for i in range(1, MAX_DEFERRED + 1):
         await executor.iterate(step("a", (i,), i), is_mixed=True)
     assert executor.wire.reports[2].measured_ms is None
+
+
+async def test_with_two_cohorts_late_trees_are_asked_for_on_and_waited_for_again_once_on_time(executor: Executor) -> None:
+    """Drafts of one half have the other half's pass: nothing is gained without them."""
+    link = executor.link
+    link._num_cohorts, link._resting_until, link._max_wait_s = 2, 0, 0.01
+    for i in range(1, MISSES_UNTIL_IMPATIENT + 2):
+        await executor.iterate(step("a", (i,), i))
+        assert await link.trees(i) is None
+    assert link._misses == MISSES_UNTIL_IMPATIENT, "the last one was not waited for"
+    assert all(report.token_budget > 0 for report in executor.wire.reports)
+    link._max_wait_s = 60.0
+    await link._on_trees(DraftTrees(planner_id="planner", iteration=executor.number, trees=()))
+    await executor.iterate(step("a", (9,), 9))
+    answer = DraftTrees(planner_id="planner", iteration=executor.number, trees=())
+    waiting = asyncio.create_task(link.trees(executor.number))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await link._on_trees(answer)
+    assert await waiting is answer
 
 
 async def test_nothing_waits_for_a_planner_that_is_lost(executor: Executor) -> None:
