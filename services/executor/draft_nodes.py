@@ -20,6 +20,7 @@ def required_nodes(decoding: Seq[SequenceView], room: int) -> dict[str, int]:
 
 
 def with_nodes(rows: Rows, decoding: Seq[SequenceView], nodes: dict[str, int]) -> Rows:
+    """The rows, and so many nodes of each sequence behind its context."""
     for view in decoding:
         rows = rows.widened(nodes[view.request_id], view.context_tokens)
     return rows
