@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -20,6 +21,7 @@ from services.cli.__main__ import main
 from services.cli.distill import DistillOptions, distill
 from services.cli.distill_data import Collector, DistillError, Prompt, open_turn, read_prompts
 from services.cli.distill_make import prepare
+from services.cli.distill_states import HiddenStates
 from services.cli.distill_train import Recipe, Trainer
 from services.planner.features_head import FeaturesHead
 from tests.helpers import tiny_model
@@ -177,15 +179,30 @@ def test_a_drafter_of_another_model_is_not_trained_on(folder: Path, tmp_path: Pa
         distill(dataclasses.replace(options, out=tmp_path / "more", start=tmp_path / "nowhere"), Server().client())
 
 
-def test_training_lowers_the_loss(folder: Path) -> None:
+def test_training_lowers_the_loss(folder: Path, tmp_path: Path) -> None:
     examples = collect(Server(), ChatTokenizer.load(folder), None, 1500).examples
     with Progress(disable=True) as progress:
-        material = prepare(folder, examples, progress, vocabulary_size=67, evaluated_share=0.1, seed=0)
+        material = prepare(folder, examples, tmp_path, progress, vocabulary_size=67, evaluated_share=0.1, seed=0)
     losses: list[float] = []
     recipe = Recipe(epochs=12.0, batch_rows=150, max_steps=1, map_rate=1e-3, layer_rate=4e-3)
     Trainer(material.head, recipe).train(material.learned, lambda done, loss: losses.append(loss))
     assert len(losses) > 60
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_hidden_states_are_kept_in_a_file_that_leaves_no_trace(tmp_path: Path) -> None:
+    texts = [torch.randn(length, 6).bfloat16() for length in (3, 1, 5)]
+    states = HiddenStates(tmp_path, num_rows=9, num_features=6)
+    kept = [states.keep(text) for text in texts]
+    assert all(torch.equal(*pair) for pair in zip(texts, kept, strict=True))
+    assert len({each.untyped_storage().data_ptr() for each in kept}) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_hidden_states_that_the_disk_cannot_hold_are_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(DistillError, match="bytes of hidden states"):
+        HiddenStates(tmp_path, num_rows=1 << 40, num_features=1 << 10)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_names_what_is_wrong(folder: Path, tmp_path: Path) -> None:

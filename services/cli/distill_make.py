@@ -22,6 +22,7 @@ from kernels.drafting.head import DraftHead, HeadShape
 from services.cli.distill_data import DistillError, Example
 from services.cli.distill_evaluate import describe, evaluate
 from services.cli.distill_start import start_from_least_squares
+from services.cli.distill_states import HiddenStates
 from services.cli.distill_target import Target
 from services.cli.distill_train import Lesson, Recipe, Trainer, lessons_of
 
@@ -58,7 +59,7 @@ def make(
         torch.set_num_threads(threads)
     started_at = time.monotonic()
     torch.manual_seed(seed)
-    material = prepare(folder, examples, progress, vocabulary_size, evaluated_share, seed, start)
+    material = prepare(folder, examples, out, progress, vocabulary_size, evaluated_share, seed, start)
     head, recipe = material.head, Recipe(epochs=epochs, seed=seed)
     task = progress.add_task("training", total=1.0, note="")
     num_steps = Trainer(head, recipe).train(
@@ -90,13 +91,14 @@ def make(
 def prepare(
     folder: Path,
     examples: Sequence[Example],
+    scratch: Path,
     progress: Progress,
     vocabulary_size: int,
     evaluated_share: float,
     seed: int,
     start: Path | None = None,
 ) -> Material:
-    """Let the target read the examples, and set up a head for it.
+    """Let the target read the examples, and set up a head for it; its hidden states take room in the folder `scratch`.
 
     Raises DistillError for too few, or for a start that is another model's.
     """
@@ -112,12 +114,14 @@ def prepare(
     vocabulary = started.vocabulary if started else _vocabulary(order[num_evaluated:], num_tokens, vocabulary_size)
     places_V = torch.full((target.config.vocab_size,), len(vocabulary))
     places_V[torch.tensor(vocabulary)] = torch.arange(len(vocabulary))
-    task = progress.add_task("hidden states", total=sum(len(example.tokens) for example in order), note="")
+    num_rows = sum(len(example.tokens) for example in order)
+    states = HiddenStates(scratch, num_rows, len(layers) * target.config.hidden_size)
+    task = progress.add_task("hidden states", total=num_rows, note="")
     parts: list[list[Lesson]] = []
     for part in (order[num_evaluated:], order[:num_evaluated]):
         traces = []
         for trace in target.traces(part):
-            traces.append(trace)
+            traces.append(dataclasses.replace(trace, features_TF=states.keep(trace.features_TF)))
             progress.advance(task, len(trace.example.tokens))
         parts.append(lessons_of(traces, target, places_V, vocabulary))
     if started is not None:

@@ -46,7 +46,7 @@ class Target:
 
     @torch.inference_mode()
     def traces(self, examples: Sequence[Example]) -> Iterator[Trace]:
-        """One trace per example, those of similar length together."""
+        """One trace per example, those of similar length together; its features are a view of the batch's."""
         for batch in _batches(sorted(examples, key=lambda example: len(example.tokens))):
             width = max(len(example.tokens) for example in batch)
             ids = torch.tensor([[*example.tokens, *[0] * (width - len(example.tokens))] for example in batch])
@@ -57,7 +57,7 @@ class Target:
             for i, example in enumerate(batch):
                 length = len(example.tokens)
                 logits_TV = out.last_hidden_state[i, :length] @ self.head_VH.T
-                yield Trace(example, features[i, :length].clone(), logits_TV.logsumexp(-1), logits_TV.argmax(-1))
+                yield Trace(example, features[i, :length], logits_TV.logsumexp(-1), logits_TV.argmax(-1))
 
 
 def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
