@@ -271,6 +271,21 @@ async def test_requests_of_a_failed_pass_are_closed_at_the_planner(
         assert "r3" not in planner.known
 
 
+async def test_the_last_request_is_closed_at_the_planner_when_it_is_cancelled(
+    connect: Connect, model_dir: Path, planner: FakePlanner
+) -> None:
+    async with claimed(connect, model_dir, planner) as stage:
+        gate = Gate(stage.engine)
+        await stage.admit(tiny_request("r3", PROMPTS["r3"], NUM_TOKENS))
+        gate.let()
+        await planner.reports.hold(1)
+        await stage.cancel("r3")
+        gate.open()
+        await planner.reports.first(lambda report: "r3" in report.closed)
+        assert not planner.known
+        await serve(stage, "r4")
+
+
 @pytest.mark.parametrize("death", ["silence", "restart"])
 async def test_streams_go_on_when_the_planner_dies_and_another_is_claimed(
     connect: Connect, model_dir: Path, death: str, bus: Bus

@@ -17,6 +17,7 @@ from common.bus import Bus
 from common.codec import decode, encode
 from common.messages import AdapterChecked, AdapterRecord, Admitted, Cancel, CheckAdapter, LatencyProfile, LoraSpec, Rejected
 from services.executor import startup
+from services.executor.adapter_store import AdapterStore
 from services.executor.lora import LoraAdapter
 from tests.executor_stage import MODEL, Connect, Gate, Stage, known_profile, running_executor, write_model
 from tests.helpers import random_adapter
@@ -118,6 +119,26 @@ async def test_adapters_are_served_from_the_start(
     async with running_executor(connect, model_dir) as stage:
         assert await say(stage, "ft:a", "1") == expected(make_adapter())
         assert set(stage.engine.adapters) == {"ft:a"}
+
+
+async def test_work_is_accepted_before_adapters_are_loaded(
+    connect: Connect, model_dir: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_profile(monkeypatch)
+    await store(bus, make_adapter().to_safetensors())
+    await announce(bus)
+    may_load, read_at_once = asyncio.Event(), AdapterStore._read
+
+    async def read(store: AdapterStore, record: AdapterRecord) -> LoraAdapter | Rejected:
+        await may_load.wait()
+        return await read_at_once(store, record)
+
+    monkeypatch.setattr(AdapterStore, "_read", read)
+    async with running_executor(connect, model_dir) as stage:
+        assert await say(stage, MODEL, "1") == truth()["r3"]
+        assert not stage.engine.adapters
+        may_load.set()
+        assert await say(stage, "ft:a", "2") == expected(make_adapter())
 
 
 @pytest.mark.parametrize(

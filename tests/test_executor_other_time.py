@@ -22,9 +22,17 @@ def test_mixed_iterations_tell_what_they_add() -> None:
     assert learned((9.0, False, True), (3.0, True, False)).mixed_ms == 0.0
 
 
-def test_iterations_that_verify_tell_until_one_of_roots_alone_was_seen() -> None:
-    assert learned((8.0, False, False)).plain_ms == pytest.approx(8.0, rel=0.01)
-    assert learned((8.0, False, False), (2.0, False, True), (8.0, False, False)).plain_ms == pytest.approx(2.0, rel=0.01)
+def test_iterations_that_verify_tell_nothing_of_roots_alone() -> None:
+    found = learned((8.0, False, False))
+    assert found.plain_ms == 0.0
+    assert found.busy_ms == pytest.approx(8.0, rel=0.01)
+    found = learned((8.0, False, False), (2.0, False, True), (8.0, False, False))
+    assert found.plain_ms == pytest.approx(2.0, rel=0.01)
+    assert found.busy_ms == pytest.approx(6.0, rel=0.01)
+
+
+def test_verifying_never_takes_less_than_roots_alone() -> None:
+    assert learned((8.0, False, True), (2.0, False, False)).busy_ms == 0.0
 
 
 def test_an_iteration_that_was_faster_than_predicted_adds_nothing() -> None:

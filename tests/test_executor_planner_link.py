@@ -54,7 +54,7 @@ class Executor:
         self.number += 1
         await self.link.report(
             self.number, opened=tuple(map(opened, new)), closed=closed, progress=progress, token_budget=8, base_tokens=1,
-            num_others=0, plain_ms=5.0, other_ms=0.0, is_mixed=is_mixed, latency=LATENCY,
+            num_others=0, plain_ms=5.0, busy_ms=0.0, other_ms=0.0, is_mixed=is_mixed, latency=LATENCY,
         )  # fmt: skip
 
 

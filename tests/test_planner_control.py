@@ -56,7 +56,13 @@ def accepted_by(tree: DraftTree, coming: list[int]) -> int:
 
 
 def play(
-    mode: str, texts: list[list[int]], *, start: int = 40, targets: dict[int, float] | None = None, num_cohorts: int = 1
+    mode: str,
+    texts: list[list[int]],
+    *,
+    start: int = 40,
+    targets: dict[int, float] | None = None,
+    num_cohorts: int = 1,
+    busy_ms: float = 0.0,
 ) -> Played:
     """Decode known texts as an executor would, in modelled time: drafts are waited for unless the planner rests.
 
@@ -83,7 +89,7 @@ def play(
         plain_ms = predict_ms(CPU_LIKE, rows)
         report = IterationReport(
             executor_id="e", iteration=played.iterations, opened=opened, progress=progress, token_budget=64,
-            base_tokens=len(turn), t_spec_ms=plain_ms + WAIT_MS, wait_ms=WAIT_MS, latency=CPU_LIKE,
+            base_tokens=len(turn), t_spec_ms=plain_ms + busy_ms + WAIT_MS, busy_ms=busy_ms, wait_ms=WAIT_MS, latency=CPU_LIKE,
         )  # fmt: skip
         drafts |= {tree.request_id: tree for tree in ours.answer(report, 0.0)}
         found = {name: drafts.pop(name) for name in turn if name in drafts}
@@ -144,6 +150,14 @@ def test_drafts_that_pay_do_not_rest(num_requests: int, at_most: float) -> None:
     ours = play("heddle", texts)
     assert ours.ms < at_most * play("none", texts).ms
     assert ours.rests == 0
+
+
+def test_what_a_planner_at_work_adds_to_passes_is_held_against_drafts() -> None:
+    """Thirteen tokens instead of one do not pay for a pass that takes fifteen times as long."""
+    texts = [LOOP * 30] * 4
+    assert play("heddle", texts).rests == 0
+    ours = play("heddle", texts, busy_ms=400.0)
+    assert ours.rests > 0.6 * ours.iterations
 
 
 def test_text_that_begins_to_repeat_is_drafted_again() -> None:

@@ -66,8 +66,9 @@ class IterationReport(msgspec.Struct, frozen=True, kw_only=True, tag="report.1")
     """The state of an executor's decoding after iteration `iteration`: the planner answers with DraftTrees of that number.
 
     `token_budget` is the number of draft nodes (roots excluded) that the next iteration may hold; `t_spec_ms` its predicted
-    latency without any (AdaServe section 3, the t_spec of formula 2), of which `wait_ms` are spent on getting drafts and
-    `other_ms` on prompts and training, which drafts neither save nor cost; `base_tokens` are the roots that it holds anyway.
+    latency without any (AdaServe section 3, the t_spec of formula 2), of which `wait_ms` are spent on getting drafts, `busy_ms`
+    are what verifying beside a planner at work adds, and `other_ms` are for prompts and training, which drafts neither save nor
+    cost; `base_tokens` are the roots that it holds anyway.
     """
 
     executor_id: str
@@ -85,6 +86,7 @@ class IterationReport(msgspec.Struct, frozen=True, kw_only=True, tag="report.1")
     num_iterations: int = 1
     """Since the report before this one. Progress is that of all of them."""
     wait_ms: float = 0.0
+    busy_ms: float = 0.0
     other_ms: float = 0.0
     patience_ms: float = math.inf
     """Trees that come later than this after the report are dropped."""

@@ -16,7 +16,6 @@ from nats.errors import Error as NatsError
 from common import subjects
 from common.bus import Bus, BusError
 from common.fingerprint import fingerprint
-from common.latency import predict_ms
 from common.messages import Admit, Admitted, Beat, Cancel, CheckAdapter, Rejected, TokenChunk
 from common.service import Vitals
 from services.executor.adapter_slots import AdapterSlots
@@ -24,15 +23,13 @@ from services.executor.adapter_store import AdapterStore
 from services.executor.config import ExecutorConfig
 from services.executor.device import is_out_of_memory
 from services.executor.engine import Iteration
-from services.executor.features import FeatureWish, bounded, wish_of
 from services.executor.gateway_watch import GatewayWatch
 from services.executor.grammar_store import GrammarStore
 from services.executor.inbox import Inbox
 from services.executor.load import cached_pages, executor_vitals
-from services.executor.other_time import OtherTime
 from services.executor.planner_link import PlannerLink
 from services.executor.profile_store import ProfileStore
-from services.executor.scheduler import root_rows
+from services.executor.reports import Reports
 from services.executor.startup import make_engine
 from services.executor.training_link import TrainingLink
 from services.executor.training_work import BackwardWork
@@ -59,33 +56,27 @@ class ExecutorActor:
         self._pages: bytes | None = None
         self._pages_at = -math.inf
         self._iteration_ms = 0.0
-        self._other_time = OtherTime()
-        self._is_left_alone = True
-        """By the planner, which is not at work beside the next pass."""
         self._has_worked_back = False
         """In the last iteration, on finetuning."""
         self._num_failures = 0
         self._waiting: set[object] = set()
         """What waits for the device's thread."""
-        self._unknown: frozenset[str] = frozenset()
-        self._dropped: list[str] = []
-        """Requests that ended outside of a pass, which the planner is still to hear of."""
         self._gateways = GatewayWatch(config.heartbeat_s, self._on_lost_gateway)
         self._planner = PlannerLink(config.instance_id, self._model, config.tree_wait_ms / 1e3, config.cohorts)
 
     # --- life ------------------------------------------------------------------------------------------------------
 
     async def start(self, bus: Bus, tasks: asyncio.TaskGroup) -> None:
-        """Load the model, measure or recall its latency profile, load adapters, then accept work."""
+        """Load the model, measure or recall its latency profile, then accept work; adapters come as they are loaded."""
         self._bus = bus
         self._engine = await make_engine(self._config, self._model, ProfileStore(bus), self._on_device)
         self._engine.has_news = lambda: self._inbox.is_filled or bool(self._waiting)
         self._training = TrainingLink(bus, self._config, self._model, self._engine.training, self._inbox, self._on_device)
         self._grammars = GrammarStore(Path(self._config.model_dir), self._engine.decoder.config)
+        self._reports = Reports(self._engine, self._planner, self._config, self._on_device)
         self._adapters = self._make_adapter_store(bus)
         tasks.create_task(self._adapters.follow())
         tasks.create_task(self._run())
-        await self._adapters.loaded.wait()
         await bus.subscribe(subjects.beat("gateway", "*"), Beat, self._on_gateway_beat)
         tasks.create_task(self._gateways.run(bus))
         await bus.subscribe(subjects.executor_admit(self._config.instance_id), Admit, self._on_admit, concurrent=True)
@@ -149,7 +140,7 @@ class ExecutorActor:
     def _cancel(self, request_id: str, error: str | None = None) -> None:
         chunk = self._engine.cancel(request_id, error)
         if chunk is not None:
-            self._dropped.append(request_id)
+            self._reports.drop(request_id)
             self._bus.spawn(self._send([chunk]))
 
     async def _on_gateway_beat(self, beat: Beat) -> None:
@@ -191,6 +182,7 @@ class ExecutorActor:
             if not self._engine.has_work:
                 self._refresh_vitals(is_idle=True)
                 self._idle.set()
+                await self._reports.tell_of_dropped()
                 await self._inbox.wait()
                 continue
             try:
@@ -215,7 +207,8 @@ class ExecutorActor:
                 raise error
             reason = f"the pass failed: {type(error).__name__}"
         chunks = self._engine.release_all(reason)
-        self._dropped += [chunk.request_id for chunk in chunks]
+        for chunk in chunks:
+            self._reports.drop(chunk.request_id)
         await self._send(chunks)
 
     async def _iterate(self) -> None:
@@ -224,70 +217,23 @@ class ExecutorActor:
         passed_at = time.perf_counter()
         await self._send(iteration.chunks)
         sent_at = time.perf_counter()
-        await self._report(iteration)
+        await self._reports.tell(iteration, has_worked_back=self._has_worked_back)
         reported_at = time.perf_counter()
         self._inbox.apply()
         work = await self._on_device(self._engine.backward_pass)
         self._has_worked_back = work.is_any
         elapsed_ms = (time.perf_counter() - started_at) * 1e3
         self._iteration_ms += 0.2 * (elapsed_ms - self._iteration_ms)
-        plain_ms = elapsed_ms - (reported_at - sent_at) * 1e3
         is_mixed = bool(iteration.prefill_tokens or iteration.finetune_tokens or work.is_any)
-        if iteration.decode_tokens or (is_mixed and iteration.prefill_tokens):  # finetuning alone takes as long as it likes
-            is_plain = iteration.draft_tokens == 0 and self._is_left_alone
-            self._other_time.learn(plain_ms - iteration.decode_ms, is_mixed=is_mixed, is_plain=is_plain)
+        self._reports.learn(iteration, elapsed_ms - (reported_at - sent_at) * 1e3, is_mixed=is_mixed)
         self._engine.counters["send_ms"] += (sent_at - passed_at) * 1e3  # type: ignore[assignment]
         self._note(iteration, work, elapsed_ms)
         await self._training.publish(work.events)
-        awaited = self._engine.cohorts.awaited(self._decoding(), iteration.number)
-        trees = await self._planner.trees(awaited)
-        self._is_left_alone = self._planner.is_quiet(awaited)
-        self._engine.counters["wait_ms"] = self._planner.wait_ms  # type: ignore[assignment]
+        trees = await self._reports.trees(iteration.number)
         self._inbox.apply()
         if trees is not None:
             self._engine.set_trees(trees)
-            self._unknown = frozenset(trees.unknown)
         self._refresh_vitals()
-
-    async def _report(self, iteration: Iteration) -> None:
-        decoding = [sequence for sequence in self._engine.sequences.values() if sequence.is_decoding]
-        closed = (*self._dropped, *(chunk.request_id for chunk in iteration.chunks if chunk.finish_reason))
-        self._dropped.clear()
-        if not decoding and not closed:
-            return
-        if (everyone := self._planner.takes_reopening()) and self._planner.granted is not None:
-            await self._wish(wish_of(self._planner.granted, self._engine.decoder.config.num_layers))
-        fresh = {sequence.request_id for sequence in iteration.opened} | self._unknown
-        opened = tuple(s.opened() for s in decoding if everyone or s.request_id in fresh)
-        self._unknown = frozenset()
-        profile = self._engine.profile
-        next_pass = self._engine.cohorts.next_pass(self._decoding())
-        contexts = [s.num_computed for s in decoding if s.request_id in next_pass]
-        is_mixed = len(decoding) < len(self._engine.sequences) or self._engine.training.has_work
-        turns = 1 if len(contexts) == len(decoding) else 2
-        known = {sequence.request_id for sequence in opened}
-        await self._planner.report(
-            iteration.number,
-            opened=bounded(opened),
-            closed=closed,
-            progress=tuple(step for step in iteration.progress if step.request_id not in known),
-            token_budget=min(self._config.max_draft_tokens, self._config.max_batch_tokens - len(decoding)),
-            base_tokens=len(next_pass),
-            num_others=len(decoding) - len(contexts),
-            plain_ms=turns * (self._other_time.plain_ms + predict_ms(profile, root_rows(contexts))),
-            other_ms=turns * self._other_time.mixed_ms if is_mixed else 0.0,
-            is_mixed=bool(iteration.prefill_tokens or iteration.finetune_tokens or self._has_worked_back),
-            latency=profile,
-        )
-
-    async def _wish(self, wish: FeatureWish) -> None:
-        """Keep these states from now on; graphs that do are recorded at once, lest passes with requests in them do it."""
-        self._engine.feature_wish = wish
-        if num_graphs := await self._on_device(lambda: self._engine.passes.record_all(wish.layers)):
-            log.info("executor.graphs", recorded=num_graphs, layers=wish.layers)
-
-    def _decoding(self) -> list[str]:
-        return [sequence.request_id for sequence in self._engine.sequences.values() if sequence.is_decoding]
 
     def _note(self, iteration: Iteration, work: BackwardWork, elapsed_ms: float) -> None:
         if self._config.log_iterations:

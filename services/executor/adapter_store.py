@@ -46,8 +46,6 @@ class AdapterStore:
         inbox: Inbox,
         on_device: OnDevice,
     ) -> None:
-        self.loaded = asyncio.Event()
-        """Set when the adapters that were there at the start, and that slots are free for, are loaded."""
         self._bus, self._decoder, self._base_model = bus, decoder, base_model
         self._resident, self._slots, self._max_lora_rank = resident, slots, max_lora_rank
         self._inbox, self._on_device = inbox, on_device
@@ -85,7 +83,6 @@ class AdapterStore:
                 break
             if record.name not in self._resident:
                 await self._start(record, evict=False)
-        self.loaded.set()
 
     async def _look_up(self, name: str) -> AdapterRecord | None:
         """The record of an adapter that a gateway may have heard of earlier than we."""

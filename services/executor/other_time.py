@@ -10,21 +10,28 @@ class OtherTime:
 
     def __init__(self) -> None:
         self.plain_ms = 0.0
-        """Of iterations that only decode: messages."""
+        """Of iterations that decode roots alone while no planner is at work beside them: messages. None until there was one:
+        were roots alone believed to take what verifying takes, nobody would try them.
+        """
+        self._beside_ms = 0.0
         self._mixed_ms = 0.0
-        self._knows_plain = False
+
+    @property
+    def busy_ms(self) -> float:
+        """What verifying, and a planner at work on the same cores, add to iterations that only decode."""
+        return max(0.0, self._beside_ms - self.plain_ms)
 
     @property
     def mixed_ms(self) -> float:
-        """What prefill and finetuning add to that."""
+        """What prefill and finetuning add."""
         return max(0.0, self._mixed_ms - self.plain_ms)
 
     def learn(self, other_ms: float, *, is_mixed: bool, is_plain: bool) -> None:
-        """An iteration. `is_plain` says that it decoded roots alone and no planner was at work beside it: once there was one of
-        these, others tell nothing of `plain_ms`, as verifying and a busy planner are no part of it.
-        """
+        """An iteration; `is_plain` says that it decoded roots alone and no planner was at work beside it."""
+        other_ms = max(0.0, other_ms)
         if is_mixed:
-            self._mixed_ms += WEIGHT * (max(0.0, other_ms) - self._mixed_ms)
-        elif is_plain or not self._knows_plain:
-            self.plain_ms += WEIGHT * (max(0.0, other_ms) - self.plain_ms)
-            self._knows_plain |= is_plain
+            self._mixed_ms += WEIGHT * (other_ms - self._mixed_ms)
+        elif is_plain:
+            self.plain_ms += WEIGHT * (other_ms - self.plain_ms)
+        else:
+            self._beside_ms += WEIGHT * (other_ms - self._beside_ms)

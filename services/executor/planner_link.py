@@ -146,12 +146,13 @@ class PlannerLink:
         base_tokens: int,
         num_others: int,
         plain_ms: float,
+        busy_ms: float,
         other_ms: float,
         is_mixed: bool,
         latency: LatencyProfile,
     ) -> None:
-        """Tell the planner what an iteration did; it answers with the next one's trees. That takes `plain_ms` without them, and
-        `other_ms` for prompts and training.
+        """Tell the planner what an iteration did; it answers with the next one's trees. That takes `plain_ms` without them,
+        `busy_ms` more with them and `other_ms` for prompts and training.
 
         `is_mixed` says that other work than decoding was done since the last iteration. While the planner rests, several
         iterations are told of at once, until a sequence begins or ends.
@@ -176,10 +177,11 @@ class PlannerLink:
             token_budget=0 if iteration <= self._quiet_until else token_budget,
             base_tokens=base_tokens,
             num_others=num_others,
-            t_spec_ms=plain_ms + other_ms + self.mean_wait_ms,
+            t_spec_ms=plain_ms + busy_ms + other_ms + self.mean_wait_ms,
             measured_ms=deferred.measured_ms,
             num_iterations=deferred.num_iterations,
             wait_ms=self.mean_wait_ms,
+            busy_ms=busy_ms,
             other_ms=other_ms,
             patience_ms=self._max_wait_s * 1e3,
             latency=latency,

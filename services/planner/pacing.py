@@ -33,6 +33,8 @@ FIRST_REST, LONGEST_REST, LONGEST_FREE_REST = 16, 256, 64
 """Iterations without drafts after drafts did not pay; doubled each time that they still do not. Drafts that cost
 nothing but the wait for them are probed more often, where others cost more.
 """
+MAX_REGRET = 0.02
+"""Share of the time that probing may lose: a rest is at least so long that what the probe before it lost is no more."""
 
 Tier = Literal["all", "free"]
 """Who drafts: all drafters, or those that compute no model."""
@@ -128,6 +130,11 @@ class _Load:
         """Times as many tokens per ms as roots alone."""
         plain_ms = self.plain_ms * self.plain.ratio(self.plain_ms / self.plain_tokens)
         return self.tokens * plain_ms / (self.plain_tokens * self.ms * self.drafted.ratio)
+
+    @property
+    def lost_ms(self) -> float:
+        """By drafting since it began: roots alone would have brought as many tokens in so much less time."""
+        return max(0.0, 1.0 - self.current_gain) * self.ms * self.drafted.ratio
 
 
 def load_of(num_running: int) -> int:
@@ -230,7 +237,9 @@ class _Arm:
         if load.gain > least_gain or (load.paid >= 0.5 and load.gain > LEAST_PAYING_GAIN):
             load.next_rest = FIRST_REST
             return
-        load.num_left, load.next_rest = load.next_rest, min(self._longest_rest, 2 * load.next_rest)
+        redeeming = math.ceil(load.lost_ms / (MAX_REGRET * last.plain_ms)) if last.plain_ms > 0.0 else 0
+        load.num_left = min(self._longest_rest, max(load.next_rest, redeeming))
+        load.next_rest = min(self._longest_rest, 2 * load.num_left)
         load.num_in_debt = last.num_in_debt
 
 

@@ -70,7 +70,7 @@ class Planner:
             self.counters["stale_reports"] += is_stale
             pacing.pass_by(report.num_iterations)
             return ()
-        debts = _debts(sequences, report.t_spec_ms - report.wait_ms)
+        debts = _debts(sequences, report.t_spec_ms - report.wait_ms - report.busy_ms)
         num_running = self.table.num_running(report.executor_id)
         num_in_debt, plain_ms = int(np.count_nonzero(debts > 1.0)), _plain_ms(report)
         tier: Tier | None = "all"
@@ -253,7 +253,7 @@ def _plain_ms(report: IterationReport) -> float:
     """What decoding roots alone takes. Prompts and training are no part of it: they have to be computed either way, in this
     iteration or in another, so that a token which drafts bring must be worth its own time.
     """
-    return report.t_spec_ms - report.wait_ms - report.other_ms
+    return report.t_spec_ms - report.wait_ms - report.busy_ms - report.other_ms
 
 
 def _level_rows_ms(report: IterationReport, num_requests: int) -> float:
