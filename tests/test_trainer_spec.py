@@ -94,8 +94,8 @@ def nested(**hyperparameters: Any) -> dict[str, Any]:
         ({"seed": 2**31}, "seed"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
         ({"metadata": {"k" * 65: ""}}, "metadata"),
-        ({"metadata": {"k": "v" * 513}}, "metadata[...]"),
-        ({"metadata": {"k": 1}}, "metadata[...]"),
+        ({"metadata": {"k": "v" * 513}}, "metadata"),
+        ({"metadata": {"k": 1}}, "metadata"),
         ({"integrations": [{"type": "wandb"}]}, "integrations"),
         ({"method": {"type": "dpo"}}, "method.type"),
         ({"learning_rate": 1}, "learning_rate"),
@@ -145,6 +145,21 @@ def test_a_bad_parameter_is_named(change: dict[str, Any], param: str) -> None:
     assert error.value.reply.status == 400
     assert error.value.reply.param == param
     assert param.split(".")[-1].split("[")[0] in error.value.reply.message
+
+
+@pytest.mark.parametrize(
+    ("change", "valid"),
+    [
+        ({"method": {"type": "dpo"}}, "supervised"),
+        ({"lora": {"method": "dora"}}, "rslora"),
+        ({"lora": {"optimizer": "lion"}}, "adamw"),
+        ({"lora": {"target_modules": ["foo_proj"]}}, "gate_proj"),
+        ({"lora": {"target_modules": "some"}}, "all-linear"),
+    ],
+)
+def test_what_would_be_valid_is_told(change: dict[str, Any], valid: str) -> None:
+    with pytest.raises(ApiError, match=f"valid: .*'{valid}'"):
+        parse_create({**BODY, **change}, 0)
 
 
 @pytest.mark.parametrize("field", ["model", "training_file"])

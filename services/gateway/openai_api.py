@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
 from common.messages import MAX_LOGIT_BIAS, MAX_SALT_CHARS, MAX_TOP_LOGPROBS
+from common.validation import find_fault
 from services.gateway.errors import ApiError, bad_request
 
 T = TypeVar("T")
@@ -217,7 +217,7 @@ def decode_json(data: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
-        raise _invalid(error) from error
+        raise _invalid(error, kind) from error
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from error
 
@@ -227,18 +227,14 @@ def convert(value: object, kind: type[T]) -> T:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise _invalid(error) from error
+        raise _invalid(error, kind) from error
 
 
 def _unsupported(name: str) -> ApiError:
     return bad_request(f"The parameter {name!r} is not supported with this value.", param=name, code="unsupported_parameter")
 
 
-def _invalid(error: msgspec.ValidationError) -> ApiError:
-    text = str(error)
-    message, _, path = text.partition(" - at `")
-    param = path.rstrip("`").removeprefix("$").removeprefix(".").removesuffix("[...]")  # a key of a dictionary
-    if missing := re.search(r"missing required field `(\w+)`", message):
-        param = f"{param}.{missing[1]}" if param else missing[1]
-    code = next((code for words, code in _CODES if words in message), "invalid_value")
-    return bad_request(f"Invalid request: {text}", param=param or None, code=code)
+def _invalid(error: msgspec.ValidationError, kind: object) -> ApiError:
+    fault = find_fault(error, kind)
+    code = next((code for words, code in _CODES if words in fault.problem), "invalid_value")
+    return bad_request(f"Invalid request: {fault}", param=fault.param or None, code=code)

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from common.chat import ChatTemplateError, ChatTokenizer
+from common.validation import find_fault
 
 MAX_REPORTED_ERRORS = 10
 NO_ANSWER = "there is no assistant message to learn"
@@ -78,7 +79,7 @@ def read_dataset(data: bytes, tokenizer: ChatTokenizer, max_length: int) -> Data
             continue
         try:
             sequences.append(_sequence(line, tokenizer, max_length))
-        except (msgspec.MsgspecError, ValueError) as error:
+        except ValueError as error:
             faults.append(f"line {number}: {error}")
             if len(faults) == MAX_REPORTED_ERRORS:
                 faults.append("further lines were not checked")
@@ -93,8 +94,8 @@ def read_dataset(data: bytes, tokenizer: ChatTokenizer, max_length: int) -> Data
 def _sequence(line: bytes, tokenizer: ChatTokenizer, max_length: int) -> TrainingSequence:
     try:
         messages = msgspec.json.decode(line, type=_Example).messages
-    except msgspec.ValidationError:
-        raise
+    except msgspec.ValidationError as error:
+        raise DatasetError(str(find_fault(error, _Example))) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DatasetError(f"not valid JSON: {error}") from error
     for message in messages:
