@@ -113,7 +113,7 @@ class _CreateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     model: Annotated[str, Meta(min_length=1)]
     training_file: Annotated[str, Meta(min_length=1)]
     validation_file: Annotated[str, Meta(min_length=1)] | None = None
-    suffix: Annotated[str, Meta(pattern=r"^[a-z0-9_.-]{1,64}\Z")] | None = None
+    suffix: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     metadata: (
         Annotated[dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None
