@@ -86,6 +86,9 @@ WRONG: list[tuple[bytes, str]] = [
     (msgspec.msgpack.encode(TEXT | {"temperature": "hot"}), "invalid_type"),
     (msgspec.msgpack.encode(TEXT | {"model": "other"}), "model_not_found"),
     (msgspec.json.encode(TEXT | {"n": 99}), "integer_above_max_value"),
+    (msgspec.json.encode(TEXT | {"slo_tpot_ms": 5}), "unknown_parameter"),
+    (msgspec.msgpack.encode({"prompt": None}), "missing_required_parameter"),
+    (msgspec.msgpack.encode({5: 6, **TEXT}), "invalid_value"),
 ]
 
 
@@ -98,6 +101,18 @@ async def test_wrong_requests_are_answered_and_survived(connect: Connect, model_
             assert set(error) == {"message", "type", "param", "code"}
             assert error["code"] == code
         assert texts([msgspec.json.decode(data) for data in await ask(stage, msgspec.json.encode(TEXT))]) == SAID
+
+
+async def test_a_request_is_a_chat_or_a_completion(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir) as stage:
+        (both,) = await ask(stage, msgspec.json.encode(CHAT | TEXT))
+        assert msgspec.json.decode(both)["error"]["message"] == "Give either messages or prompt, not both."
+        (neither,) = await ask(stage, b"{}")
+        assert all(name in msgspec.json.decode(neither)["error"]["message"] for name in ("`messages`", "`prompt`"))
+        assert stage.executor.requests == []
+        null = msgspec.json.encode(CHAT | {"prompt": None})
+        chunks = [msgspec.json.decode(data) for data in await ask(stage, null)]
+        assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
 
 
 async def test_a_request_without_reply_subject_is_counted(connect: Connect, model_dir: Path) -> None:

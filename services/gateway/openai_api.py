@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -12,6 +14,7 @@ from common.validation import find_fault
 from services.gateway.errors import ApiError, bad_request
 
 T = TypeVar("T")
+G = TypeVar("G", bound="GenerateRequest")
 Milliseconds = Annotated[float, Meta(gt=0, le=1e9)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
@@ -112,6 +115,11 @@ class ChatMessage(Struct):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[ContentPart] | None = None
+    """None in turns of the assistant alone: it may have called tools."""
+
+    def __post_init__(self) -> None:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("Object missing required field `content`")  # msgspec adds the place
 
     @property
     def text(self) -> str:
@@ -183,6 +191,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Parameters that Heddle does not implement yet, and the values that change nothing."""
 
 
+_LIKE_SLO = re.compile("slos?(?![a-z])")
+"""A name that begins with the word, not with `slot` or `slow`."""
+_SLO_EXAMPLE = '"slo": {"tpot_ms": 50, "ttft_ms": 1000}'
+
 _CODES: tuple[tuple[str, str], ...] = (
     ("missing required field", "missing_required_parameter"),
     ("unknown field", "unknown_parameter"),
@@ -210,6 +222,36 @@ def check_supported(request: GenerateRequest) -> None:
         raise bad_request("Tools are not supported.", param="tools", code="unsupported_parameter")
     if isinstance(request, CompletionRequest) and request.best_of not in (None, request.n or 1):
         raise _unsupported("best_of")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises ApiError 400 for a field of the body that was meant for its `slo`; what else we do not know is ignored."""
+    for name in names:
+        if name in SloFields.__struct_fields__ or (name != "slo" and _LIKE_SLO.match(name)):
+            message = f"Unknown field {name[:40]!r}: latency targets are given as {_SLO_EXAMPLE}, either of them or both."
+            raise bad_request(message, name[:40], "unknown_parameter")
+
+
+def decode_generate(data: bytes, kind: type[G]) -> G:
+    """The body of a request for text. Raises ApiError 400 that names the field."""
+    request = decode_json(data, kind)
+    check_names(decode_json(data, dict[str, msgspec.Raw]))
+    return request
+
+
+def convert_generate(body: object) -> ChatRequest | CompletionRequest:
+    """A decoded body without a route: a chat if it has `messages`, else a completion. Raises ApiError 400."""
+    if not isinstance(body, dict):
+        return convert(body, CompletionRequest)
+    given = [name for name in ("messages", "prompt") if body.get(name) is not None]
+    if len(given) > 1:
+        raise bad_request("Give either messages or prompt, not both.", "prompt")
+    if not given:
+        message = "Invalid request: missing required field `messages` (of a chat) or `prompt` (of a text completion)"
+        raise bad_request(message, "messages", "missing_required_parameter")
+    request = convert(body, ChatRequest) if "messages" in given else convert(body, CompletionRequest)
+    check_names(body)
+    return request
 
 
 def decode_json(data: bytes, kind: type[T]) -> T:
