@@ -13,7 +13,7 @@ import pytest
 
 from common import subjects
 from common.messages import TokenChunk
-from common.nats_server import NatsServer
+from common.nats_server import NatsServer, free_port
 from tests.fakes import MODEL, SAID, write_tiny_model
 from tests.gateway_stage import Connect, Stage, running_gateway, staged
 
@@ -216,7 +216,8 @@ async def test_several_gateways_share_the_requests(connect: Connect, model_dir: 
 
 
 async def test_the_example_of_the_documentation(connect: Connect, model_dir: Path, nats_server: NatsServer) -> None:
-    assert len(EXAMPLE.read_text().splitlines()) < 20
+    lines = [line for line in EXAMPLE.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    assert len(lines) < 20
     async with staged(connect, model_dir) as stage:
         process = await asyncio.create_subprocess_exec(
             sys.executable, str(EXAMPLE), nats_server.url, "What is a loom?", stdout=asyncio.subprocess.PIPE
@@ -226,3 +227,21 @@ async def test_the_example_of_the_documentation(connect: Connect, model_dir: Pat
         (request,) = stage.executor.requests
         assert "What is a loom?" in stage.tokenizer.decode(request.prompt_tokens)
         assert (request.slo.tpot_ms, request.max_tokens) == (100, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([f"nats://127.0.0.1:{free_port()}", "hello"], "Connect call failed"),
+        (["nowhere:port", "hello"], "nats: invalid"),
+        ([], "usage: "),
+    ],
+)
+async def test_the_example_says_in_one_line_what_is_wrong(arguments: list[str], told: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(EXAMPLE), *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    output, errors = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, output) == (1, b"")
+    (line,) = errors.decode().splitlines()
+    assert told in line
