@@ -59,6 +59,7 @@ async def judge(bus: Bus) -> list[AdapterRecord]:
         return AdapterChecked(name=message.record.name)
 
     await bus.subscribe(subjects.check_adapter(MODEL), CheckAdapter, on_check, queue="executor")
+    await bus.flush()
     return asked
 
 
@@ -155,6 +156,7 @@ async def test_a_model_is_deleted_with_openais_client(connect: Connect, model_di
         with pytest.raises(openai.ConflictError, match="no trainer can tell"):
             await stage.openai.models.delete("ft:tiny::my/loom:1")
         await stage.bus.subscribe(subjects.finetune("get"), JobQuery, on_get, queue="trainer")
+        await stage.bus.flush()
         with pytest.raises(openai.ConflictError, match="may resume from"):
             await stage.openai.models.delete("ft:tiny::my/loom:1")
         status[0] = "succeeded"
