@@ -110,6 +110,7 @@ class FakeExecutor:
     stalled: asyncio.Event = field(default_factory=asyncio.Event)
     resume: asyncio.Event = field(default_factory=asyncio.Event)
     is_dead: bool = False
+    attainable: bool = True
     _asked: asyncio.Condition = field(default_factory=asyncio.Condition)
     _subscriptions: list[Subscription] = field(default_factory=list)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -141,7 +142,7 @@ class FakeExecutor:
             self.requests.append(request)
             self._asked.notify_all()
         self._tasks.append(asyncio.create_task(self._generate(request)))
-        return Admitted(request_id=request.request_id, executor_id=self.executor_id)
+        return Admitted(request_id=request.request_id, executor_id=self.executor_id, attainable=self.attainable)
 
     async def was_asked(self, num_requests: int) -> None:
         """Wait for so many requests in all."""

@@ -153,7 +153,7 @@ async def test_best_effort_is_told_and_counted(bus: Bus, connect: Connect) -> No
     executor = await FakeExecutor(await connect(), "e").listen()
     async with admission(bus, executor) as actor:
         answer = await infer(await connect(), request(slo=Slo(tpot_ms=5.0)))
-        assert answer == Admitted(request_id="r", executor_id="e", best_effort=True)
+        assert answer == Admitted(request_id="r", executor_id="e", best_effort=True, attainable=False)
         assert actor.vitals().counters["best_effort"] == 1
 
 

@@ -209,7 +209,7 @@ def test_a_promise_that_is_broken_anyway_does_not_count() -> None:
 
 def test_what_no_executor_can_meet_is_best_effort_on_the_least_bad() -> None:
     executors = beat("a", num_running=9), beat("b", num_running=2)
-    assert place(request(tpot_ms=20.0), *executors) == Placement(executor_id="b", best_effort=True)
+    assert place(request(tpot_ms=20.0), *executors) == Placement(executor_id="b", best_effort=True, attainable=False)
 
 
 def test_without_free_pages_a_request_waits_as_best_effort() -> None:
@@ -217,6 +217,8 @@ def test_without_free_pages_a_request_waits_as_best_effort() -> None:
     assert place(request(100), *executors) == Placement(executor_id="free", best_effort=False)
     assert place(request(100), executors[0]) == Placement(executor_id="full", best_effort=True)
     assert place(request(95), executors[0]) == Placement(executor_id="full", best_effort=False)
+    assert place(request(100, tpot_ms=50.0), executors[0]).attainable, "it waits before its first token"
+    assert not place(request(100, ttft_ms=5000.0), executors[0]).attainable
 
 
 def test_a_long_queue_ends_best_effort_and_tells_when_to_come_back() -> None:
@@ -238,7 +240,7 @@ def test_many_waiting_requests_end_best_effort_too() -> None:
 def test_best_effort_prefers_a_short_queue_over_a_better_forecast() -> None:
     quick = LatencyProfile(points=((1, 1.0), (1000, 1.5)))
     executors = beat("quick", latency=quick, num_waiting=8), beat("short", num_waiting=7)
-    assert place(request(tpot_ms=0.5), *executors) == Placement(executor_id="short", best_effort=True)
+    assert place(request(tpot_ms=0.5), *executors) == Placement(executor_id="short", best_effort=True, attainable=False)
 
 
 def test_executors_that_refused_are_not_asked_again() -> None:

@@ -7,15 +7,26 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import safetensors.torch
 import torch
+from nats.js.errors import NotFoundError
 
 from common import subjects
 from common.bus import Bus
 from common.codec import encode
 from common.config import load_config
-from common.messages import AdapterChecked, AdapterRecord, CheckAdapter, LoraSpec, Rejected
+from common.messages import (
+    AdapterChecked,
+    AdapterRecord,
+    CheckAdapter,
+    FineTuningJob,
+    JobQuery,
+    JobStatus,
+    LoraSpec,
+    Rejected,
+)
 from services.gateway.config import GatewayConfig
 from tests.fakes import MODEL, SAID, write_tiny_model
 from tests.gateway_stage import Connect, Stage, staged
@@ -48,6 +59,7 @@ async def judge(bus: Bus) -> list[AdapterRecord]:
         return AdapterChecked(name=message.record.name)
 
     await bus.subscribe(subjects.check_adapter(MODEL), CheckAdapter, on_check, queue="executor")
+    await bus.flush()
     return asked
 
 
@@ -122,6 +134,49 @@ async def test_the_key_is_asked_for_and_what_a_job_made_is_not_unloaded(stage: S
     await (await stage.bus.key_value(subjects.ADAPTERS_BUCKET)).put(subjects.adapter_key("ft"), encode(trained))
     status, message = await ask(stage, UNLOAD, lora_name="ft")
     assert (status, "made by the job ftjob-1" in message) == (400, True)
+
+
+async def announced(stage: Stage, name: str, **fields: Any) -> None:
+    """Wait until the gateway lists an adapter that a job made."""
+    record = AdapterRecord(name=name, base_model=MODEL, artifact=name, lora=LoraSpec(), created_at=1.0, **fields)
+    await (await stage.bus.object_store(subjects.ARTIFACTS_STORE)).put(name, b"weights")
+    await (await stage.bus.key_value(subjects.ADAPTERS_BUCKET)).put(subjects.adapter_key(name), encode(record))
+    await stage.until("/v1/models", lambda listing: name in [model["id"] for model in listing["data"]])
+
+
+async def test_a_model_is_deleted_with_openais_client(connect: Connect, model_dir: Path) -> None:
+    status: list[JobStatus] = ["running"]
+
+    async def on_get(query: JobQuery) -> FineTuningJob:
+        about: dict[str, Any] = {"model": MODEL, "training_file": "f", "hyperparameters": {}, "lora": {}, "seed": 1}
+        return FineTuningJob(id=query.job_id, created_at=1, status=status[0], **about)
+
+    async with staged(connect, model_dir) as stage:
+        await announced(stage, "ft:tiny::my/loom:1", job_id="ftjob-1")
+        with pytest.raises(openai.ConflictError, match="no trainer can tell"):
+            await stage.openai.models.delete("ft:tiny::my/loom:1")
+        await stage.bus.subscribe(subjects.finetune("get"), JobQuery, on_get, queue="trainer")
+        await stage.bus.flush()
+        with pytest.raises(openai.ConflictError, match="may resume from"):
+            await stage.openai.models.delete("ft:tiny::my/loom:1")
+        status[0] = "succeeded"
+        deleted = await stage.openai.models.delete("ft:tiny::my/loom:1")
+        assert (deleted.id, deleted.object, deleted.deleted) == ("ft:tiny::my/loom:1", "model", True)
+        assert [model.id async for model in stage.openai.models.list()] == [MODEL]
+        with pytest.raises(NotFoundError):
+            await (await stage.bus.object_store(subjects.ARTIFACTS_STORE)).get_info("ft:tiny::my/loom:1")
+        with pytest.raises(openai.NotFoundError) as unknown:
+            await stage.openai.models.delete("ft:tiny::my/loom:1")
+        assert unknown.value.code == "model_not_found"
+        with pytest.raises(openai.PermissionDeniedError, match="base model"):
+            await stage.openai.models.delete(MODEL)
+
+
+async def test_a_deletion_needs_the_key(stage: Stage) -> None:
+    await announced(stage, "mine")
+    refused = await stage.http.delete("/v1/models/mine", headers={"authorization": "Bearer wrong"})
+    assert refused.status_code == 401
+    assert (await stage.http.delete("/v1/models/mine")).json() == {"id": "mine", "object": "model", "deleted": True}
 
 
 async def test_the_endpoints_are_off_unless_they_are_allowed(connect: Connect, model_dir: Path) -> None:

@@ -43,6 +43,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0].type"),
     ({"messages": [{"content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "system", "content": "x"}, {"role": "user"}]}, "messages[1].content"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": 2.5}, "temperature"),
     ({"temperature": -1}, "temperature"),
@@ -64,8 +66,13 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream_options": {}, "stream": False}, "stream_options"),
     ({"slo": {"tpot_ms": 0}}, "slo.tpot_ms"),
-    ({"slo": {"tpot": 5}}, "slo"),
+    ({"slo_tpot_ms": 50}, "slo_tpot_ms"),
+    ({"slo": {"tpot_ms": 50}, "slos": {}}, "slos"),
+    ({"tpot_ms": 50}, "tpot_ms"),
+    ({"slo": {"tpot": 5}}, "slo.tpot"),
     ({"priority": 2**40}, "priority"),
     ({"presence_penalty": 2.5}, "presence_penalty"),
     ({"frequency_penalty": -2.5}, "frequency_penalty"),
@@ -92,7 +99,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "x"}}, "structured_outputs.regex"),
     ({"structured_outputs": {}}, "structured_outputs"),
     ({"structured_outputs": {"json_object": False}}, "structured_outputs"),
-    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
+    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
     ({"structured_outputs": {"regex": "x", "choice": ["x"]}}, "structured_outputs.choice"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
@@ -119,6 +126,8 @@ BAD_TEXTS: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0, "echo": False}, "max_tokens"),
     ({"best_of": 2}, "best_of"),
     ({"suffix": "x"}, "suffix"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"ttft_ms": 50}, "ttft_ms"),
 ]
 
 
@@ -145,12 +154,27 @@ async def test_fields_that_change_nothing_are_accepted(connect: Connect, model_d
         "service_tier": "auto",
         "parallel_tool_calls": True,
         "some_future_field": {"a": [1]},
+        "slot_id": 3,
+        "stream_options": None,
     }
     chat = {"logprobs": False, "tools": [{"type": "function"}], "tool_choice": "none", "response_format": {"type": "text"}}
     text = {"echo": False, "best_of": 1, "suffix": "", "logprobs": None}
     async with staged(connect, model_dir) as stage:
         assert (await post(stage, "/v1/chat/completions", CHAT | neutral | chat)).status_code == 200
         assert (await post(stage, "/v1/completions", TEXT | neutral | text)).status_code == 200
+
+
+async def test_the_right_spelling_of_a_target_is_told(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir) as stage:
+        error = error_of(await post(stage, "/v1/chat/completions", CHAT | {"slo_tpot_ms": 50}))
+        assert '"slo": {"tpot_ms": 50, ' in error["message"]
+        assert error["code"] == "unknown_parameter"
+
+
+async def test_an_assistants_turn_may_lack_content(connect: Connect, model_dir: Path) -> None:
+    turns = [*CHAT["messages"], {"role": "assistant", "content": None}, {"role": "user", "content": "and?"}]
+    async with staged(connect, model_dir) as stage:
+        assert (await post(stage, "/v1/chat/completions", CHAT | {"messages": turns})).status_code == 200
 
 
 async def test_bodies_that_are_no_request(connect: Connect, model_dir: Path) -> None:

@@ -109,6 +109,7 @@ async def start_trainer(bus: Bus) -> list[tuple[str, Any]]:
     for verb in answers:
         expected: Any = CreateJob if verb == "create" else JobQuery
         await bus.subscribe(subjects.finetune(verb), expected, handler(verb))
+    await bus.flush()
     return asked
 
 

@@ -261,6 +261,15 @@ async def test_the_verdict_on_the_slo(connect: Connect, model_dir: Path) -> None
             assert answer.json()["usage"]["slo"]["attained"] is expected
 
 
+@pytest.mark.parametrize("attainable", [True, False])
+async def test_what_admission_expected_of_the_slo(connect: Connect, model_dir: Path, attainable: bool) -> None:
+    async with staged(connect, model_dir, fake={"attainable": attainable}) as stage:
+        for slo, expected in (({}, None), ({"tpot_ms": 60_000}, attainable)):
+            body = {"model": MODEL, "messages": MESSAGES, "slo": slo, "stream_options": {"include_usage": True}}
+            *_, usage, _done = await events(stage, "/v1/chat/completions", body)
+            assert usage["usage"]["slo"]["attainable"] is expected
+
+
 async def test_request_ids_are_echoed_or_minted(connect: Connect, model_dir: Path) -> None:
     async with staged(connect, model_dir) as stage:
         assert (await stage.http.get("/live", headers={"x-request-id": "mine"})).headers["x-request-id"] == "mine"

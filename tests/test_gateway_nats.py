@@ -13,7 +13,7 @@ import pytest
 
 from common import subjects
 from common.messages import TokenChunk
-from common.nats_server import NatsServer
+from common.nats_server import NatsServer, free_port
 from tests.fakes import MODEL, SAID, write_tiny_model
 from tests.gateway_stage import Connect, Stage, running_gateway, staged
 
@@ -86,6 +86,9 @@ WRONG: list[tuple[bytes, str]] = [
     (msgspec.msgpack.encode(TEXT | {"temperature": "hot"}), "invalid_type"),
     (msgspec.msgpack.encode(TEXT | {"model": "other"}), "model_not_found"),
     (msgspec.json.encode(TEXT | {"n": 99}), "integer_above_max_value"),
+    (msgspec.json.encode(TEXT | {"slo_tpot_ms": 5}), "unknown_parameter"),
+    (msgspec.msgpack.encode({"prompt": None}), "missing_required_parameter"),
+    (msgspec.msgpack.encode({5: 6, **TEXT}), "invalid_value"),
 ]
 
 
@@ -98,6 +101,18 @@ async def test_wrong_requests_are_answered_and_survived(connect: Connect, model_
             assert set(error) == {"message", "type", "param", "code"}
             assert error["code"] == code
         assert texts([msgspec.json.decode(data) for data in await ask(stage, msgspec.json.encode(TEXT))]) == SAID
+
+
+async def test_a_request_is_a_chat_or_a_completion(connect: Connect, model_dir: Path) -> None:
+    async with staged(connect, model_dir) as stage:
+        (both,) = await ask(stage, msgspec.json.encode(CHAT | TEXT))
+        assert msgspec.json.decode(both)["error"]["message"] == "Give either messages or prompt, not both."
+        (neither,) = await ask(stage, b"{}")
+        assert all(name in msgspec.json.decode(neither)["error"]["message"] for name in ("`messages`", "`prompt`"))
+        assert stage.executor.requests == []
+        null = msgspec.json.encode(CHAT | {"prompt": None})
+        chunks = [msgspec.json.decode(data) for data in await ask(stage, null)]
+        assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
 
 
 async def test_a_request_without_reply_subject_is_counted(connect: Connect, model_dir: Path) -> None:
@@ -201,7 +216,8 @@ async def test_several_gateways_share_the_requests(connect: Connect, model_dir: 
 
 
 async def test_the_example_of_the_documentation(connect: Connect, model_dir: Path, nats_server: NatsServer) -> None:
-    assert len(EXAMPLE.read_text().splitlines()) < 20
+    lines = [line for line in EXAMPLE.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    assert len(lines) < 20
     async with staged(connect, model_dir) as stage:
         process = await asyncio.create_subprocess_exec(
             sys.executable, str(EXAMPLE), nats_server.url, "What is a loom?", stdout=asyncio.subprocess.PIPE
@@ -211,3 +227,21 @@ async def test_the_example_of_the_documentation(connect: Connect, model_dir: Pat
         (request,) = stage.executor.requests
         assert "What is a loom?" in stage.tokenizer.decode(request.prompt_tokens)
         assert (request.slo.tpot_ms, request.max_tokens) == (100, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([f"nats://127.0.0.1:{free_port()}", "hello"], "Connect call failed"),
+        (["nowhere:port", "hello"], "nats: invalid"),
+        ([], "usage: "),
+    ],
+)
+async def test_the_example_says_in_one_line_what_is_wrong(arguments: list[str], told: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(EXAMPLE), *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    output, errors = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, output) == (1, b"")
+    (line,) = errors.decode().splitlines()
+    assert told in line

@@ -90,6 +90,11 @@ def test_what_is_wrong_has_openais_code(field: str, value: object, code: str) ->
     assert (wrong.value.code, (wrong.value.param or "").split(".")[0]) == (code, field)
 
 
+def test_what_would_be_valid_is_told() -> None:
+    with pytest.raises(ApiError, match=r"messages\[0\].role: .*valid: 'assistant', 'developer', 'system', 'user'"):
+        convert({"messages": [{"role": "robot", "content": "x"}]}, ChatRequest)
+
+
 def test_limits_are_checked_before_any_work() -> None:
     check(ChatRequest(messages=[], n=4, max_tokens=100), LIMITS)
     with pytest.raises(ApiError):

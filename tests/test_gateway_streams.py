@@ -67,11 +67,15 @@ async def test_a_stream_goes_on_when_its_executor_dies(connect: Connect, model_d
 
 async def test_an_answer_without_streaming_goes_on_too(connect: Connect, model_dir: Path) -> None:
     async with staged(connect, model_dir, fake={"stall_at": 3}) as stage:
-        await stage.second_executor()
-        asking = asyncio.create_task(stage.http.post("/v1/completions", json=BODY | {"stop": "three"}))
+        (await stage.second_executor()).attainable = False
+        asking = asyncio.create_task(
+            stage.http.post("/v1/completions", json=BODY | {"stop": "three", "slo": {"ttft_ms": 60_000}})
+        )
         await asyncio.wait_for(stage.executor.stalled.wait(), WAIT_S)
         await stage.executor.kill()
-        choice = (await asyncio.wait_for(asking, WAIT_S)).json()["choices"][0]
+        answer = (await asyncio.wait_for(asking, WAIT_S)).json()
+        assert answer["usage"]["slo"]["attainable"], "of a new request"
+        choice = answer["choices"][0]
         assert (choice["text"], choice["finish_reason"]) == (SAID.partition("three")[0], "stop")
 
 

@@ -109,7 +109,7 @@ def test_text_parts_names_blank_lines_and_a_byte_order_mark_are_read(tokenizer: 
         (line(said("user", "q"), said("assistant", "a", weight=0)), "carries weight"),
         (line(said("user", "q"), said("assistant", "a", weight=0.5)), "weight"),
         (line(said("user", "q", weight=1), said("assistant", "a")), "weight belongs to assistant"),
-        (line(said("user", "q"), said("robot", "a")), "robot"),
+        (line(said("user", "q"), said("robot", "a")), r"messages\[1\]\.role: .*'robot'; valid: 'assistant'"),
         (line(said("user", "q"), said("assistant", None)), r"messages\[\.\.\.\]\.content|content"),
         (line(said("user", "q"), said("assistant", "a"), tools=[]), "unknown field `tools`"),
         (line(said("user", "q"), said("assistant", "a", tool_calls=[])), "unknown field `tool_calls`"),

@@ -86,11 +86,20 @@ async def test_a_job_cancelled_between_two_tries_is_let_go(world: World) -> None
     assert (await world.ask("get", job.id)).status == "cancelled"
 
 
-async def test_an_example_longer_than_any_executor_trains_on_is_an_error_with_its_line(world: World) -> None:
-    await world.trainer()
-    await world.executor(max_training_tokens=60)
+@pytest.mark.parametrize(
+    ("setting", "trainable", "told"),
+    [
+        (2048, 60, "the limit is 60 (the executors' KV pages and the model's positions)"),
+        (50, 60, "the limit is 50 (HEDDLE_TRAINER_MAX_SEQUENCE_LENGTH)"),
+    ],
+)
+async def test_an_example_longer_than_the_limit_is_an_error_with_its_line_and_the_limits_cause(
+    world: World, setting: int, trainable: int, told: str
+) -> None:
+    await world.trainer(max_sequence_length=setting)
+    await world.executor(max_training_tokens=trainable)
     await world.upload(example("fine") + example("long " * 20), "file-long")
     failed = await world.until_status((await world.create(training_file="file-long")).id, "failed")
     assert failed.error is not None
     assert failed.error.message.startswith("line 2: ")
-    assert failed.error.message.endswith(" tokens, the limit is 60")
+    assert failed.error.message.endswith(f" tokens, {told}")

@@ -144,6 +144,7 @@ def test_names() -> None:
     assert len({naming.new_job_id(1.0) for _ in range(50)}) == 50
     assert all(len(identifier) == 22 for identifier in ids)
     assert naming.model_name("base", None, "ftjob-ab") == "ft:base::heddle:ab"
+    assert naming.model_name("base", "Mine, t\u00f6\n:o", "ftjob-ab") == "ft:base::Mine-t-o:ab"
     assert naming.event_number("ftjob-ab", naming.event_id("ftjob-ab", 12)) == 12
     for wrong in ("", "12", "ftevent-ab-", "ftevent-ab-x", "ftevent-ac-12", "ftevent-ab-\u00b2"):
         assert naming.event_number("ftjob-ab", wrong) is None

@@ -85,3 +85,15 @@ async def test_a_bad_validation_file_fails_the_job_before_it_is_queued(world: Wo
     with pytest.raises(RemoteError) as error:
         await world.create(validation_file="nowhere")
     assert (error.value.reply.status, error.value.reply.param) == (400, "validation_file")
+
+
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+async def test_a_file_of_another_purpose_is_refused(world: World, param: str) -> None:
+    await world.trainer()
+    await world.executor()
+    await world.upload(DATA, "file-other", purpose="assistants")
+    with pytest.raises(RemoteError, match="fine-tune") as error:
+        await world.create(**{param: "file-other"})
+    assert (error.value.reply.status, error.value.reply.param) == (400, param)
+    assert "assistants" in error.value.reply.message
+    assert (await world.ask("list")).data == ()

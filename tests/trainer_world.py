@@ -15,6 +15,7 @@ from common import subjects
 from common.bus import Bus, RemoteError
 from common.chat import ChatTokenizer
 from common.codec import decode
+from common.files import file_meta
 from common.messages import CheckpointPage, CreateJob, EventPage, FineTuningJob, JobPage, JobQuery
 from services.trainer.actor import TrainerActor
 from services.trainer.config import TrainerConfig
@@ -125,9 +126,10 @@ class World:
         self.executors.append(await made.start())
         return made
 
-    async def upload(self, data: bytes, name: str = "file-1") -> None:
-        """Store a training file."""
-        await (await self.bus.object_store(subjects.FILES_STORE)).put(name, data)
+    async def upload(self, data: bytes, name: str = "file-1", purpose: str = "fine-tune") -> None:
+        """Store a training file, as the gateway does."""
+        store = await self.bus.object_store(subjects.FILES_STORE)
+        await store.put(name, data, file_meta(name, f"{name}.jsonl", purpose, 1.0))
 
     async def create(self, **changes: Any) -> FineTuningJob:
         """Create a job, as soon as an executor is known: 2 epochs, batches of 2."""

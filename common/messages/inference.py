@@ -100,6 +100,8 @@ class Admitted(msgspec.Struct, frozen=True, kw_only=True, tag="admitted.1"):
     request_id: str
     executor_id: str
     best_effort: bool = False
+    attainable: bool = True
+    """Whether admission expects the request's own targets to be met."""
 
 
 class Rejected(msgspec.Struct, frozen=True, kw_only=True, tag="rejected.1"):

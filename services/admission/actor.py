@@ -105,7 +105,11 @@ class AdmissionActor:
             if isinstance(answer, Admitted):
                 self._counters["expected_cached_tokens"] += cached[decision.executor_id]
                 self._prefixes.accepted(beats[decision.executor_id], request)
-                return msgspec.structs.replace(answer, best_effort=answer.best_effort or decision.best_effort)
+                return msgspec.structs.replace(
+                    answer,
+                    best_effort=answer.best_effort or decision.best_effort,
+                    attainable=answer.attainable and decision.attainable,
+                )
             if answer is not None and answer.reason not in ELSEWHERE:
                 return answer
             refusal = answer or refusal

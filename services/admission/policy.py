@@ -32,10 +32,14 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where the request goes; with `best_effort` a target (its own or one promised there) will probably be missed."""
+    """Where the request goes; with `best_effort` a target (its own or one promised there) will probably be missed.
+
+    `attainable`: its own will probably be met.
+    """
 
     executor_id: str
     best_effort: bool
+    attainable: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +110,9 @@ def admit(
     short = [each for each in forecasts if each.backlog_ms <= limits.max_backlog_ms and each.num_waiting < limits.max_waiting]
     if not short:
         return _overloaded(forecasts)
-    return Placement(executor_id=min(short, key=Forecast.cost).executor_id, best_effort=True)
+    chosen = min(short, key=Forecast.cost)
+    attainable = chosen.excess == 0 and (chosen.has_pages or request.slo.ttft_ms is None)  # pages come nobody knows when
+    return Placement(executor_id=chosen.executor_id, best_effort=True, attainable=attainable)
 
 
 def find_fault(request: InferenceRequest) -> str | None:

@@ -28,7 +28,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.models import Catalog, follow_adapters
 from services.gateway.nats_door import NatsDoor
 from services.gateway.plan import Limits
-from services.gateway.routes_adapters import adapter_routes
+from services.gateway.routes_adapters import adapter_routes, deletion_route
 from services.gateway.routes_inference import inference_routes
 from services.gateway.routes_ops import ops_routes
 
@@ -66,6 +66,7 @@ class GatewayActor:
             ops_routes(self._core, self._fleet, redacted(config.nats_url)),
             file_routes(FileStore(bus, config.max_file_bytes), trainer),
             finetuning_routes(trainer),
+            deletion_route(bus, self._catalog),
         ]
         if config.allow_runtime_lora_updating:
             routers.append(adapter_routes(bus, self._catalog, config.lora_dir, config.max_file_bytes, self._folder))

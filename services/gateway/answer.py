@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.chat import ChatTokenizer
-from common.messages import Usage
+from common.messages import Slo, Usage
 from services.gateway.errors import ApiError
 from services.gateway.generation import Generations, Tokens, TokenStream
 from services.gateway.logprobs import ScoredToken, Scorer
@@ -168,6 +168,11 @@ class Answer:
     def is_attained(self) -> bool | None:
         """Whether all targets were met; None without targets."""
         return attained(self.plan.slo, self.ttft_ms, self.tpot_ms)
+
+    @property
+    def is_attainable(self) -> bool | None:
+        """Whether admission expected all targets to be met; None without targets."""
+        return None if self.plan.slo == Slo() else all(choice.stream.attainable for choice in self.choices)
 
     async def open(self) -> None:
         """Have all choices admitted. Raises ApiError; then nothing runs."""

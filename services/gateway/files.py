@@ -11,7 +11,6 @@ from typing import IO, Annotated, Any, Literal
 from urllib.parse import quote
 from uuid import uuid4
 
-import msgspec
 from fastapi import APIRouter, Query, Request
 from nats.js.api import ObjectInfo
 from nats.js.errors import NotFoundError
@@ -22,7 +21,7 @@ from starlette.responses import Response, StreamingResponse
 
 from common import subjects
 from common.bus import Bus
-from common.files import file_meta
+from common.files import file_meta, file_object
 from services.gateway.errors import ApiError, bad_request, unavailable
 from services.gateway.finetuning import Trainer
 from services.gateway.http_errors import json_response
@@ -66,11 +65,11 @@ class FileStore:
         file_id = f"file-{uuid4().hex}"
         meta = file_meta(file_id, upload.filename or "upload", purpose, time.time())
         source: Any = upload.file
-        return _file_object(await (await self._store()).put(file_id, source, meta))
+        return file_object(await (await self._store()).put(file_id, source, meta))
 
     async def get(self, file_id: str) -> dict[str, Any]:
         """Raises ApiError 404."""
-        return _file_object(await self._info(await self._store(), file_id))
+        return file_object(await self._info(await self._store(), file_id))
 
     async def delete(self, file_id: str) -> None:
         """Raises ApiError 404."""
@@ -81,7 +80,7 @@ class FileStore:
     async def content(self, file_id: str) -> tuple[dict[str, Any], IO[bytes]]:
         """The file object and an open file with the content, at its beginning. Raises ApiError 404."""
         store = await self._store()
-        record = _file_object(await self._info(store, file_id))
+        record = file_object(await self._info(store, file_id))
         with contextlib.ExitStack() as on_error:
             spool: Any = on_error.enter_context(tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES))
             await self._read(store, file_id, spool)
@@ -95,7 +94,7 @@ class FileStore:
             infos = await (await self._store()).list(ignore_deletes=True)
         except NotFoundError:
             return []
-        records = [_file_object(info) for info in infos if not info.deleted]
+        records = [file_object(info) for info in infos if not info.deleted]
         chosen = [record for record in records if purpose in (None, record["purpose"])]
         return sorted(chosen, key=lambda record: (record["created_at"], record["id"]), reverse=order == "desc")
 
@@ -183,15 +182,6 @@ def page(items: list[dict[str, Any]], after: str | None, limit: int) -> dict[str
     data = items[start : start + limit]
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return {"object": "list", "data": data, "has_more": start + limit < len(items), **ends}
-
-
-def _file_object(info: ObjectInfo) -> dict[str, Any]:
-    """The stored record and its size; files that other services wrote have no record."""
-    record: dict[str, Any] = {"id": info.name, "object": "file", "created_at": 0, "filename": info.name}
-    record["purpose"] = "fine-tune-results"
-    with contextlib.suppress(msgspec.DecodeError):
-        record |= msgspec.json.decode(info.description or "{}", type=dict[str, Any])
-    return record | {"bytes": info.size or 0, "status": "processed"}
 
 
 async def _chunks(file: IO[bytes]) -> AsyncIterator[bytes]:

@@ -31,7 +31,11 @@ _CREATE_SCHEMA: dict[str, Any] = {
         "model": {"type": "string"},
         "training_file": {"type": "string", "description": "Id of an uploaded chat JSONL."},
         "validation_file": {"type": "string", "description": "Id of a chat JSONL, scored after each epoch."},
-        "suffix": {"type": "string"},
+        "suffix": {
+            "type": "string",
+            "maxLength": 64,
+            "description": "In the model's name, where what is no letter, digit, _, . or - becomes a dash.",
+        },
         "seed": {"type": "integer"},
         "hyperparameters": {"type": "object", "description": "n_epochs, batch_size, learning_rate_multiplier, ..."},
         "method": {

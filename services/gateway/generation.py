@@ -79,6 +79,8 @@ class TokenStream:
         self.request = request
         self.executor_id = ""
         self.admitted_at = 0.0
+        self.attainable = True
+        """Whether its targets seemed attainable when it was first admitted; a move's lost time is nothing to foresee."""
         self.generated: list[int] = []
         self.prompt_logprobs: list[Logprobs] = []
         """Complete when the first tokens are received."""
@@ -205,6 +207,8 @@ class TokenStream:
         if not self.generated:
             self.prompt_logprobs.clear()  # all of them come again
         admitted = await self._owner.admission.ask(request)
+        if not self.admitted_at:
+            self.attainable = admitted.attainable
         self.admitted_at = time.monotonic()
         self.executor_id = admitted.executor_id
 

@@ -23,7 +23,7 @@ from services.gateway import responses
 from services.gateway.answer import Answer, Piece
 from services.gateway.core import Core
 from services.gateway.errors import ApiError, bad_request
-from services.gateway.openai_api import ChatRequest, CompletionRequest, convert
+from services.gateway.openai_api import ChatRequest, CompletionRequest, convert_generate
 
 log = structlog.get_logger()
 
@@ -108,9 +108,9 @@ def is_json(data: bytes) -> bool:
 
 
 def decode_request(data: bytes) -> ChatRequest | CompletionRequest:
-    """The request: chat if it has `messages`, else a completion. Raises ApiError 400."""
+    """The request. Raises ApiError 400."""
     try:
         body = msgspec.json.decode(data) if is_json(data) else msgspec.msgpack.decode(data)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise bad_request(f"The body is neither MessagePack nor JSON: {error}", code="malformed") from error
-    return convert(body, ChatRequest) if isinstance(body, dict) and "messages" in body else convert(body, CompletionRequest)
+    return convert_generate(body)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
 from common.messages import MAX_LOGIT_BIAS, MAX_SALT_CHARS, MAX_TOP_LOGPROBS
+from common.validation import find_fault
 from services.gateway.errors import ApiError, bad_request
 
 T = TypeVar("T")
+G = TypeVar("G", bound="GenerateRequest")
 Milliseconds = Annotated[float, Meta(gt=0, le=1e9)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
@@ -112,6 +115,11 @@ class ChatMessage(Struct):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[ContentPart] | None = None
+    """None in turns of the assistant alone: it may have called tools."""
+
+    def __post_init__(self) -> None:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("Object missing required field `content`")  # msgspec adds the place
 
     @property
     def text(self) -> str:
@@ -183,6 +191,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Parameters that Heddle does not implement yet, and the values that change nothing."""
 
 
+_LIKE_SLO = re.compile("slos?(?![a-z])")
+"""A name that begins with the word, not with `slot` or `slow`."""
+_SLO_EXAMPLE = '"slo": {"tpot_ms": 50, "ttft_ms": 1000}'
+
 _CODES: tuple[tuple[str, str], ...] = (
     ("missing required field", "missing_required_parameter"),
     ("unknown field", "unknown_parameter"),
@@ -212,12 +224,42 @@ def check_supported(request: GenerateRequest) -> None:
         raise _unsupported("best_of")
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Raises ApiError 400 for a field of the body that was meant for its `slo`; what else we do not know is ignored."""
+    for name in names:
+        if name in SloFields.__struct_fields__ or (name != "slo" and _LIKE_SLO.match(name)):
+            message = f"Unknown field {name[:40]!r}: latency targets are given as {_SLO_EXAMPLE}, either of them or both."
+            raise bad_request(message, name[:40], "unknown_parameter")
+
+
+def decode_generate(data: bytes, kind: type[G]) -> G:
+    """The body of a request for text. Raises ApiError 400 that names the field."""
+    request = decode_json(data, kind)
+    check_names(decode_json(data, dict[str, msgspec.Raw]))
+    return request
+
+
+def convert_generate(body: object) -> ChatRequest | CompletionRequest:
+    """A decoded body without a route: a chat if it has `messages`, else a completion. Raises ApiError 400."""
+    if not isinstance(body, dict):
+        return convert(body, CompletionRequest)
+    given = [name for name in ("messages", "prompt") if body.get(name) is not None]
+    if len(given) > 1:
+        raise bad_request("Give either messages or prompt, not both.", "prompt")
+    if not given:
+        message = "Invalid request: missing required field `messages` (of a chat) or `prompt` (of a text completion)"
+        raise bad_request(message, "messages", "missing_required_parameter")
+    request = convert(body, ChatRequest) if "messages" in given else convert(body, CompletionRequest)
+    check_names(body)
+    return request
+
+
 def decode_json(data: bytes, kind: type[T]) -> T:
     """The body as a typed request. Raises ApiError 400 that names the field."""
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
-        raise _invalid(error) from error
+        raise _invalid(error, kind) from error
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from error
 
@@ -227,18 +269,14 @@ def convert(value: object, kind: type[T]) -> T:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise _invalid(error) from error
+        raise _invalid(error, kind) from error
 
 
 def _unsupported(name: str) -> ApiError:
     return bad_request(f"The parameter {name!r} is not supported with this value.", param=name, code="unsupported_parameter")
 
 
-def _invalid(error: msgspec.ValidationError) -> ApiError:
-    text = str(error)
-    message, _, path = text.partition(" - at `")
-    param = path.rstrip("`").removeprefix("$").removeprefix(".").removesuffix("[...]")  # a key of a dictionary
-    if missing := re.search(r"missing required field `(\w+)`", message):
-        param = f"{param}.{missing[1]}" if param else missing[1]
-    code = next((code for words, code in _CODES if words in message), "invalid_value")
-    return bad_request(f"Invalid request: {text}", param=param or None, code=code)
+def _invalid(error: msgspec.ValidationError, kind: object) -> ApiError:
+    fault = find_fault(error, kind)
+    code = next((code for words, code in _CODES if words in fault.problem), "invalid_value")
+    return bad_request(f"Invalid request: {fault}", param=fault.param or None, code=code)

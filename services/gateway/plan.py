@@ -77,6 +77,8 @@ def check(request: GenerateRequest, limits: Limits) -> None:
     check_supported(request)
     logprobs_of(request)
     bias_of(request, limits.vocab_size)
+    if request.stream_options is not None and not request.stream:
+        raise bad_request("stream_options are allowed only when stream is true.", "stream_options")
     if request.prompt_logprobs is not None and request.stream:
         raise bad_request("prompt_logprobs are not told in streams; completions have echo with logprobs.", "prompt_logprobs")
     if (request.n or 1) > limits.max_n:

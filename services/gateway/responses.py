@@ -73,6 +73,7 @@ def _measured(answer: Answer) -> dict[str, Any]:
         "tpot_ms": _rounded(answer.tpot_ms),
         "target_tpot_ms": answer.plan.slo.tpot_ms,
         "attained": answer.is_attained,
+        "attainable": answer.is_attainable,
         "verify_steps": sum(item.verify_steps for item in usages),
         "drafted_tokens": sum(item.drafted_tokens for item in usages),
         "accepted_tokens": sum(item.accepted_tokens for item in usages),

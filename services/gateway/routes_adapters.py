@@ -1,4 +1,4 @@
-"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter, as vLLM has them. Knows folders and names, not tensors."""
+"""vLLM's /v1/load_lora_adapter and /v1/unload_lora_adapter, OpenAI's DELETE of models. Knows folders and names, not tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from common.adapters import (
 from common.bus import Bus, BusError
 from common.peft_folder import CONFIG, PeftFolder, PeftFolderError, is_same_model, read_peft_folder
 from services.gateway.docs import body_of
-from services.gateway.errors import ApiError, bad_request, unavailable
+from services.gateway.errors import ApiError, bad_request, model_not_found, unavailable
+from services.gateway.http_errors import json_response
 from services.gateway.models import Catalog
 from services.gateway.openai_api import LoadLoraAdapter, UnloadLoraAdapter, decode_json
 
@@ -72,6 +73,31 @@ def adapter_routes(bus: Bus, catalog: Catalog, lora_dir: str | None, max_bytes: 
             raise ApiError(404, f"The lora adapter '{name}' cannot be found.", code="not_found", param="lora_name") from error
         await _told(lambda: not catalog.has(name), catalog)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    return router
+
+
+def deletion_route(bus: Bus, catalog: Catalog) -> APIRouter:
+    """OpenAI's deletion of a model that a job made; of other adapters, too."""
+    router = APIRouter(tags=["Models"])
+
+    @router.delete("/v1/models/{model:path}", summary="Delete an adapter")
+    async def delete(model: str) -> Response:
+        """Served no more, on all executors, and its weights deleted. 403 for the base model, 409 while its job may need it."""
+        if model == catalog.base:
+            raise ApiError(403, f"{model!r} is the base model; only adapters can be deleted.", param="model")
+        if not catalog.has(model):
+            raise model_not_found(model)
+        try:
+            await remove_adapter(bus, model)
+        except UnknownAdapterError as error:
+            raise model_not_found(model) from error
+        except AdapterRefusedError as error:
+            raise ApiError(409, f"{error}.", code="model_in_use", param="model") from error
+        except (BusError, NatsError) as error:
+            raise unavailable("The adapter could not be deleted.", "bus_unavailable") from error
+        await _told(lambda: not catalog.has(model), catalog)
+        return json_response({"id": model, "object": "model", "deleted": True})
 
     return router
 

@@ -16,7 +16,14 @@ from services.gateway.core import Core
 from services.gateway.docs import body_of
 from services.gateway.errors import ApiError, bad_request
 from services.gateway.http_errors import json_response
-from services.gateway.openai_api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode_json
+from services.gateway.openai_api import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    decode_generate,
+    decode_json,
+)
 from services.gateway.sse import DONE, EventStream, SendEvent, event, unless_client_leaves
 from services.gateway.tokenizer import encode
 
@@ -30,12 +37,12 @@ def inference_routes(core: Core) -> APIRouter:
         """OpenAI's chat completions, plus `slo`, `priority` (lower values are prefilled earlier) and vLLM's `top_k`, `min_p`,
         `repetition_penalty`, `min_tokens`, `ignore_eos` and `stop_token_ids`.
         """
-        return await _answer(core, request, decode_json(await request.body(), ChatRequest))
+        return await _answer(core, request, decode_generate(await request.body(), ChatRequest))
 
     @router.post("/v1/completions", summary="Continue a text", openapi_extra=body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
         """OpenAI's text completions. `prompt` may be text, token ids, or a list of either."""
-        return await _answer(core, request, decode_json(await request.body(), CompletionRequest))
+        return await _answer(core, request, decode_generate(await request.body(), CompletionRequest))
 
     @router.post("/tokenize", summary="Text to token ids", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:

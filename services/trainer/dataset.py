@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from common.chat import ChatTemplateError, ChatTokenizer
+from common.validation import find_fault
 
 MAX_REPORTED_ERRORS = 10
 NO_ANSWER = "there is no assistant message to learn"
@@ -66,8 +67,8 @@ class _Example(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     messages: Annotated[list[_Message], Meta(min_length=1)]
 
 
-def read_dataset(data: bytes, tokenizer: ChatTokenizer, max_length: int) -> Dataset:
-    """The training sequences of a file; blank lines are skipped.
+def read_dataset(data: bytes, tokenizer: ChatTokenizer, max_length: int, limited_by: str = "") -> Dataset:
+    """The training sequences of a file; blank lines are skipped. Faults say what `max_length` is `limited_by`.
 
     Raises DatasetError with the first faults and their line numbers, or when there is no example at all.
     """
@@ -77,8 +78,9 @@ def read_dataset(data: bytes, tokenizer: ChatTokenizer, max_length: int) -> Data
         if not line.strip():
             continue
         try:
-            sequences.append(_sequence(line, tokenizer, max_length))
-        except (msgspec.MsgspecError, ValueError) as error:
+            sequences.append(_sequence(line, tokenizer))
+            _check_length(sequences[-1], max_length, limited_by)
+        except ValueError as error:
             faults.append(f"line {number}: {error}")
             if len(faults) == MAX_REPORTED_ERRORS:
                 faults.append("further lines were not checked")
@@ -90,11 +92,11 @@ def read_dataset(data: bytes, tokenizer: ChatTokenizer, max_length: int) -> Data
     return Dataset(tuple(sequences))
 
 
-def _sequence(line: bytes, tokenizer: ChatTokenizer, max_length: int) -> TrainingSequence:
+def _sequence(line: bytes, tokenizer: ChatTokenizer) -> TrainingSequence:
     try:
         messages = msgspec.json.decode(line, type=_Example).messages
-    except msgspec.ValidationError:
-        raise
+    except msgspec.ValidationError as error:
+        raise DatasetError(str(find_fault(error, _Example))) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DatasetError(f"not valid JSON: {error}") from error
     for message in messages:
@@ -106,9 +108,13 @@ def _sequence(line: bytes, tokenizer: ChatTokenizer, max_length: int) -> Trainin
     tokens, in_loss = tokenize(tokenizer, [_plain(message) for message in messages], trained)
     if not any(in_loss):
         raise DatasetError("no assistant message carries weight")
-    if len(tokens) > max_length:
-        raise DatasetError(f"{len(tokens)} tokens, the limit is {max_length}")
     return TrainingSequence(tuple(tokens), tuple(in_loss))
+
+
+def _check_length(sequence: TrainingSequence, max_length: int, limited_by: str) -> None:
+    if len(sequence.tokens) > max_length:
+        cause = f" ({limited_by})" if limited_by else ""
+        raise DatasetError(f"{len(sequence.tokens)} tokens, the limit is {max_length}{cause}")
 
 
 def _plain(message: _Message) -> dict[str, Any]:

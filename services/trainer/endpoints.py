@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from nats.js.errors import ObjectNotFoundError
 
 from common import subjects
+from common.files import file_object
 from common.messages import (
     CheckpointPage,
     CloseJob,
@@ -26,6 +27,8 @@ from services.trainer.surroundings import Surroundings
 
 Q = TypeVar("Q")
 MAX_PAGE = 100
+PURPOSE = "fine-tune"
+"""Of the files that jobs read."""
 
 
 class Endpoints:
@@ -120,9 +123,12 @@ class Endpoints:
     async def _require_file(self, file_id: str, param: str) -> None:
         store = await self._around.bus.object_store(subjects.FILES_STORE)
         try:
-            await store.get_info(file_id)
+            purpose = file_object(await store.get_info(file_id))["purpose"]
         except ObjectNotFoundError as error:
             raise ApiError(400, f"no such file: {file_id}", "file_not_found", param) from error
+        if purpose != PURPOSE:
+            problem = f"{param}: {file_id} has the purpose {purpose}; jobs read files of the purpose {PURPOSE}"
+            raise ApiError(400, problem, "invalid_file_purpose", param)
 
     async def _say(self, record: JobRecord, text: str) -> None:
         await self._around.events.append(record.job.id, events.message(time.time(), text))

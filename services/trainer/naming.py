@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 
 JOB_PREFIX = "ftjob-"
 EVENT_PREFIX = "ftevent-"
 CHECKPOINT_PREFIX = "ftckpt-"
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _TIME_LENGTH = 8
 """Base-36 digits of a time in ms: enough until the year 2059."""
@@ -42,8 +44,8 @@ def optimizer_name(artifact: str) -> str:
 
 
 def model_name(base_model: str, suffix: str | None, job_id: str) -> str:
-    """The finished adapter's model name; unique because the job's id is."""
-    return f"ft:{base_model}::{suffix or 'heddle'}:{job_id.removeprefix(JOB_PREFIX)}"
+    """The finished adapter's model name; unique because the job's id is. What could not be typed into a URL becomes a dash."""
+    return f"ft:{base_model}::{_UNSAFE.sub('-', suffix or 'heddle')}:{job_id.removeprefix(JOB_PREFIX)}"
 
 
 def checkpoint_model_name(base_model: str, suffix: str | None, job_id: str, step: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -11,6 +10,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from common.messages import ErrorReply, LoraSpec
 from common.peft_folder import BOTTLENECK_TARGETS
+from common.validation import find_fault
 from services.trainer.drafter_options import (
     DEFAULT_DRAFTER_LEARNING_RATE,
     Distillation,
@@ -113,7 +113,7 @@ class _CreateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     model: Annotated[str, Meta(min_length=1)]
     training_file: Annotated[str, Meta(min_length=1)]
     validation_file: Annotated[str, Meta(min_length=1)] | None = None
-    suffix: Annotated[str, Meta(pattern=r"^[a-z0-9_.-]{1,64}\Z")] | None = None
+    suffix: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     metadata: (
         Annotated[dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None
@@ -129,7 +129,8 @@ def parse_create(body: dict[str, Any], new_seed: int) -> JobSpec:
     try:
         asked = msgspec.convert(body, _CreateBody)
     except msgspec.ValidationError as error:
-        raise _bad_parameter(str(error)) from error
+        fault = find_fault(error, _CreateBody)
+        raise ApiError(400, str(fault), "invalid_value", fault.param or None) from error
     method = asked.method or _Method()
     if method.type == "distillation":
         return _distillation(asked, method, new_seed)
@@ -283,12 +284,3 @@ def _hyperparameters(asked: _CreateBody) -> Hyperparameters:
             400, "give hyperparameters either in method.supervised or at the top level", "invalid_value", "hyperparameters"
         )
     return nested or asked.hyperparameters or Hyperparameters()
-
-
-def _bad_parameter(text: str) -> ApiError:
-    """msgspec's words ("Expected `int` <= 256 - at `$.lora.rank`") as an error that names the parameter."""
-    path = re.search(r" - at (?:`key` in )?`\$\.?([^`]*)`$", text)
-    field = re.search(r"(?:unknown|required) field `([^`]+)`", text)
-    param = ".".join(part for part in (path and path[1], field and field[1]) if part)
-    problem = text[: path.start()] if path else text
-    return ApiError(400, f"{param}: {problem}" if param else problem, "invalid_value", param or None)

@@ -22,6 +22,9 @@ from services.trainer.event_log import EventLog
 from services.trainer.job_table import JobTable
 from services.trainer.placement import max_training_len
 
+LENGTH_SETTING = "HEDDLE_TRAINER_MAX_SEQUENCE_LENGTH"
+"""The setting behind `TrainerConfig.max_sequence_length`."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Surroundings:
@@ -51,5 +54,7 @@ class Surroundings:
         except ObjectNotFoundError as error:
             raise DatasetError(f"file {file_id} does not exist any more") from error
         trainable = max_training_len(self.executors(), model) if validates else None
-        limit = min(self.config.max_sequence_length, trainable or self.config.max_sequence_length)
-        return await asyncio.to_thread(read_dataset, data, self.tokenizer, limit)
+        limit, limited_by = self.config.max_sequence_length, LENGTH_SETTING
+        if trainable and trainable < limit:
+            limit, limited_by = trainable, "the executors' KV pages and the model's positions"
+        return await asyncio.to_thread(read_dataset, data, self.tokenizer, limit, limited_by)
