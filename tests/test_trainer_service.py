@@ -92,7 +92,9 @@ async def test_events_and_checkpoints_tell_the_story(world: World) -> None:
 
     validated = page.data[-2].data
     assert (validated["examples"], validated["total_steps"]) == (5, 6)
-    assert 0 < validated["trained_tokens"] < validated["tokens"]
+    assert 0 < validated["label_tokens"] < validated["tokens"]
+    assert "trained_tokens" not in validated, "the job's field of that name counts all tokens of all epochs"
+    assert f"{validated['tokens']} tokens per epoch, {validated['label_tokens']} of them are labels" in page.data[-2].message
 
     checkpoints = await world.ask("checkpoints", job.id)
     assert [c.step_number for c in checkpoints.data] == [6, 3]

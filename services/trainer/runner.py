@@ -131,10 +131,10 @@ class JobRunner:
         total = course.plan.total_steps
         if course.validation is not None:
             counts = _counts(course.validation)
-            text = "Validation file validated: {examples} examples, {tokens} tokens, {trained_tokens} of them scored"
+            text = "Validation file validated: {examples} examples, {tokens} tokens, {label_tokens} of them are labels"
             await self._journal.write(events.message(time.time(), text.format(**counts), data=counts))
         counts = _counts(course.dataset)
-        text = "Training file validated: {examples} examples, {tokens} tokens per epoch, {trained_tokens} of them trained"
+        text = "Training file validated: {examples} examples, {tokens} tokens per epoch, {label_tokens} of them are labels"
         data = {**counts, "total_steps": total}
         await self._journal.write(events.message(time.time(), text.format(**counts), data=data))
         await self.lease.change(lambda record: jobs.with_job(jobs.released(record, "queued"), total_steps=total))
@@ -171,9 +171,10 @@ class JobRunner:
 
 
 def _counts(dataset: Dataset) -> dict[str, int]:
+    """Labels are the tokens that the loss is taken of; a job's `trained_tokens` are all tokens, times epochs."""
     return {
         "examples": len(dataset.sequences),
         "tokens": dataset.num_tokens,
-        "trained_tokens": dataset.num_loss_tokens,
+        "label_tokens": dataset.num_loss_tokens,
         "longest": dataset.longest,
     }
