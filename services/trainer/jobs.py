@@ -160,8 +160,10 @@ def placed(record: JobRecord, executor_id: str) -> JobRecord:
 
 
 def checkpointed(record: JobRecord, artifact: str, step: int, metrics: dict[str, float], now: float) -> JobRecord:
-    """One more checkpoint, which is the one to resume from."""
-    name = naming.checkpoint_model_name(record.spec.model, record.spec.suffix, record.job.id, step)
+    """One more checkpoint, which is the one to resume from. The last one's model is the finished one, as OpenAI lists it."""
+    is_last = step == record.job.total_steps
+    base = (record.spec.model, record.spec.suffix, record.job.id)
+    name = naming.model_name(*base) if is_last else naming.checkpoint_model_name(*base, step)
     entry = JobCheckpoint(
         id=naming.checkpoint_id(record.job.id, step),
         created_at=int(now),
