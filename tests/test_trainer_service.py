@@ -107,6 +107,17 @@ async def test_events_and_checkpoints_tell_the_story(world: World) -> None:
     assert (await refused(world.ask("checkpoints", job.id, after="x"))).param == "after"
 
 
+@pytest.mark.parametrize(("warmup_steps", "is_told"), [(5, False), (6, True)])
+async def test_a_warm_up_as_long_as_the_job_is_warned_of(world: World, warmup_steps: int, is_told: bool) -> None:
+    await world.trainer()
+    await world.executor()
+    job = await world.create(lora={"warmup_steps": warmup_steps})
+    await world.until_status(job.id, "succeeded")
+    warnings = [event.message for event in (await world.ask("events", job.id, limit=100)).data if event.level == "warn"]
+    text = "warmup_steps=6, but the job has 6 steps: it never reaches its learning rate"
+    assert warnings == ([text] if is_told else [])
+
+
 async def test_events_come_in_pages(world: World) -> None:
     await world.trainer()
     await world.executor()

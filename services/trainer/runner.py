@@ -137,6 +137,9 @@ class JobRunner:
         text = "Training file validated: {examples} examples, {tokens} tokens per epoch, {label_tokens} of them are labels"
         data = {**counts, "total_steps": total}
         await self._journal.write(events.message(time.time(), text.format(**counts), data=data))
+        if total <= course.spec.warmup_steps:
+            text = f"warmup_steps={course.spec.warmup_steps}, but the job has {total} steps: it never reaches its learning rate"
+            await self._journal.write(events.message(time.time(), text, "warn"))
         await self.lease.change(lambda record: jobs.with_job(jobs.released(record, "queued"), total_steps=total))
 
     async def _train(self, course: Course) -> None:
