@@ -34,6 +34,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True, tag="job_record.1"):
     checkpoint: str | None = None
     checkpoint_step: int = 0
     checkpoints: tuple[JobCheckpoint, ...] = ()
+    has_begun: bool = False
+    """Whether an executor has ever opened it."""
 
 
 class SupersededError(Exception):
@@ -157,6 +159,11 @@ def renewed(record: JobRecord, now: float, lease_s: float, step: int, estimated_
 def placed(record: JobRecord, executor_id: str) -> JobRecord:
     """A new attempt on this executor, under a lease of its own."""
     return msgspec.structs.replace(record, executor_id=executor_id, lease=record.lease + 1)
+
+
+def begun(record: JobRecord, step: int) -> JobRecord:
+    """An executor goes on from this step."""
+    return with_job(msgspec.structs.replace(record, has_begun=True), status="running", step=step)
 
 
 def checkpointed(record: JobRecord, artifact: str, step: int, metrics: dict[str, float], now: float) -> JobRecord:

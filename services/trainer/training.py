@@ -226,12 +226,12 @@ class Training:
         return max((each for each in steps if each <= step), default=0)
 
     async def _begin(self, session: ExecutorSession, step: int) -> None:
-        await self._lease.change(lambda record: jobs.with_job(record, status="running", step=step))
+        verb = f"continues after step {step}" if step else "starts over" if self._lease.record.has_begun else "started"
+        await self._lease.change(lambda record: jobs.begun(record, step))
         await self._journal.rewind(step)
         await asyncio.to_thread(self._board.begin, step)
         await self.progress_lost(step)
         self.step, self._opened = step, (time.time(), step)
-        verb = "started" if step == 0 else f"continues after step {step}"
         await self._say(f"Training {verb} on executor {session.executor_id}", data={"executor_id": session.executor_id})
 
     async def _choose(self) -> str | None:
