@@ -150,8 +150,8 @@ class Training:
         await asyncio.to_thread(self._board.step, event.data)
 
     async def checkpoint_written(self, artifact: str, step: int) -> None:
-        """Remember a checkpoint. One that ends an epoch is told, and a model, as long as it is not the finished one, which will be
-        announced under its own name; any other, at a pause or a shutdown, is only resumed from.
+        """Remember a checkpoint. One that ends an epoch is told, and is a model: the last one the finished model, which is
+        announced when the job succeeds. Any other, at a pause or a shutdown, is only resumed from.
         """
         epoch, rest = divmod(step, self._course.plan.steps_per_epoch)
         if rest:
