@@ -188,7 +188,7 @@ class Idle:
     def vitals(self) -> Vitals:
         return Vitals()
 
-role = sys.argv[1]
+role = sys.argv.pop(1)
 config_type = getattr(importlib.import_module(f"services.{role}.config"), f"{role.capitalize()}Config")
 main(role, config_type, lambda config: Idle())
 """
