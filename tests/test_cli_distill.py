@@ -124,8 +124,27 @@ def test_a_server_that_never_answers_is_an_error(folder: Path) -> None:
         collect(server, ChatTokenizer.load(folder), None, 100)
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (httpx.Response(200, json={"text": "no"}), 'this is no completion: {"text":"no"}'),
+        (httpx.ReadTimeout(""), "ReadTimeout"),
+    ],
+)
+def test_what_a_server_did_wrong_is_named(folder: Path, answer: httpx.Response | httpx.ReadTimeout, reason: str) -> None:
+    def reply(_: httpx.Request) -> httpx.Response:
+        if isinstance(answer, httpx.ReadTimeout):
+            raise answer
+        return answer
+
+    client = httpx.AsyncClient(transport=httpx.MockTransport(reply), base_url="http://server")
+    collector = Collector(client, "tiny", ChatTokenizer.load(folder))
+    with pytest.raises(DistillError, match=f"no answer from tiny: {reason}$"):
+        asyncio.run(collector.collect(None, 100, lambda done: None))
+
+
 def test_from_nothing_to_a_drafter(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    transformers.utils.logging.enable_progress_bar()
+    transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     options = DistillOptions(
         model=str(folder), out=tmp_path / "drafter", url="http://unused", num_tokens=1500, vocabulary=60, epochs=2, threads=1
     )

@@ -145,9 +145,8 @@ class Collector:
         except (httpx.HTTPError, ValueError) as error:
             self._num_failures += 1
             if self._num_failures >= MAX_FAILURES:
-                raise DistillError(
-                    f"{self._client.base_url}: no answer from {self._model}: {error or type(error).__name__}"
-                ) from error
+                reason = str(error) or type(error).__name__
+                raise DistillError(f"{self._client.base_url}: no answer from {self._model}: {reason}") from error
             return None
         before = self._chat.encode(prompt.text)
         behind = self._chat.encode(answer) + ([self._chat.eos_token_ids[0]] if is_whole and self._chat.eos_token_ids else [])
