@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import time
+from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -21,6 +23,8 @@ log = structlog.get_logger()
 
 CHECK_TIMEOUT_S = 60.0
 MAX_NAME_CHARS = 256
+MAX_NAMED = 10
+"""Adapters that an error names."""
 ANSWER: Any = AdapterChecked | Rejected
 
 
@@ -45,6 +49,14 @@ async def adapter_records(bus: Bus) -> dict[str, AdapterRecord]:
             record = decode((await bucket.get(key)).value or b"", AdapterRecord)
             records[record.name] = record
     return records
+
+
+def unknown_adapter(name: str, names: Sequence[str]) -> str:
+    """That there is none of that name, with the closest of those that there are, or the first few."""
+    if close := difflib.get_close_matches(name, names):
+        return f"no adapter {name}; did you mean {' or '.join(close)}?"
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"no adapter {name}; there are: {', '.join(names[:MAX_NAMED]) or 'none'}{more}"
 
 
 async def add_adapter(bus: Bus, name: str, base_model: str, lora: LoraSpec, weights: bytes) -> AdapterRecord:
@@ -84,7 +96,7 @@ async def remove_adapter(bus: Bus, name: str) -> AdapterRecord:
     records = await adapter_records(bus)
     record = records.pop(name, None)
     if record is None:
-        raise UnknownAdapterError(f"no adapter {name}; there are: {', '.join(records) or 'none'}")
+        raise UnknownAdapterError(unknown_adapter(name, sorted(records)))
     if record.job_id:
         await _check_job_is_over(bus, record)
     for key in await record_keys(bus, subjects.ADAPTERS_BUCKET):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
@@ -22,6 +23,7 @@ from nats.js.object_store import ObjectStore
 
 from common.codec import MalformedMessageError, decode, encode
 from common.messages import ErrorReply
+from common.telemetry import Repetition
 
 T = TypeVar("T")
 Handler = Callable[[T], Awaitable[Any]]
@@ -69,17 +71,24 @@ class Bus:
 
     @classmethod
     async def connect(cls, url: str, name: str) -> Bus:
-        """Connect, waiting for a server that is not there yet; reconnects for ever.
+        """Connect, waiting for a server that is not there yet; reconnects for ever, and tells errors ever more seldom.
 
         A url like nats://user:password@host:4222 or nats://token@host:4222 carries credentials.
         """
 
+        errors: defaultdict[type[Exception], Repetition] = defaultdict(Repetition)
+
         async def on_error(error: Exception) -> None:
-            log.warning("bus.error", error=str(error) or type(error).__name__)
+            repetition = errors[type(error)]
+            if repetition.is_due(time.monotonic()):
+                hidden = {"num_more": repetition.num_hidden} if repetition.num_hidden else {}
+                log.warning("bus.error", error=str(error) or type(error).__name__, **hidden)
+                repetition.num_hidden = 0
 
         listeners: list[Callable[[], None]] = []
 
         async def on_reconnect() -> None:
+            errors.clear()
             log.info("bus.reconnected")
             for listener in listeners:
                 listener()
@@ -92,6 +101,7 @@ class Bus:
             error_cb=on_error,
             reconnected_cb=on_reconnect,
         )
+        errors.clear()
         bus = cls(client)
         bus.on_reconnect = listeners
         return bus

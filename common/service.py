@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol, TypeVar
 
@@ -20,6 +21,7 @@ from common import subjects
 from common.bus import Bus
 from common.config import EXIT_CONFIG, ConfigError, ServiceConfig, load_config
 from common.messages import Beat, ExecutorLoad, Role, ServiceState
+from common.settings_help import settings_help, usage
 from common.telemetry import configure_logging
 
 log = structlog.get_logger()
@@ -56,8 +58,10 @@ class Actor(Protocol):
 def main(role: Role, config_type: type[C], make_actor: Callable[[C], Actor]) -> None:
     """Entry point of `python -m services.<role>`: runs until SIGTERM or SIGINT.
 
-    A configuration error, now or while the actor starts, is one line on stderr and exit status EXIT_CONFIG.
+    A configuration error, now or while the actor starts, is one line on stderr and exit status EXIT_CONFIG. It takes no
+    arguments but --help, which prints the settings.
     """
+    _heed_arguments(role, config_type, sys.argv[1:])
     refusals: list[str] = []
     try:
         config = load_config(config_type, role)
@@ -69,6 +73,16 @@ def main(role: Role, config_type: type[C], make_actor: Callable[[C], Actor]) -> 
     if refusals:
         print(f"heddle {role}: {refusals[0]}", file=sys.stderr)
         sys.exit(EXIT_CONFIG)
+
+
+def _heed_arguments(role: Role, config_type: type[ServiceConfig], arguments: Sequence[str]) -> None:
+    """Exits when there are any."""
+    if {"-h", "--help"} & set(arguments):
+        print(settings_help(role, config_type))
+        sys.exit(0)
+    if arguments:
+        print(f"heddle {role}: unknown argument {arguments[0]}; {usage(role)}", file=sys.stderr)
+        sys.exit(os.EX_USAGE)
 
 
 def _leaves(group: BaseExceptionGroup[ConfigError]) -> list[ConfigError]:

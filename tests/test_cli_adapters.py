@@ -15,7 +15,7 @@ from common import subjects
 from common.bus import Bus
 from common.codec import encode
 from common.messages import AdapterRecord, LoraSpec
-from services.cli.adapters import AdapterError, export, list_adapters, write_folder
+from services.cli.adapters import AdapterError, delete, export, list_adapters, write_folder
 from tests.helpers import randn, tiny_model
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
@@ -88,6 +88,17 @@ async def test_what_cannot_be_exported_is_a_clear_error(bus: Bus, tmp_path: Path
     await (await bus.key_value(subjects.ADAPTERS_BUCKET)).put("broken", b"garbage")
     with pytest.raises(AdapterError, match="the record of adapter broken is damaged"):
         await list_adapters(bus)
+
+
+async def test_of_many_adapters_an_error_names_the_closest_or_a_few(bus: Bus, tmp_path: Path) -> None:
+    for number in range(13):
+        await publish(bus, record(f"weaver-{number:02}", created_at=float(number)), None)
+    for call in (export(bus, "weaver-1", tmp_path), delete(bus, "weaver-1")):
+        with pytest.raises(AdapterError, match=r"^no adapter weaver-1; did you mean (weaver-\d\d or ){2}weaver-\d\d\?$"):
+            await call
+    for call in (export(bus, "ghost", tmp_path), delete(bus, "ghost")):
+        with pytest.raises(AdapterError, match=r"^no adapter ghost; there are: (weaver-\d\d, ){9}weaver-09 and 3 more$"):
+            await call
 
 
 def test_an_export_overwrites_nothing(tmp_path: Path) -> None:

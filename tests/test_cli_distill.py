@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+import transformers
 from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -85,7 +86,7 @@ def test_the_model_invents_prompts_behind_an_open_turn(folder: Path) -> None:
     invented, answered = server.bodies[0], [body for body in server.bodies if body["temperature"] == 0.0]
     assert (invented["prompt"], invented["temperature"]) == ("<user>", 1.0)
     assert all(body["prompt"].startswith("<user>") and body["prompt"].endswith("</s><assistant>") for body in answered)
-    assert sum(example.num_answer for example in collector.examples) >= 100
+    assert 100 <= sum(example.num_answer for example in collector.examples) < 150
     assert all(example.tokens[-1] == 0 and example.kind == "invented" for example in collector.examples)
 
 
@@ -101,12 +102,19 @@ def test_given_prompts_are_answered_once(folder: Path, tmp_path: Path) -> None:
     assert [example.kind for example in collect(server, chat, prompts, 10_000).examples] == ["given", "code"]
 
 
+def test_no_more_is_asked_for_than_is_needed(folder: Path) -> None:
+    server, chat = Server(), ChatTokenizer.load(folder)
+    collect(server, chat, [Prompt("given", f"a{i} b{j}") for i in range(8) for j in range(8)], 300)
+    assert len(server.bodies) == 12, "of 25 tokens each"
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"messages": 3}', '{"prompt": "x"}', '{"messages": ["x"]}'])
 def test_a_line_that_is_no_prompt_is_named(folder: Path, tmp_path: Path, line: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(f'{{"text": "a1"}}\n{line}\n')
-    with pytest.raises(DistillError, match="line 2"):
+    with pytest.raises(DistillError, match="line 2") as complaint:
         read_prompts(path, ChatTokenizer.load(folder))
+    assert "Error(" not in str(complaint.value)
 
 
 def test_a_server_that_never_answers_is_an_error(folder: Path) -> None:
@@ -116,7 +124,27 @@ def test_a_server_that_never_answers_is_an_error(folder: Path) -> None:
         collect(server, ChatTokenizer.load(folder), None, 100)
 
 
-def test_from_nothing_to_a_drafter(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (httpx.Response(200, json={"text": "no"}), 'this is no completion: {"text":"no"}'),
+        (httpx.ReadTimeout(""), "ReadTimeout"),
+    ],
+)
+def test_what_a_server_did_wrong_is_named(folder: Path, answer: httpx.Response | httpx.ReadTimeout, reason: str) -> None:
+    def reply(_: httpx.Request) -> httpx.Response:
+        if isinstance(answer, httpx.ReadTimeout):
+            raise answer
+        return answer
+
+    client = httpx.AsyncClient(transport=httpx.MockTransport(reply), base_url="http://server")
+    collector = Collector(client, "tiny", ChatTokenizer.load(folder))
+    with pytest.raises(DistillError, match=f"no answer from tiny: {reason}$"):
+        asyncio.run(collector.collect(None, 100, lambda done: None))
+
+
+def test_from_nothing_to_a_drafter(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     options = DistillOptions(
         model=str(folder), out=tmp_path / "drafter", url="http://unused", num_tokens=1500, vocabulary=60, epochs=2, threads=1
     )
@@ -124,11 +152,17 @@ def test_from_nothing_to_a_drafter(folder: Path, tmp_path: Path) -> None:
     assert {path.name for path in options.out.iterdir()} == {"README.md", "config.json", "drafter.safetensors", "answers.jsonl"}
     assert (options.out / "README.md").read_text() == text
     assert "| invented |" in text
+    assert " seconds with 1 threads." in text
+    assert "Loading weights" not in capfd.readouterr().err
     head = FeaturesHead(options.out)
     assert head.fingerprint == fingerprint(folder)
     assert (len(head.vocabulary), head.feature_layers) == (60, (1, 2, 3))
-    with pytest.raises(DistillError, match="not empty"):
+    with pytest.raises(DistillError, match=r"not empty: it holds a drafter.*--out.*--start.*only answers\.jsonl"):
         distill(options, Server().client())
+    (tmp_path / "notes.txt").write_text("mine")
+    for out, reason in ((tmp_path, "is not empty; name a new folder"), (tmp_path / "notes.txt", "is not a folder")):
+        with pytest.raises(DistillError, match=reason):
+            distill(dataclasses.replace(options, out=out), Server().client())
 
 
 def test_answers_are_kept_as_they_come(folder: Path, tmp_path: Path) -> None:

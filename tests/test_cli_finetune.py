@@ -147,6 +147,11 @@ def test_a_distillation_asks_for_a_drafter_and_writes_its_folder(tmp_path: Path)
     assert text.endswith(f"--draft ngram,features:{tmp_path / 'drafter'}")
 
 
+def test_a_folder_is_no_dataset(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="is a folder, not a JSONL file"):
+        main(["finetune", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

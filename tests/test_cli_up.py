@@ -24,7 +24,6 @@ from common.nats_server import NatsServer, free_port
 from services.cli.layout import START_ORDER, Model, UpOptions, curl_line, environment, screen, service_specs
 from services.cli.nats_once import connect_once
 from services.cli.parser import build_parser, default_state_dir
-from services.cli.preflight import UpError, check_port, locked
 from services.cli.up import predecessor, trim_log
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -146,32 +145,6 @@ def test_the_state_directory_follows_the_environment() -> None:
     assert default_state_dir({}) == Path.home() / ".local" / "state" / "heddle"
 
 
-def test_a_port_in_use_is_noticed_before_anything_starts() -> None:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        holder.listen()
-        port = holder.getsockname()[1]
-        with pytest.raises(UpError, match=rf"port {port} on 127\.0\.0\.1 cannot be used .*--port"):
-            check_port("127.0.0.1", port)
-    check_port("127.0.0.1", port)
-
-
-def test_a_state_directory_has_one_owner(tmp_path: Path) -> None:
-    with locked(tmp_path / "state"):
-        with pytest.raises(UpError, match=rf"in use by process {os.getpid()}.*--state-dir"), locked(tmp_path / "state"):
-            pass
-        with locked(tmp_path / "other"):
-            pass
-    with locked(tmp_path / "state"):
-        pass
-
-
-def test_a_state_directory_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UpError, match="cannot be used"), locked(tmp_path / "file" / "state"):
-        pass
-
-
 IDLE_SERVICE = """
 import asyncio, importlib, os, sys
 from common.bus import Bus
@@ -188,7 +161,7 @@ class Idle:
     def vitals(self) -> Vitals:
         return Vitals()
 
-role = sys.argv[1]
+role = sys.argv.pop(1)
 config_type = getattr(importlib.import_module(f"services.{role}.config"), f"{role.capitalize()}Config")
 main(role, config_type, lambda config: Idle())
 """
@@ -315,6 +288,22 @@ def test_an_external_server_is_used_and_left_running(tmp_path: Path, folder: Pat
         assert process.wait(20) == 0
     assert nats_server.answers()
     assert not (tmp_path / "state" / "nats").exists()
+
+
+def test_one_planner_joins_and_takes_no_port(tmp_path: Path, folder: Path, nats_server: NatsServer) -> None:
+    others = [word for role in ROLES if role != "planner" for word in (f"--{role}s", "0")]
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        with heddle_up(tmp_path, folder, "--nats", nats_server.url, *others, "--port", port) as process:
+            shown = read_until(process, "Ctrl-C stops all of it")
+            process.send_signal(signal.SIGTERM)
+            read_until(process, "stopped")
+            assert process.wait(20) == 0
+    assert "planner-1" in shown
+    assert not any(word in shown for word in ("curl", "/v1", "gateway-1"))
+    assert (tmp_path / "stopped").read_text().split() == ["planner"]
 
 
 def test_an_external_server_that_is_not_there_is_one_line(tmp_path: Path, folder: Path) -> None:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import importlib
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from common import subjects
 from common.bus import Bus
-from common.messages import Beat, ServiceState
+from common.config import ServiceConfig
+from common.messages import Beat, Role, ServiceState
 from common.nats_server import NatsServer, free_port
 from common.service import _Workers
+from common.settings_help import settings_help
+from common.telemetry import Repetition
 from tests.executor_stage import Mailbox
 
+ROLES: tuple[Role, ...] = get_args(Role)
 SERVICE = """
 import asyncio
 from common.config import ServiceConfig
@@ -165,3 +171,58 @@ async def test_workers_cancel_until_nothing_runs() -> None:
             await asyncio.sleep(0)
             await tasks.cancel_all()
             assert all(task.done() for task in running)
+
+
+async def test_an_error_that_repeats_is_told_ever_more_seldom(
+    nats_server: NatsServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bus = await Bus.connect(nats_server.url, "test")
+    capsys.readouterr()
+    on_error = bus.client._error_cb
+    for _ in range(50):
+        await on_error(ConnectionRefusedError("nobody there"))
+    await on_error(TimeoutError())
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.count("bus.error") for line in printed] == [1, 1]
+    assert "nobody there" in printed[0]
+    await bus.drain()
+
+
+def test_repetitions_are_told_at_intervals_that_double_until_there_is_a_pause() -> None:
+    repetition = Repetition()
+    told = [quarter / 4 for quarter in range(0, 4 * 200) if repetition.is_due(quarter / 4)]
+    assert told == [0, 1, 3, 7, 15, 31, 63, 123, 183]
+    assert repetition.num_hidden == 800 - len(told)
+    assert repetition.is_due(261.0)
+    assert not repetition.is_due(261.5)
+    assert repetition.is_due(262.0)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_help_lists_every_setting_and_starts_nothing(role: Role) -> None:
+    module = importlib.import_module(f"services.{role}.config")
+    config_type: type[ServiceConfig] = getattr(module, f"{role.capitalize()}Config")
+    shown = settings_help(role, config_type)
+    for field in dataclasses.fields(config_type):
+        assert f"HEDDLE_{role.upper()}_{field.name.upper()}  " in shown
+    assert f"HEDDLE_{role.upper()}_HEARTBEAT_S  float, default 1.0\n    A peer is dead after three periods" in shown
+    assert max(map(len, shown.splitlines())) <= 128
+
+
+@pytest.mark.parametrize(
+    ("argument", "status", "shown"),
+    [
+        ("--help", 0, "HEDDLE_PLANNER_DRAFT  str, default auto\n    auto: n-grams"),
+        ("--draft", os.EX_USAGE, "heddle planner: unknown argument --draft; usage: python -m services.planner [--help]\n"),
+    ],
+)
+async def test_a_service_answers_arguments_and_does_not_start(argument: str, status: int, shown: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "services.planner", argument),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    printed, log = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode == status
+    assert shown in printed.decode() if status == 0 else shown == log.decode()

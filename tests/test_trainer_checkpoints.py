@@ -94,13 +94,37 @@ async def test_adapters_of_epochs_stay_and_optimizers_go(world: World) -> None:
     final = (await world.ask("get", job.id)).fine_tuned_model
     for checkpoint in listed:
         assert served[checkpoint.fine_tuned_model_checkpoint].artifact == f"{job.id}/step-{checkpoint.step_number}"
-    assert served.keys() == {final, *(checkpoint.fine_tuned_model_checkpoint for checkpoint in listed)}
+    assert served.keys() == {checkpoint.fine_tuned_model_checkpoint for checkpoint in listed}
+    assert listed[0].fine_tuned_model_checkpoint == final, "the last epoch's weights are the finished model's"
     await remove_adapter(world.bus, final)
-    await until_stored(world, {f"{job.id}/step-{step}" for step in (3, 6, 9)})
-    for checkpoint in listed:
+    await until_stored(world, {f"{job.id}/step-{step}" for step in (3, 6)})
+    for checkpoint in listed[1:]:
         await remove_adapter(world.bus, checkpoint.fine_tuned_model_checkpoint)
     await until_stored(world, set())
     assert await adapter_records(world.bus) == {}
+
+
+async def test_what_a_pause_stores_is_no_model_and_goes_when_the_job_goes_on(world: World, tmp_path: Path) -> None:
+    data = DATA * 10
+    await world.upload(data)
+    await world.trainer()
+    executor = await world.executor(permits=3)
+    job = await world.create(hyperparameters=ONE_EPOCH)
+    await world.until(job.id, lambda record: record.job.step == 3)
+    await world.ask("pause", job.id)
+    await executor.allow(50)
+    paused = await world.until(job.id, lambda record: record.job.status == "paused")
+    assert 3 <= paused.checkpoint_step < 60
+    assert (paused.checkpoint, paused.checkpoints) == (f"{job.id}/step-{paused.checkpoint_step}", ())
+    assert await adapter_records(world.bus) == {}
+    await world.ask("resume", job.id)
+    await executor.allow(None)
+    done = await world.until(job.id, lambda record: record.job.status == "succeeded")
+    assert [order.checkpoint for order in executor.opened] == [None, paused.checkpoint]
+    assert (await adapter_records(world.bus)).keys() == {done.job.fine_tuned_model}
+    await until_stored(world, {f"{job.id}/step-60"})
+    state = expected_state(ChatTokenizer.load(tmp_path / "model"), data, done.spec)
+    assert await world.artifact(f"{job.id}/step-60") == {"step": 60, "state": state}
 
 
 async def test_a_cancelled_job_leaves_nothing_and_others_keep_theirs(world: World) -> None:

@@ -188,6 +188,21 @@ async def test_the_job_of_a_vanished_trainer_is_taken_over(world: World, tmp_pat
     assert second.actor.vitals().counters["steps"] == 3
 
 
+async def test_a_job_that_is_taken_over_before_a_checkpoint_starts_once_and_then_over(world: World) -> None:
+    first = await world.trainer("t1")
+    executor = await world.executor(permits=1)
+    job = await world.create()
+    await step_reached(world, job, 1)
+    await world.trainer("t2")
+    await first.vanish()
+    await world.until(job.id, lambda record: record.owner == "t2" and record.job.step == 0)
+    await executor.allow(None)
+    await world.until_status(job.id, "succeeded")
+    told = [event.message for event in reversed((await world.ask("events", job.id, limit=100)).data)]
+    starts = [message for message in told if message.startswith("Training start")]
+    assert starts == ["Training started on executor x", "Training starts over on executor x"]
+
+
 async def test_a_restarted_trainer_takes_up_its_own_job_at_once(world: World, tmp_path: Path) -> None:
     first = await world.trainer("t", lease_s=60.0)
     executor = await world.executor(permits=5)

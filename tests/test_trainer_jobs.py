@@ -104,6 +104,11 @@ def test_checkpoints_are_listed_once_and_the_newest_is_resumed_from() -> None:
     ]
     assert (found.checkpoint, found.checkpoint_step, found.job.step) == ("a/step-4", 4, 4)
     assert found.checkpoints[0].fine_tuned_model_checkpoint == "ft:base::mine:1:ckpt-step-2"
+    finished = jobs.checkpointed(jobs.with_job(found, total_steps=6), "a/step-6", 6, {}, 9.0)
+    assert [c.fine_tuned_model_checkpoint for c in finished.checkpoints][1:] == [
+        "ft:base::mine:1:ckpt-step-4",
+        "ft:base::mine:1",
+    ]
     saved = jobs.saved(found, "a/latest", 5)
     assert (saved.checkpoint, saved.checkpoint_step, len(saved.checkpoints)) == ("a/latest", 5, 2)
 

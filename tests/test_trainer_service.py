@@ -92,7 +92,9 @@ async def test_events_and_checkpoints_tell_the_story(world: World) -> None:
 
     validated = page.data[-2].data
     assert (validated["examples"], validated["total_steps"]) == (5, 6)
-    assert 0 < validated["trained_tokens"] < validated["tokens"]
+    assert 0 < validated["label_tokens"] < validated["tokens"]
+    assert "trained_tokens" not in validated, "the job's field of that name counts all tokens of all epochs"
+    assert f"{validated['tokens']} tokens per epoch, {validated['label_tokens']} of them are labels" in page.data[-2].message
 
     checkpoints = await world.ask("checkpoints", job.id)
     assert [c.step_number for c in checkpoints.data] == [6, 3]
@@ -103,6 +105,17 @@ async def test_events_and_checkpoints_tell_the_story(world: World) -> None:
     rest = await world.ask("checkpoints", job.id, after=first.data[0].id)
     assert [c.step_number for c in rest.data] == [3]
     assert (await refused(world.ask("checkpoints", job.id, after="x"))).param == "after"
+
+
+@pytest.mark.parametrize(("warmup_steps", "is_told"), [(5, False), (6, True)])
+async def test_a_warm_up_as_long_as_the_job_is_warned_of(world: World, warmup_steps: int, is_told: bool) -> None:
+    await world.trainer()
+    await world.executor()
+    job = await world.create(lora={"warmup_steps": warmup_steps})
+    await world.until_status(job.id, "succeeded")
+    warnings = [event.message for event in (await world.ask("events", job.id, limit=100)).data if event.level == "warn"]
+    text = "warmup_steps=6, but the job has 6 steps: it never reaches its learning rate"
+    assert warnings == ([text] if is_told else [])
 
 
 async def test_events_come_in_pages(world: World) -> None:

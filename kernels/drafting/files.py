@@ -13,14 +13,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from kernels.drafting.folder import CARD, CONFIG, FORMAT, WEIGHTS, DrafterFilesError, read_config
 from kernels.drafting.head import DraftHead, HeadShape
 
-CONFIG, WEIGHTS, CARD = "config.json", "drafter.safetensors", "README.md"
-FORMAT = "heddle-features-1"
-
-
-class DrafterFilesError(ValueError):
-    """A folder holds no such drafter; the message names it."""
+__all__ = (
+    "CARD", "CONFIG", "FORMAT", "WEIGHTS", "DrafterFilesError", "StoredDrafter", "drafter_config", "drafter_weights",
+    "quantized", "read_drafter", "write_drafter",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +41,8 @@ class StoredDrafter:
 
 def read_drafter(folder: Path) -> StoredDrafter:
     """Raises DrafterFilesError."""
+    config = read_config(folder)
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-        if config["format"] != FORMAT:
-            raise DrafterFilesError(f"{folder / CONFIG}: the format {config['format']!r} is not {FORMAT}")
         stored = safetensors.torch.load_file(folder / WEIGHTS)
         shape = HeadShape(
             hidden_size=int(config["hidden_size"]),
@@ -66,10 +63,10 @@ def read_drafter(folder: Path) -> StoredDrafter:
             weights={name: _widened(name, stored) for name in names},
             vocabulary=stored["vocabulary_V"].tolist(),
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, DrafterFilesError):
-            raise
-        raise DrafterFilesError(f"{folder} is no drafter on features: {error!r}") from error
+    except KeyError as error:
+        raise DrafterFilesError(f"{folder} is no drafter on features: it has no {error.args[0]}") from error
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise DrafterFilesError(f"{folder} is no drafter on features: {error}") from error
 
 
 def write_drafter(folder: Path, head: DraftHead, vocabulary: Sequence[int], *, fingerprint: str, max_depth: int) -> None:

@@ -12,7 +12,7 @@ from nats.js.errors import KeyNotFoundError, ObjectNotFoundError
 from rich.table import Table
 
 from common import subjects
-from common.adapters import AdapterRefusedError, UnknownAdapterError, add_adapter, remove_adapter
+from common.adapters import AdapterRefusedError, UnknownAdapterError, add_adapter, remove_adapter, unknown_adapter
 from common.artifacts import read_object
 from common.bus import Bus
 from common.codec import MalformedMessageError, decode
@@ -58,7 +58,7 @@ async def export(bus: Bus, name: str, folder: Path) -> AdapterRecord:
     """Write adapter `name` into `folder`, which must be new or empty. Raises AdapterError."""
     records = {record.name: record for record in await list_adapters(bus)}
     if name not in records:
-        raise AdapterError(f"no adapter {name}; there are: {', '.join(records) or 'none'}")
+        raise AdapterError(unknown_adapter(name, list(records)))
     write_folder(folder, records[name], await _weights(bus, records[name]))
     return records[name]
 

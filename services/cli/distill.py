@@ -13,6 +13,7 @@ import httpx
 from rich.progress import Progress
 
 from common.chat import ChatTokenizer
+from kernels.drafting.folder import CONFIG
 from services.cli.convert import convert
 from services.cli.distill_data import Collector, DistillError, Example, read_prompts
 from services.cli.progress import TaskProgress
@@ -42,8 +43,7 @@ class DistillOptions:
 
 def distill(options: DistillOptions, client: httpx.AsyncClient | None = None) -> str:
     """Make a drafter; returns its card. Raises DistillError, ModelError. `client` replaces the one for `options.url`."""
-    if options.out.exists() and any(path.name != ANSWERS for path in options.out.iterdir()):
-        raise DistillError(f"{options.out} is not empty")
+    _check_room(options.out)
     folder = convert(options.model)
     if options.start is not None:
         from services.cli.distill_make import started_drafter  # needs torch; now, as answers take long
@@ -54,6 +54,20 @@ def distill(options: DistillOptions, client: httpx.AsyncClient | None = None) ->
     with TaskProgress() as progress:
         examples = _collected(options, folder, chat, client, progress)
         return _train(options, folder, examples, progress)
+
+
+def _check_room(out: Path) -> None:
+    """Raises DistillError unless a drafter can be written there."""
+    if out.exists() and not out.is_dir():
+        raise DistillError(f"{out} is not a folder; name another one with --out")
+    found = {path.name for path in out.iterdir()} if out.exists() else set()
+    if CONFIG in found:
+        raise DistillError(
+            f"{out} is not empty: it holds a drafter, which `heddle up --draft ngram,features:{out}` uses; name another folder"
+            f" with --out, with --start {out} to train this one on, or leave only {ANSWERS} in it to train anew"
+        )
+    if found - {ANSWERS}:
+        raise DistillError(f"{out} is not empty; name a new folder with --out")
 
 
 def _kept(path: Path) -> list[Example]:

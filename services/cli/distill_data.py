@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
+import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 
 from common.chat import ChatTemplateError, ChatTokenizer
 
@@ -48,6 +50,12 @@ class Prompt:
     text: str
 
 
+class _Row(msgspec.Struct, frozen=True, kw_only=True):
+    messages: list[dict[str, Any]] | None = None
+    text: str | None = None
+    kind: Any = "given"
+
+
 def read_prompts(path: Path, chat: ChatTokenizer) -> list[Prompt]:
     """The prompts of a JSONL file: `{"messages": [...]}` or `{"text": "..."}`, a `kind` besides if they are to be told apart.
 
@@ -65,15 +73,17 @@ def read_prompts(path: Path, chat: ChatTokenizer) -> list[Prompt]:
 
 def _prompt(line: str, place: str, chat: ChatTokenizer) -> Prompt:
     try:
-        row: Any = json.loads(line)
-        if isinstance(row["text"] if "text" in row else row["messages"], str):
-            return Prompt(str(row.get("kind", "given")), row["text"])
-        messages = list(row["messages"])
-        while messages and messages[-1]["role"] == "assistant":
+        row = msgspec.json.decode(line, type=_Row)
+        if row.text is not None:
+            return Prompt(str(row.kind), row.text)
+        if row.messages is None:
+            raise DistillError(f"{place}: has neither messages nor a text")
+        messages = list(row.messages)
+        while messages and messages[-1].get("role") == "assistant":
             messages.pop()
-        return Prompt(str(row.get("kind", "given")), chat.render(messages))
-    except (ValueError, LookupError, TypeError, ChatTemplateError) as error:
-        raise DistillError(f"{place}: neither messages of a chat nor a text: {error!r}") from error
+        return Prompt(str(row.kind), chat.render(messages))
+    except (msgspec.DecodeError, UnicodeDecodeError, ChatTemplateError) as error:
+        raise DistillError(f"{place}: neither messages of a chat nor a text: {error}") from error
 
 
 def open_turn(chat: ChatTokenizer) -> tuple[str, str]:
@@ -101,38 +111,42 @@ class Collector:
     async def collect(self, prompts: Sequence[Prompt] | None, num_tokens: int, on_example: Callable[[Example], None]) -> None:
         """Answer each prompt once, or prompts that the model invents itself, until `num_tokens` were answered.
 
-        Raises DistillError if the server does not answer.
+        No more are asked for than should be needed. Raises DistillError if the server does not answer.
         """
-        waiting = self._invented() if prompts is None else iter(prompts)
+        waiting: Iterator[Prompt | None] = itertools.repeat(None) if prompts is None else iter(prompts)
+        running: set[asyncio.Task[None]] = set()
 
-        async def work() -> None:
-            for prompt in waiting:
-                if self._num_tokens >= num_tokens:
-                    return
-                if (example := await self._answer(prompt)) is not None:
-                    self.examples.append(example)
-                    on_example(example)
+        async def work(prompt: Prompt | None) -> None:
+            if (example := await self._answer(prompt)) is not None:
+                self.examples.append(example)
+                on_example(example)
 
         try:
             async with asyncio.TaskGroup() as tasks:
-                for _ in range(CONCURRENCY):
-                    tasks.create_task(work())
+                while True:
+                    room = max(0, self._num_wanted(num_tokens) - len(running))
+                    running |= {tasks.create_task(work(prompt)) for prompt in itertools.islice(waiting, room)}
+                    if not running:
+                        return
+                    _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
 
-    def _invented(self) -> Iterator[Prompt | None]:
-        while True:
-            yield None
+    def _num_wanted(self, num_tokens: int) -> int:
+        """Answers that should be in flight: those still to come are taken to be as long as those so far, first to be long."""
+        expected = self._num_tokens / len(self.examples) if self.examples else MAX_ANSWER_TOKENS
+        return min(CONCURRENCY, math.ceil(max(0, num_tokens - self._num_tokens) / max(1.0, expected)))
 
     async def _answer(self, prompt: Prompt | None) -> Example | None:
         try:
             prompt = prompt or await self._invent()
             answer, is_whole = await self._complete(prompt.text, MAX_ANSWER_TOKENS, temperature=0.0)
             self._num_failures = 0
-        except (httpx.HTTPError, LookupError, ValueError, TypeError) as error:
+        except (httpx.HTTPError, ValueError) as error:
             self._num_failures += 1
             if self._num_failures >= MAX_FAILURES:
-                raise DistillError(f"{self._client.base_url}: no answer from {self._model}: {error!r}") from error
+                reason = str(error) or type(error).__name__
+                raise DistillError(f"{self._client.base_url}: no answer from {self._model}: {reason}") from error
             return None
         before = self._chat.encode(prompt.text)
         behind = self._chat.encode(answer) + ([self._chat.eos_token_ids[0]] if is_whole and self._chat.eos_token_ids else [])
@@ -153,5 +167,8 @@ class Collector:
         response = await self._client.post("/v1/completions", json=body)
         if response.is_error:
             raise ValueError(f"status {response.status_code}: {response.text[:200]}")
-        (choice,) = response.json()["choices"]
-        return str(choice["text"]), choice["finish_reason"] == "stop"
+        try:
+            (choice,) = response.json()["choices"]
+            return str(choice["text"]), choice["finish_reason"] == "stop"
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"this is no completion: {response.text[:200]}") from error

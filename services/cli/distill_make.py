@@ -79,13 +79,17 @@ def make(
             fingerprint=name,
             data=f"{len(material.learned):,} greedy answers of {folder.name} ({num_learned:,} tokens) to prompts that are"
             f" {origin}; {len(material.held_out):,} more were held out.",
-            training=f"{begun}{num_steps:,} steps, {epochs:g} epochs, {(time.monotonic() - started_at) / 60:.0f} minutes with"
+            training=f"{begun}{num_steps:,} steps, {epochs:g} epochs, {_duration(time.monotonic() - started_at)} with"
             f" {torch.get_num_threads()} threads. {recipe!r}",
             acceptance=describe(evaluate(head.eval(), material.held_out, max_depth=5)),
         )
     )
     (out / CARD).write_text(text)
     return text
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 
 def prepare(

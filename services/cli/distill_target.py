@@ -31,6 +31,7 @@ class Target:
     """A frozen model."""
 
     def __init__(self, folder: Path, feature_layers: Sequence[int]) -> None:
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # they would mix into ours
         auto: Any = transformers.AutoModelForCausalLM
         self._model: Any = auto.from_pretrained(folder, dtype=torch.float32).eval()
         self._layers = tuple(feature_layers)

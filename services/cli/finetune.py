@@ -54,7 +54,7 @@ def finetune(options: FinetuneOptions) -> None:
     """Start the job, and with `wait` follow it to its end. Raises FinetuneError or StatusError."""
     for path in (options.data, options.validation):
         if path is not None and not path.is_file():
-            raise FinetuneError(f"there is no file {path}")
+            raise FinetuneError(f"{path} is a folder, not a JSONL file" if path.is_dir() else f"there is no file {path}")
     if options.out is not None and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise FinetuneError(f"{options.out} is not an empty folder")
     model = options.model or fetch(options.url, options.api_key)[0].model

@@ -52,6 +52,11 @@ class UpOptions:
         return f"http://{host}:{self.port}"
 
     @property
+    def has_gateway(self) -> bool:
+        """Whether any is started here; only they listen on `port`."""
+        return self.replicas.get(GATEWAY_ROLE, 1) > 0
+
+    @property
     def log_dir(self) -> Path:
         """Each child's log is in here."""
         return self.state_dir / "logs"
@@ -119,9 +124,8 @@ def curl_line(url: str, model: str, key_variable: str | None = None) -> str:
 
 def screen(options: UpOptions, model: Model, nats_url: str, services: Sequence[tuple[str, str]], elapsed_s: float) -> str:
     """All that a user needs to go on, when everything is ready; `services` are (name, instance id)."""
-    rows = [
-        ("API", f"{options.url}/v1"),
-        ("docs", f"{options.url}/docs"),
+    rows = [("API", f"{options.url}/v1"), ("docs", f"{options.url}/docs")] if options.has_gateway else []
+    rows += [
         ("NATS", nats_url),
         ("model", f"{model.name}  ({model.folder})"),
         ("services", "  ".join(f"{name} {instance_id}" for name, instance_id in services)),
@@ -129,5 +133,7 @@ def screen(options: UpOptions, model: Model, nats_url: str, services: Sequence[t
     ]
     lines = [f"Heddle is up, {elapsed_s:.1f} s after its start.", ""]
     lines += [f"  {title:<9} {text}" for title, text in rows]
-    lines += ["", "Try it:", f"  {curl_line(options.url, model.name, options.key_variable)}", "", "Ctrl-C stops all of it."]
+    if options.has_gateway:
+        lines += ["", "Try it:", f"  {curl_line(options.url, model.name, options.key_variable)}"]
+    lines += ["", "Ctrl-C stops all of it."]
     return "\n".join(lines)

@@ -94,7 +94,7 @@ def check_folder(folder: Path) -> None:
     _read_json(folder / "config.json")
     _read_json(folder / "tokenizer.json")
     for path in _weight_files(folder):
-        _check_safetensors(path)
+        check_safetensors(path)
 
 
 def _folder(path: Path) -> Source:
@@ -141,8 +141,8 @@ def _read_json(path: Path) -> dict[str, object]:
     return content
 
 
-def _check_safetensors(path: Path) -> None:
-    """The header's last offset must be the file's end."""
+def check_safetensors(path: Path) -> None:
+    """Raises ModelError, with the path, unless the header's last offset is the file's end."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -164,10 +164,10 @@ def _add_policies(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:
-    replicas = parser.add_argument_group("replicas")
+    replicas = parser.add_argument_group("replicas", "with --nats, which may be another system's, 0 starts none")
     for role in ROLES:
         plural = f"{role}s"
-        replicas.add_argument(f"--{plural}", type=within(1, 64), default=1, metavar="N", help=f"number of {plural}")
+        replicas.add_argument(f"--{plural}", type=within(0, 64), default=1, metavar="N", help=f"number of {plural}")
 
     logs = parser.add_argument_group("logs")
     logs.add_argument("--log-format", choices=["json", "console"], help="of the services' logs (default: json)")

@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from common.drafts import parse_drafts
+from common.messages import Role
 from kernels.cache import cache_dir
+from kernels.drafting.folder import WEIGHTS, DrafterFilesError, read_config
 from services.cli.layout import Model
-from services.cli.models import ModelError, locate, usable_folder
+from services.cli.models import ModelError, check_safetensors, locate, usable_folder
 from services.cli.parent_death import die_with_parent
 
 
@@ -27,6 +30,16 @@ def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
+def check_replicas(replicas: Mapping[Role, int], nats: str | None) -> None:
+    """Raises UpError for a stack without one of its services, or for no process at all."""
+    if nats is None and (missing := next((role for role, number in replicas.items() if number == 0), None)):
+        raise UpError(
+            f"--{missing}s 0 needs --nats URL, of a system that has one: a system of its own has one of each at least"
+        )
+    if not any(replicas.values()):
+        raise UpError("there is nothing to start: all numbers of services are 0")
+
+
 def check_port(host: str, port: int, option: str = "--port") -> None:
     """Raises UpError, naming the option that chose the port, when nothing could listen there."""
     try:
@@ -36,6 +49,20 @@ def check_port(host: str, port: int, option: str = "--port") -> None:
             probe.bind(address)
     except OSError as error:
         raise UpError(f"port {port} on {host} cannot be used ({error.strerror}); choose another with {option}") from error
+
+
+def check_drafters(draft: str) -> None:
+    """Raises UpError or ModelError, naming the folder, when one of these drafters' cannot be read."""
+    for spec in parse_drafts(draft):
+        folder = Path(spec.folder)
+        if spec.kind == "features":
+            try:
+                read_config(folder)
+            except DrafterFilesError as error:
+                raise UpError(f"--draft {spec}: {error}") from error
+            check_safetensors(folder / WEIGHTS)
+        elif spec.kind == "model" and not (folder / "config.json").is_file():
+            raise UpError(f"--draft {spec}: {folder} has no config.json")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from common.service import redacted
 from common.telemetry import configure_logging
 from services.cli.layout import START_ORDER, Model, UpOptions, screen, service_specs
 from services.cli.nats_once import connect_once
-from services.cli.preflight import check_port, locked, prepare_model, say
+from services.cli.preflight import check_drafters, check_port, check_replicas, locked, prepare_model, say
 from services.cli.supervisor import Child, ChildSpec, Supervisor
 
 GRACE_S = 35.0
@@ -36,7 +36,10 @@ def up(options: UpOptions) -> None:
     """Run everything until a signal. Raises the error of whatever cannot be started."""
     configure_logging("heddle", "up", "error", "console")
     started_at = time.monotonic()
-    check_port(options.host, options.port)
+    check_replicas(options.replicas, options.nats)
+    check_drafters(options.draft)
+    if options.has_gateway:
+        check_port(options.host, options.port)
     if options.nats_port is not None:
         check_port("127.0.0.1", options.nats_port, "--nats-port")
     with locked(options.state_dir):

@@ -79,7 +79,7 @@ class Owner(Protocol):
         """The validation file was scored before `step`."""
 
     async def checkpoint_written(self, artifact: str, step: int) -> None:
-        """A checkpoint holds the state before `step`."""
+        """A checkpoint of its own name holds the state before `step`: an epoch's end, or where the owner wanted to stop."""
 
     async def saved(self, artifact: str, step: int) -> None:
         """So does this one, but only to resume from: the next will replace it."""

@@ -34,6 +34,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True, tag="job_record.1"):
     checkpoint: str | None = None
     checkpoint_step: int = 0
     checkpoints: tuple[JobCheckpoint, ...] = ()
+    has_begun: bool = False
+    """Whether an executor has ever opened it."""
 
 
 class SupersededError(Exception):
@@ -159,9 +161,16 @@ def placed(record: JobRecord, executor_id: str) -> JobRecord:
     return msgspec.structs.replace(record, executor_id=executor_id, lease=record.lease + 1)
 
 
+def begun(record: JobRecord, step: int) -> JobRecord:
+    """An executor goes on from this step."""
+    return with_job(msgspec.structs.replace(record, has_begun=True), status="running", step=step)
+
+
 def checkpointed(record: JobRecord, artifact: str, step: int, metrics: dict[str, float], now: float) -> JobRecord:
-    """One more checkpoint, which is the one to resume from."""
-    name = naming.checkpoint_model_name(record.spec.model, record.spec.suffix, record.job.id, step)
+    """One more checkpoint, which is the one to resume from. The last one's model is the finished one, as OpenAI lists it."""
+    is_last = step == record.job.total_steps
+    base = (record.spec.model, record.spec.suffix, record.job.id)
+    name = naming.model_name(*base) if is_last else naming.checkpoint_model_name(*base, step)
     entry = JobCheckpoint(
         id=naming.checkpoint_id(record.job.id, step),
         created_at=int(now),

@@ -131,12 +131,15 @@ class JobRunner:
         total = course.plan.total_steps
         if course.validation is not None:
             counts = _counts(course.validation)
-            text = "Validation file validated: {examples} examples, {tokens} tokens, {trained_tokens} of them scored"
+            text = "Validation file validated: {examples} examples, {tokens} tokens, {label_tokens} of them are labels"
             await self._journal.write(events.message(time.time(), text.format(**counts), data=counts))
         counts = _counts(course.dataset)
-        text = "Training file validated: {examples} examples, {tokens} tokens per epoch, {trained_tokens} of them trained"
+        text = "Training file validated: {examples} examples, {tokens} tokens per epoch, {label_tokens} of them are labels"
         data = {**counts, "total_steps": total}
         await self._journal.write(events.message(time.time(), text.format(**counts), data=data))
+        if total <= course.spec.warmup_steps:
+            text = f"warmup_steps={course.spec.warmup_steps}, but the job has {total} steps: it never reaches its learning rate"
+            await self._journal.write(events.message(time.time(), text, "warn"))
         await self.lease.change(lambda record: jobs.with_job(jobs.released(record, "queued"), total_steps=total))
 
     async def _train(self, course: Course) -> None:
@@ -171,9 +174,10 @@ class JobRunner:
 
 
 def _counts(dataset: Dataset) -> dict[str, int]:
+    """Labels are the tokens that the loss is taken of; a job's `trained_tokens` are all tokens, times epochs."""
     return {
         "examples": len(dataset.sequences),
         "tokens": dataset.num_tokens,
-        "trained_tokens": dataset.num_loss_tokens,
+        "label_tokens": dataset.num_loss_tokens,
         "longest": dataset.longest,
     }

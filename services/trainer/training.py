@@ -150,7 +150,13 @@ class Training:
         await asyncio.to_thread(self._board.step, event.data)
 
     async def checkpoint_written(self, artifact: str, step: int) -> None:
-        """Remember a checkpoint, and say so; most of them end an epoch."""
+        """Remember a checkpoint. One that ends an epoch is told, and is a model: the last one the finished model, which is
+        announced when the job succeeds. Any other, at a pause or a shutdown, is only resumed from.
+        """
+        epoch, rest = divmod(step, self._course.plan.steps_per_epoch)
+        if rest:
+            await self.saved(artifact, step)
+            return
         metrics = events.step_metrics(self.last) if self.last and self.last.step + 1 == step else {}
         if self._evaluation is not None and self._evaluation[0] == step:
             metrics |= self._evaluation[1].metrics()
@@ -159,12 +165,10 @@ class Training:
             await self._record(lambda record: jobs.saved(record, artifact, step))
         else:
             await self._record(lambda record: jobs.checkpointed(record, artifact, step, metrics, time.time()))
-            await self._announce(naming.checkpoint_model_name(spec.model, spec.suffix, self._lease.job_id, step), artifact)
-        epoch, rest = divmod(step, self._course.plan.steps_per_epoch)
-        if rest == 0:
-            loss = f", full validation loss={metrics['full_valid_loss']:.4f}" if "full_valid_loss" in metrics else ""
-            text = f"Epoch {epoch}/{self._course.plan.n_epochs} completed{loss}"
-            await self._say(text, data={"epoch": epoch, **metrics})
+            if step < self._course.plan.total_steps:
+                await self._announce(naming.checkpoint_model_name(spec.model, spec.suffix, self._lease.job_id, step), artifact)
+        loss = f", full validation loss={metrics['full_valid_loss']:.4f}" if "full_valid_loss" in metrics else ""
+        await self._say(f"Epoch {epoch}/{self._course.plan.n_epochs} completed{loss}", data={"epoch": epoch, **metrics})
         await self._say(f"Checkpoint created at step {step}", data={"artifact": artifact, "step": step})
 
     async def saved(self, artifact: str, step: int) -> None:
@@ -222,12 +226,12 @@ class Training:
         return max((each for each in steps if each <= step), default=0)
 
     async def _begin(self, session: ExecutorSession, step: int) -> None:
-        await self._lease.change(lambda record: jobs.with_job(record, status="running", step=step))
+        verb = f"continues after step {step}" if step else "starts over" if self._lease.record.has_begun else "started"
+        await self._lease.change(lambda record: jobs.begun(record, step))
         await self._journal.rewind(step)
         await asyncio.to_thread(self._board.begin, step)
         await self.progress_lost(step)
         self.step, self._opened = step, (time.time(), step)
-        verb = "started" if step == 0 else f"continues after step {step}"
         await self._say(f"Training {verb} on executor {session.executor_id}", data={"executor_id": session.executor_id})
 
     async def _choose(self) -> str | None:
