@@ -207,7 +207,7 @@ def test_drafts_that_come_late_are_judged_as_wrong() -> None:
 
 def test_drafters_that_cost_nothing_go_on_while_the_others_rest() -> None:
     chosen = play(Pacing(has_free=True), 200, {"all": 10.0, "free": 13.0})
-    assert chosen[:4] == ["all"] * 4
+    assert chosen[:3] == ["all"] * 3
     assert chosen.count("free") > 150
     assert None not in chosen
 

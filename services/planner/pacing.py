@@ -29,6 +29,8 @@ rarely where no time is told, as beside finetuning.
 """
 NUM_PROBED = 32
 """Drafts (requests times iterations) that are tried before they may be judged as not worth their time."""
+NUM_GLANCED, GLANCED_ROUNDS, POOR_GAIN = 8, 3, 0.95
+"""So many drafts, and iterations with them, are enough where they bring less than this."""
 FIRST_REST, LONGEST_REST, LONGEST_FREE_REST = 16, 256, 64
 """Iterations without drafts after drafts did not pay; doubled each time that they still do not. Drafts that cost
 nothing but the wait for them are probed more often, where others cost more.
@@ -105,6 +107,8 @@ class _Load:
     num_in_debt: int = 0
     """When the rest began."""
     num_probed: int = 0
+    num_rounds: int = 0
+    """That these took."""
     tokens: float = 0.0
     ms: float = 0.0
     plain_tokens: float = 0.0
@@ -122,7 +126,7 @@ class _Load:
 
     def begin(self) -> None:
         """Drafts are tried (again): what they brought before counts no more."""
-        self.num_left = self.num_probed = 0
+        self.num_left = self.num_probed = self.num_rounds = 0
         self.tokens = self.ms = self.plain_tokens = self.plain_ms = self.paid = 0.0
 
     @property
@@ -231,7 +235,9 @@ class _Arm:
         load.plain_ms = kept * load.plain_ms + last.plain_ms
         load.paid = kept * load.paid + last.num_paid
         load.num_probed += last.num_requests
-        if load.num_probed < NUM_PROBED:
+        load.num_rounds += 1
+        is_glanced = load.num_probed >= NUM_GLANCED and load.num_rounds >= GLANCED_ROUNDS
+        if load.num_probed < NUM_PROBED and not (is_glanced and load.current_gain < POOR_GAIN):
             return
         load.gain, load.age = load.current_gain, 0
         if load.gain > least_gain or (load.paid >= 0.5 and load.gain > LEAST_PAYING_GAIN):
@@ -239,7 +245,7 @@ class _Arm:
             return
         redeeming = math.ceil(load.lost_ms / (MAX_REGRET * last.plain_ms)) if last.plain_ms > 0.0 else 0
         load.num_left = min(self._longest_rest, max(load.next_rest, redeeming))
-        load.next_rest = min(self._longest_rest, 2 * load.num_left)
+        load.next_rest = min(self._longest_rest, 2 * load.next_rest)
         load.num_in_debt = last.num_in_debt
 
 
