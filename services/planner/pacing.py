@@ -29,7 +29,7 @@ rarely where no time is told, as beside finetuning.
 """
 NUM_PROBED = 32
 """Drafts (requests times iterations) that are tried before they may be judged as not worth their time."""
-NUM_GLANCED, GLANCED_ROUNDS, POOR_GAIN = 8, 3, 0.95
+NUM_GLANCED, GLANCED_ROUNDS, POOR_GAIN = 8, 3, 0.9
 """So many drafts, and iterations with them, are enough where they bring less than this."""
 FIRST_REST, LONGEST_REST, LONGEST_FREE_REST = 16, 256, 64
 """Iterations without drafts after drafts did not pay; doubled each time that they still do not. Drafts that cost
