@@ -119,7 +119,7 @@ async def _check_job_is_over(bus: Bus, record: AdapterRecord) -> None:
             return
         raise
     except NoServiceError as error:
-        raise AdapterRefusedError(f"no trainer can tell whether the job {record.job_id} still needs {record.name}") from error
+        raise NoServiceError(f"no trainer can tell whether the job {record.job_id} still needs {record.name}") from error
     if job.status not in ("succeeded", "failed", "cancelled"):
         raise AdapterRefusedError(f"the job {record.job_id} is {job.status} and may resume from {record.name}; cancel it first")
 

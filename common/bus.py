@@ -29,6 +29,8 @@ T = TypeVar("T")
 Handler = Callable[[T], Awaitable[Any]]
 
 log = structlog.get_logger()
+MAX_KINDS_OF_ERRORS = 100
+"""Of which is remembered how often they came, so that they are told ever more seldom."""
 
 
 class BusError(Exception):
@@ -76,10 +78,12 @@ class Bus:
         A url like nats://user:password@host:4222 or nats://token@host:4222 carries credentials.
         """
 
-        errors: defaultdict[type[Exception], Repetition] = defaultdict(Repetition)
+        errors: defaultdict[tuple[type[Exception], str], Repetition] = defaultdict(Repetition)
 
         async def on_error(error: Exception) -> None:
-            repetition = errors[type(error)]
+            if len(errors) >= MAX_KINDS_OF_ERRORS:
+                errors.clear()
+            repetition = errors[type(error), str(error)]
             if repetition.is_due(time.monotonic()):
                 hidden = {"num_more": repetition.num_hidden} if repetition.num_hidden else {}
                 log.warning("bus.error", error=str(error) or type(error).__name__, **hidden)

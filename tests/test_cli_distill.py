@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -233,9 +235,13 @@ def test_hidden_states_are_kept_in_a_file_that_leaves_no_trace(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_hidden_states_that_the_disk_cannot_hold_are_an_error_at_once(tmp_path: Path) -> None:
-    with pytest.raises(DistillError, match="bytes of hidden states"):
-        HiddenStates(tmp_path, num_rows=1 << 40, num_features=1 << 10)
+def test_hidden_states_that_the_disk_cannot_hold_are_an_error_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_full(file: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", is_full)
+    with pytest.raises(DistillError, match="2,048 bytes of hidden states: No space left"):
+        HiddenStates(tmp_path, num_rows=32, num_features=32)
     assert not list(tmp_path.iterdir())
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from common.messages import Role
 from services.cli.__main__ import main
+from services.cli.layout import UpOptions
 from services.cli.models import ModelError
-from services.cli.preflight import UpError, check_drafters, check_port, locked
+from services.cli.preflight import UpError, check_drafters, check_port, check_replicas, locked
 
 OTHERS = [word for role in get_args(Role) if role != "planner" for word in (f"--{role}s", "0")]
 
@@ -56,6 +57,12 @@ def test_what_cannot_be_started_is_refused_before_anything_is(tmp_path: Path, ar
     with pytest.raises(SystemExit, match=reason):
         main(["up", "--state-dir", str(tmp_path / "state"), *arguments])
     assert not (tmp_path / "state").exists()
+
+
+def test_numbers_that_are_not_given_mean_one_of_each(tmp_path: Path) -> None:
+    check_replicas({}, None)
+    assert UpOptions(state_dir=tmp_path).has_planner
+    assert not UpOptions(state_dir=tmp_path, replicas={"planner": 0}).has_planner, "whose drafters are then not read"
 
 
 def test_a_drafters_weights_are_looked_at(tmp_path: Path) -> None:

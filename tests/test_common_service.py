@@ -181,10 +181,12 @@ async def test_an_error_that_repeats_is_told_ever_more_seldom(
     on_error = bus.client._error_cb
     for _ in range(50):
         await on_error(ConnectionRefusedError("nobody there"))
+    await on_error(ConnectionRefusedError("not welcome"))
     await on_error(TimeoutError())
     printed = capsys.readouterr().out.splitlines()
-    assert [line.count("bus.error") for line in printed] == [1, 1]
+    assert [line.count("bus.error") for line in printed] == [1, 1, 1]
     assert "nobody there" in printed[0]
+    assert "not welcome" in printed[1]
     await bus.drain()
 
 

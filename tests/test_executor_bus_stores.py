@@ -1,4 +1,4 @@
-"""What an executor keeps in and reads from the bus's buckets: adapters of the fleet, latency profiles."""
+"""Adapters of the fleet, which an executor reads from the bus's buckets."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ import torch
 
 from common import subjects
 from common.bus import Bus
-from common.codec import decode, encode
-from common.messages import AdapterChecked, AdapterRecord, Admitted, Cancel, CheckAdapter, LatencyProfile, LoraSpec, Rejected
-from services.executor import startup
+from common.codec import encode
+from common.messages import AdapterChecked, AdapterRecord, Admitted, Cancel, CheckAdapter, LoraSpec, Rejected
 from services.executor.adapter_store import AdapterStore
 from services.executor.lora import LoraAdapter
 from tests.executor_stage import MODEL, Connect, Gate, Stage, known_profile, running_executor, write_model
 from tests.helpers import random_adapter
-from tests.tiny import NUM_TOKENS, PROFILE, PROMPTS, serve, tiny_engine, tiny_pair, tiny_request, truth
+from tests.tiny import NUM_TOKENS, PROMPTS, serve, tiny_engine, tiny_pair, tiny_request, truth
 
 SPEC = LoraSpec(rank=2, alpha=4.0)
 REQUEST = tiny_request("r3", PROMPTS["r3"], NUM_TOKENS)
@@ -72,6 +71,23 @@ async def say(stage: Stage, model: str, request_id: str) -> list[int] | Rejected
     return await stage.output(request_id) if isinstance(answer, Admitted) else answer
 
 
+async def withdraw(bus: Bus, name: str) -> None:
+    await (await bus.key_value(subjects.ADAPTERS_BUCKET)).delete(subjects.adapter_key(name))
+
+
+def held_reads(monkeypatch: pytest.MonkeyPatch, name: str) -> asyncio.Event:
+    """This adapter's weights come when the event is set."""
+    may_load, read_at_once = asyncio.Event(), AdapterStore._read
+
+    async def read(store: AdapterStore, record: AdapterRecord) -> LoraAdapter | Rejected:
+        if record.name == name:
+            await may_load.wait()
+        return await read_at_once(store, record)
+
+    monkeypatch.setattr(AdapterStore, "_read", read)
+    return may_load
+
+
 async def test_an_announced_adapter_is_served_and_a_deleted_one_refused(stage: Stage) -> None:
     first, second = make_adapter(1), make_adapter(2)
     await store(stage.client, first.to_safetensors())
@@ -91,6 +107,33 @@ async def test_an_announced_adapter_is_served_and_a_deleted_one_refused(stage: S
     assert isinstance(refused, Rejected)
     assert refused.reason == "unknown_model"
     assert await say(stage, MODEL, "4") == truth()["r3"]
+
+
+async def test_a_deletion_does_not_wait_for_another_adapters_weights(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    await store(stage.client, make_adapter().to_safetensors())
+    await announce(stage.client)
+    await has(stage, "ft:a")
+    may_load = held_reads(monkeypatch, "ft:slow")
+    await announce(stage.client, "ft:slow")
+    await stage.poll(lambda: "ft:slow" in stage.actor._adapters._loading)
+    await withdraw(stage.client, "ft:a")
+    await has(stage)
+    may_load.set()
+    await has(stage, "ft:slow")
+
+
+async def test_an_adapter_that_is_deleted_while_it_is_loaded_is_not_served(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store(stage.client, make_adapter().to_safetensors())
+    may_load = held_reads(monkeypatch, "ft:gone")
+    await announce(stage.client, "ft:gone")
+    await stage.poll(lambda: "ft:gone" in stage.actor._adapters._loading)
+    await withdraw(stage.client, "ft:gone")
+    await announce(stage.client, "ft:next")
+    await stage.poll(lambda: set(stage.actor._adapters._records) == {"ft:next"})
+    may_load.set()
+    await has(stage, "ft:next")
 
 
 async def test_a_running_request_keeps_an_adapter_that_is_deleted(stage: Stage) -> None:
@@ -127,13 +170,7 @@ async def test_work_is_accepted_before_adapters_are_loaded(
     known_profile(monkeypatch)
     await store(bus, make_adapter().to_safetensors())
     await announce(bus)
-    may_load, read_at_once = asyncio.Event(), AdapterStore._read
-
-    async def read(store: AdapterStore, record: AdapterRecord) -> LoraAdapter | Rejected:
-        await may_load.wait()
-        return await read_at_once(store, record)
-
-    monkeypatch.setattr(AdapterStore, "_read", read)
+    may_load = held_reads(monkeypatch, "ft:a")
     async with running_executor(connect, model_dir) as stage:
         assert await say(stage, MODEL, "1") == truth()["r3"]
         assert not stage.engine.adapters
@@ -280,37 +317,3 @@ async def test_served_adapters_have_the_models_type(connect: Connect, model_dir:
         await announce(stage.client)
         await has(stage, "ft:a")
         assert stage.engine.adapters["ft:a"].weights.flat.dtype == torch.bfloat16
-
-
-async def test_a_second_start_recalls_the_profile(
-    connect: Connect, model_dir: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with running_executor(connect, model_dir, max_batch_tokens=32) as stage:
-        measured = stage.engine.profile
-    assert [tokens for tokens, _ in measured.points] == [1, 8, 16, 32]
-    assert measured.backward_ms_per_token > 0
-
-    def fail(*_: Any) -> None:
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr(startup, "measure_profile", fail)
-    async with running_executor(connect, model_dir, instance_id="executor-2") as stage:
-        assert stage.engine.profile == measured
-        assert await say(stage, MODEL, "1") == truth()["r3"]
-
-
-async def test_a_profile_that_cannot_be_read_is_measured_again(
-    connect: Connect, model_dir: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known_profile(monkeypatch)
-    async with running_executor(connect, model_dir):
-        pass
-    bucket = await bus.key_value(subjects.PROFILES_BUCKET)
-    (key,) = await bucket.keys()
-    for bad in (b"garbage", encode({"points": "none"})):
-        await bucket.put(key, bad)
-        async with running_executor(connect, model_dir) as stage:
-            assert stage.engine.profile == PROFILE
-        kept = (await bucket.get(key)).value
-        assert kept is not None
-        assert decode(kept, LatencyProfile) == PROFILE

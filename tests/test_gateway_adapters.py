@@ -153,8 +153,9 @@ async def test_a_model_is_deleted_with_openais_client(connect: Connect, model_di
 
     async with staged(connect, model_dir) as stage:
         await announced(stage, "ft:tiny::my/loom:1", job_id="ftjob-1")
-        with pytest.raises(openai.ConflictError, match="no trainer can tell"):
+        with pytest.raises(openai.InternalServerError, match="no trainer can tell") as untold:
             await stage.openai.models.delete("ft:tiny::my/loom:1")
+        assert (untold.value.status_code, untold.value.code) == (503, "no_trainer")
         await stage.bus.subscribe(subjects.finetune("get"), JobQuery, on_get, queue="trainer")
         await stage.bus.flush()
         with pytest.raises(openai.ConflictError, match="may resume from"):

@@ -47,7 +47,6 @@ async def start_trainer(bus: Bus, *jobs: tuple[str, JobStatus]) -> None:
 
     await bus.subscribe(subjects.finetune("list"), JobQuery, on_list)
     await bus.flush()
-    await bus.flush()
 
 
 async def test_a_file_that_a_job_needs_is_kept(connect: Connect, model_dir: Path) -> None:

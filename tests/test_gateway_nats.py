@@ -232,12 +232,13 @@ async def test_the_example_of_the_documentation(connect: Connect, model_dir: Pat
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([f"nats://127.0.0.1:{free_port()}", "hello"], "Connect call failed"),
+        (["nats://127.0.0.1:PORT", "hello"], "Connect call failed"),
         (["nowhere:port", "hello"], "nats: invalid"),
         ([], "usage: "),
     ],
 )
 async def test_the_example_says_in_one_line_what_is_wrong(arguments: list[str], told: str) -> None:
+    arguments = [argument.replace("PORT", str(free_port())) for argument in arguments]
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(EXAMPLE), *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )

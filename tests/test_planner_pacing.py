@@ -9,7 +9,10 @@ import pytest
 from services.planner.pacing import (
     FIRST_REST,
     FIRST_TRIAL,
+    GLANCED_ROUNDS,
     LONGEST_REST,
+    MAX_REGRET,
+    NUM_GLANCED,
     NUM_PROBED,
     PLAIN_TRIAL,
     TRIAL_GAP,
@@ -75,6 +78,39 @@ def test_rests_grow_while_drafts_do_not_pay_and_start_small_again_when_they_did(
     assert rested(pacing) == 0
     probe(pacing, 33.0)
     assert rested(pacing) == FIRST_REST
+
+
+def known_plain(num_running: int) -> Pacing:
+    """It has rested once at this load, and roots alone took what was predicted."""
+    pacing = Pacing()
+    probe(pacing, num_running, num_running=num_running)
+    rested(pacing, num_running, plain_ms=PLAIN_MS)
+    return pacing
+
+
+def test_drafts_that_plainly_do_not_pay_are_only_glanced_at() -> None:
+    """Four requests: eight rounds are NUM_PROBED drafts."""
+    assert probe(Pacing(), 4.4, num_running=4) == GLANCED_ROUNDS, "0.83 times as many tokens per ms"
+    assert probe(Pacing(), 5.0, num_running=4) == NUM_PROBED // 4, "0.94 times"
+    assert probe(Pacing(), 1.1, num_running=1) == NUM_GLANCED, "one request"
+
+
+def test_a_rest_is_so_long_that_probing_loses_little() -> None:
+    """Three rounds of 40 ms bring what roots alone bring in 30 ms each; a rest of 50 takes fifty times what that lost."""
+    pacing = known_plain(4)
+    assert probe(pacing, 4.0, num_running=4) == GLANCED_ROUNDS
+    lost_ms = GLANCED_ROUNDS * (DRAFTED_MS - PLAIN_MS)
+    assert rested(pacing, 4) == pytest.approx(lost_ms / MAX_REGRET / PLAIN_MS, rel=0.1)
+    unmeasured = Pacing()
+    probe(unmeasured, 4.0, num_running=4)
+    assert rested(unmeasured, 4) == FIRST_REST, "what roots alone take is only predicted: the rest measures it"
+
+
+def test_who_is_in_debt_does_not_rest_to_make_up_for_probing() -> None:
+    pacing = known_plain(4)
+    while pacing.choose(4, 4, PLAIN_MS) is not None and pacing.num_left == 0:
+        pacing.observe(round_of(4, 4.0, in_debt=4))
+    assert pacing.num_left == 2 * FIRST_REST - 1, "the second rest, no longer one"
 
 
 def test_each_load_has_its_own_record_which_outlives_other_loads() -> None:
@@ -207,7 +243,7 @@ def test_drafts_that_come_late_are_judged_as_wrong() -> None:
 
 def test_drafters_that_cost_nothing_go_on_while_the_others_rest() -> None:
     chosen = play(Pacing(has_free=True), 200, {"all": 10.0, "free": 13.0})
-    assert chosen[:3] == ["all"] * 3
+    assert chosen[:4] == ["all"] * 4
     assert chosen.count("free") > 150
     assert None not in chosen
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from common import subjects
 from common.adapters import AdapterRefusedError, UnknownAdapterError, add_adapter, remove_adapter, unknown_adapter
 from common.artifacts import read_object
-from common.bus import Bus
+from common.bus import Bus, NoServiceError
 from common.codec import MalformedMessageError, decode
 from common.messages import AdapterRecord, LoraSpec
 from common.peft_folder import CONFIG, WEIGHTS, PeftFolderError, read_peft_folder
@@ -87,7 +87,7 @@ async def delete(bus: Bus, name: str) -> AdapterRecord:
         return await remove_adapter(bus, name)
     except UnknownAdapterError as error:
         raise AdapterError(str(error.args[0])) from error
-    except AdapterRefusedError as error:
+    except (AdapterRefusedError, NoServiceError) as error:
         raise AdapterError(str(error)) from error
 
 

@@ -57,6 +57,11 @@ class UpOptions:
         return self.replicas.get(GATEWAY_ROLE, 1) > 0
 
     @property
+    def has_planner(self) -> bool:
+        """Whether any is started here; only they read drafters."""
+        return self.replicas.get("planner", 1) > 0
+
+    @property
     def log_dir(self) -> Path:
         """Each child's log is in here."""
         return self.state_dir / "logs"

@@ -36,7 +36,7 @@ def check_replicas(replicas: Mapping[Role, int], nats: str | None) -> None:
         raise UpError(
             f"--{missing}s 0 needs --nats URL, of a system that has one: a system of its own has one of each at least"
         )
-    if not any(replicas.values()):
+    if replicas and not any(replicas.values()):
         raise UpError("there is nothing to start: all numbers of services are 0")
 
 

@@ -37,7 +37,8 @@ def up(options: UpOptions) -> None:
     configure_logging("heddle", "up", "error", "console")
     started_at = time.monotonic()
     check_replicas(options.replicas, options.nats)
-    check_drafters(options.draft)
+    if options.has_planner:
+        check_drafters(options.draft)
     if options.has_gateway:
         check_port(options.host, options.port)
     if options.nats_port is not None:

@@ -27,13 +27,13 @@ class AdapterSlots:
         """Slots that hold nothing and are not taken."""
         return max(0, self.num_slots - len(self._resident) - self._num_taken)
 
-    def take(self, *, evict: bool) -> bool:
-        """Take a slot for an adapter that is to be loaded, if need be (and allowed) from the one that was used longest ago."""
+    def take(self) -> bool:
+        """Take a slot for an adapter that is to be loaded, if need be from the one that was used longest ago."""
         missing = len(self._resident) + self._num_taken + 1 - self.num_slots
         if missing > 0:
             used = {id(adapter) for adapter in self._users()}
             idle = [name for name, adapter in self._resident.items() if id(adapter) not in used]
-            if not evict or len(idle) < missing:
+            if len(idle) < missing:
                 return False
             for name in idle[:missing]:
                 del self._resident[name]

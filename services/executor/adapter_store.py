@@ -51,17 +51,20 @@ class AdapterStore:
         self._inbox, self._on_device = inbox, on_device
         self._records: dict[str, AdapterRecord] = {}
         self._loading: dict[str, asyncio.Task[Rejected | None]] = {}
+        self._changed = asyncio.Event()
 
     async def follow(self) -> None:
         """Drop adapters whose records go or change, and load those that are new, for ever."""
-        await follow_records(self._bus, subjects.ADAPTERS_BUCKET, AdapterRecord, self._apply)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._fill())
+            await follow_records(self._bus, subjects.ADAPTERS_BUCKET, AdapterRecord, self._apply)
 
     async def obtain(self, name: str) -> Rejected | None:
         """Make the adapter resident, or say why it is not."""
         record = self._records.get(name) or await self._look_up(name)
         if record is None or record.base_model != self._base_model:
             return Rejected(reason="unknown_model", message=f"there is no adapter {name} of {self._base_model}")
-        task = self._start(record, evict=True)
+        task = self._start(record)
         done, _ = await asyncio.wait({task}, timeout=LOAD_WAIT_S)
         if not done:
             return Rejected(reason="overloaded", message=f"adapter {name} is still being loaded", retry_after_ms=500)
@@ -78,11 +81,20 @@ class AdapterStore:
         self._records = wanted
         if gone:
             await self._inbox.ask(lambda: [self._resident.pop(name, None) for name in gone])
-        for record in sorted(wanted.values(), key=lambda record: -record.created_at):
-            if record.name not in self._resident and not await self._inbox.ask(self._has_free_slot):
-                break
-            if record.name not in self._resident:
-                await self._start(record, evict=False)
+        self._changed.set()
+
+    async def _fill(self) -> None:
+        """Load the newest adapters while slots are free, after each change of the records, which do not wait for it."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            for record in sorted(self._records.values(), key=lambda record: -record.created_at):
+                if self._changed.is_set():
+                    break
+                if record.name not in self._resident:
+                    if not await self._inbox.ask(self._has_free_slot):
+                        break
+                    await self._start(record)
 
     async def _look_up(self, name: str) -> AdapterRecord | None:
         """The record of an adapter that a gateway may have heard of earlier than we."""
@@ -92,18 +104,19 @@ class AdapterStore:
         except (NatsError, MalformedMessageError):
             return None
 
-    def _start(self, record: AdapterRecord, *, evict: bool) -> asyncio.Task[Rejected | None]:
+    def _start(self, record: AdapterRecord) -> asyncio.Task[Rejected | None]:
         """The one task that loads this adapter."""
         task = self._loading.get(record.name)
         if task is None:
-            task = self._loading[record.name] = asyncio.ensure_future(self._load(record, evict=evict))
+            task = self._loading[record.name] = asyncio.ensure_future(self._load(record))
             task.add_done_callback(lambda _: self._loading.pop(record.name, None))
         return task
 
-    async def _load(self, record: AdapterRecord, *, evict: bool) -> Rejected | None:
+    async def _load(self, record: AdapterRecord) -> Rejected | None:
+        was_known = record.name in self._records  # else it was looked up before we were told of it
         give_up_at = asyncio.get_running_loop().time() + MAX_SLOT_SHARE * LOAD_WAIT_S
-        while not await self._inbox.ask(lambda: self._slots.take(evict=evict)):
-            if not evict or asyncio.get_running_loop().time() > give_up_at:
+        while not await self._inbox.ask(self._slots.take):
+            if asyncio.get_running_loop().time() > give_up_at:
                 message = f"all {self._slots.num_slots} adapter slots (max_loras) are in use"
                 return Rejected(reason="overloaded", message=message, retry_after_ms=1000)
             await asyncio.sleep(SLOT_CHECK_S)
@@ -112,7 +125,7 @@ class AdapterStore:
             found = await self._read(record)
         finally:
             # Its record may have changed or gone meanwhile: then nobody may find it under this name.
-            is_current = self._records.get(record.name, record) == record
+            is_current = self._records.get(record.name, None if was_known else record) == record
             adapter = found if isinstance(found, LoraAdapter) and is_current else None
             self._inbox.post(lambda: self._slots.fill(record.name, adapter))
         await self._inbox.ask(lambda: None)

@@ -18,7 +18,7 @@ from common.adapters import (
     add_adapter,
     remove_adapter,
 )
-from common.bus import Bus, BusError
+from common.bus import Bus, BusError, NoServiceError
 from common.peft_folder import CONFIG, PeftFolder, PeftFolderError, is_same_model, read_peft_folder
 from services.gateway.docs import body_of
 from services.gateway.errors import ApiError, bad_request, model_not_found, unavailable
@@ -94,6 +94,8 @@ def deletion_route(bus: Bus, catalog: Catalog) -> APIRouter:
             raise model_not_found(model) from error
         except AdapterRefusedError as error:
             raise ApiError(409, f"{error}.", code="model_in_use", param="model") from error
+        except NoServiceError as error:
+            raise unavailable(f"{error}.", "no_trainer") from error
         except (BusError, NatsError) as error:
             raise unavailable("The adapter could not be deleted.", "bus_unavailable") from error
         await _told(lambda: not catalog.has(model), catalog)

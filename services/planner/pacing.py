@@ -36,7 +36,9 @@ FIRST_REST, LONGEST_REST, LONGEST_FREE_REST = 16, 256, 64
 nothing but the wait for them are probed more often, where others cost more.
 """
 MAX_REGRET = 0.02
-"""Share of the time that probing may lose: a rest is at least so long that what the probe before it lost is no more."""
+"""Share of the time that probing may lose: as far as the longest rest allows, a rest is so long that what the probe before it
+lost is no more. Not while roots alone were never measured, as the rest does that, nor while requests are in debt.
+"""
 
 Tier = Literal["all", "free"]
 """Who drafts: all drafters, or those that compute no model."""
@@ -132,13 +134,20 @@ class _Load:
     @property
     def current_gain(self) -> float:
         """Times as many tokens per ms as roots alone."""
-        plain_ms = self.plain_ms * self.plain.ratio(self.plain_ms / self.plain_tokens)
-        return self.tokens * plain_ms / (self.plain_tokens * self.ms * self.drafted.ratio)
+        return self.tokens * self.plain_ms * self._plain_ratio / (self.plain_tokens * self.ms * self.drafted.ratio)
+
+    def num_redeeming(self, plain_ms: float) -> int:
+        """Iterations of roots alone, predicted to take `plain_ms` each, of whose time MAX_REGRET is what drafting lost since it
+        began: roots alone would have brought as many tokens in so much less time.
+        """
+        if plain_ms <= 0.0:
+            return 0
+        lost_ms = max(0.0, 1.0 - self.current_gain) * self.ms * self.drafted.ratio
+        return math.ceil(lost_ms / (MAX_REGRET * plain_ms * self._plain_ratio))
 
     @property
-    def lost_ms(self) -> float:
-        """By drafting since it began: roots alone would have brought as many tokens in so much less time."""
-        return max(0.0, 1.0 - self.current_gain) * self.ms * self.drafted.ratio
+    def _plain_ratio(self) -> float:
+        return self.plain.ratio(self.plain_ms / self.plain_tokens)
 
 
 def load_of(num_running: int) -> int:
@@ -243,8 +252,8 @@ class _Arm:
         if load.gain > least_gain or (load.paid >= 0.5 and load.gain > LEAST_PAYING_GAIN):
             load.next_rest = FIRST_REST
             return
-        redeeming = math.ceil(load.lost_ms / (MAX_REGRET * last.plain_ms)) if last.plain_ms > 0.0 else 0
-        load.num_left = min(self._longest_rest, max(load.next_rest, redeeming))
+        is_redeemed = load.plain.num > 0.0 and last.num_in_debt == 0
+        load.num_left = min(self._longest_rest, max(load.next_rest, load.num_redeeming(last.plain_ms) if is_redeemed else 0))
         load.next_rest = min(self._longest_rest, 2 * load.next_rest)
         load.num_in_debt = last.num_in_debt
 

@@ -77,7 +77,8 @@ class Training:
         if spec.drafter is not None:
             return None
         name = naming.model_name(spec.model, spec.suffix, self._lease.job_id)
-        await self._announce(name, self._final_artifact())
+        written_at = {listed.step_number: listed.created_at for listed in self._lease.record.checkpoints}
+        await self._announce(name, self._final_artifact(), written_at.get(self._course.plan.total_steps, int(time.time())))
         return name
 
     async def store_results(self) -> tuple[str, ...]:
@@ -150,8 +151,8 @@ class Training:
         await asyncio.to_thread(self._board.step, event.data)
 
     async def checkpoint_written(self, artifact: str, step: int) -> None:
-        """Remember a checkpoint. One that ends an epoch is told, and is a model: the last one the finished model, which is
-        announced when the job succeeds. Any other, at a pause or a shutdown, is only resumed from.
+        """Remember a checkpoint. One that ends an epoch is told, and is a model, the last one the finished model. Any other,
+        of a pause or a shutdown, is only resumed from.
         """
         epoch, rest = divmod(step, self._course.plan.steps_per_epoch)
         if rest:
@@ -165,8 +166,8 @@ class Training:
             await self._record(lambda record: jobs.saved(record, artifact, step))
         else:
             await self._record(lambda record: jobs.checkpointed(record, artifact, step, metrics, time.time()))
-            if step < self._course.plan.total_steps:
-                await self._announce(naming.checkpoint_model_name(spec.model, spec.suffix, self._lease.job_id, step), artifact)
+            listed = self._lease.record.checkpoints[-1]
+            await self._announce(listed.fine_tuned_model_checkpoint, artifact, listed.created_at)
         loss = f", full validation loss={metrics['full_valid_loss']:.4f}" if "full_valid_loss" in metrics else ""
         await self._say(f"Epoch {epoch}/{self._course.plan.n_epochs} completed{loss}", data={"epoch": epoch, **metrics})
         await self._say(f"Checkpoint created at step {step}", data={"artifact": artifact, "step": step})
@@ -181,14 +182,14 @@ class Training:
             await self._say(f"The metrics of steps {self.step + 1} to {step} were lost", "warn")
         self.step = max(self.step, step)
 
-    async def _announce(self, name: str, artifact: str) -> None:
-        """Have executors serve what is in the artifact under this name."""
+    async def _announce(self, name: str, artifact: str, created_at: int) -> None:
+        """Have executors serve what is in the artifact under this name. Said again in the same words, it changes nothing."""
         adapter = AdapterRecord(
             name=name,
             base_model=self._course.spec.model,
             artifact=artifact,
             lora=self._course.spec.lora,
-            created_at=time.time(),
+            created_at=created_at,
             job_id=self._lease.job_id,
         )
         bucket = await self._around.bus.key_value(subjects.ADAPTERS_BUCKET)
