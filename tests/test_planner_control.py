@@ -29,6 +29,7 @@ CPU_LIKE = LatencyProfile(
     points=((1, 20.0), (8, 24.0), (32, 55.0), (64, 95.0), (256, 330.0)), ms_per_context_token=1e-4, ms_per_row_context=1e-4
 )
 LOOP = list(range(20, 30))
+NUM_PROMPT = 40
 
 
 @dataclasses.dataclass
@@ -56,13 +57,7 @@ def accepted_by(tree: DraftTree, coming: list[int]) -> int:
 
 
 def play(
-    mode: str,
-    texts: list[list[int]],
-    *,
-    start: int = 40,
-    targets: dict[int, float] | None = None,
-    num_cohorts: int = 1,
-    busy_ms: float = 0.0,
+    mode: str, texts: list[list[int]], *, targets: dict[int, float] | None = None, num_cohorts: int = 1, busy_ms: float = 0.0
 ) -> Played:
     """Decode known texts as an executor would, in modelled time: drafts are waited for unless the planner rests.
 
@@ -70,7 +65,7 @@ def play(
     """
     ours, played = make_planner(PlannerConfig(mode=mode)), Played()
     drafts: dict[str, DraftTree] = {}
-    done = dict.fromkeys((str(i) for i in range(len(texts))), start)
+    done, start = dict.fromkeys((str(i) for i in range(len(texts))), NUM_PROMPT), NUM_PROMPT
     text_of = dict(zip(done, texts, strict=True))
     opened = tuple(
         OpenedSequence(
