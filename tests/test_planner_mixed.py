@@ -24,6 +24,7 @@ class TableDrafter:
         self.is_free = False
         self.table = table
         self.seen: list[tuple[str, tuple[int, ...], str, bytes]] = []
+        self.asked: list[DraftOrder] = []
 
     def open(self, key: Key, tokens: Sequence[int], *, tenant: str = "", features: bytes = b"") -> None:
         self.seen.append(("open", tuple(tokens), tenant, features))
@@ -35,6 +36,7 @@ class TableDrafter:
         self.seen.append(("close", (), "", b""))
 
     def draft(self, orders: Sequence[DraftOrder]) -> list[Pool]:
+        self.asked += orders
         return [self._pool(order.depth) for order in orders]
 
     def _pool(self, max_depth: int) -> Pool:
@@ -125,7 +127,8 @@ def test_drafters_that_cost_time_have_limits_of_their_own_and_are_not_asked_wher
     unsure.is_free = True
     ours = mixed(costly, unsure)
     (pool,) = ours.draft(orders, "all", shallow)
-    assert paths(pool) == pytest.approx({(1,): 0.88, (1, 2): 0.44}), "the costly drafter told of one level"
+    either = 1 - (1 - 0.6) * (1 - (SURE - 0.1))
+    assert paths(pool) == pytest.approx({(1,): either, (1, 2): either / 2}), "the costly drafter told of one level"
     assert [pool.depths for pool in ours.computed] == [[1]]
     ours.draft(orders, "free")
     assert [pool.depths for pool in ours.computed] == [[1, 2]]

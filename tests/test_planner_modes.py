@@ -8,7 +8,11 @@ from common.config import ConfigError, load_config
 from common.messages import LatencyProfile
 from services.cli.parser import build_parser
 from services.planner.config import PlannerConfig
+from services.planner.mixed import MixedDrafter
+from services.planner.modes import MODES
 from services.planner.pacing import FIRST_TRIAL
+from services.planner.planner import Planner, Shape
+from tests.test_planner_mixed import TableDrafter
 from tests.test_planner_sequences import opened, planner, progress, report
 
 STEEP = LatencyProfile(points=((1, 30.0), (2, 60.0), (256, 7680.0)))
@@ -30,6 +34,21 @@ def test_heddle_learns_from_rejected_drafts_and_adaserve_takes_probabilities_raw
         (last,) = ours.answer(report(i + 1, new=(opened(),)), 0.0)
     assert (last.probs[1] < 0.5 * first.probs[1]) is learns
     assert (last.probs[1] == first.probs[1]) is not learns
+
+
+def test_how_badly_a_request_is_guessed_cuts_only_drafts_that_cost_time() -> None:
+    """Both drafters guess chains, which are never right."""
+    chain = {tuple(range(900, 900 + depth)): {900 + depth: 0.4} for depth in range(8)}
+    free, costly = TableDrafter(chain), TableDrafter(chain)
+    free.is_free = True
+    shape = Shape(min_depth=2, max_depth=8, max_width=3, draft_tokens=96, depth_offset=0.0, width_offset=0, min_prob=0.02)
+    ours = Planner(MixedDrafter([free, costly]), MODES["heddle"], shape)
+    ours.answer(report(0, new=(opened(),)), 0.0)
+    assert (free.asked[-1].depth, costly.asked[-1].depth) == (8, 8)
+    for i in range(1, FIRST_TRIAL - 2):
+        ours.answer(report(i, done=(progress((7777,), i + 1),)), 0.0)
+    assert free.asked[-1].depth == 8
+    assert costly.asked[-1].depth <= 2
 
 
 def test_mode_none_never_drafts() -> None:

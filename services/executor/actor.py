@@ -215,18 +215,18 @@ class ExecutorActor:
         started_at = time.perf_counter()
         iteration = await self._on_device(self._engine.forward_pass)
         passed_at = time.perf_counter()
+        await self._reports.tell(iteration, has_worked_back=self._has_worked_back)  # first: the next pass waits for drafts
+        reported_at = time.perf_counter()
         await self._send(iteration.chunks)
         sent_at = time.perf_counter()
-        await self._reports.tell(iteration, has_worked_back=self._has_worked_back)
-        reported_at = time.perf_counter()
         self._inbox.apply()
         work = await self._on_device(self._engine.backward_pass)
         self._has_worked_back = work.is_any
         elapsed_ms = (time.perf_counter() - started_at) * 1e3
         self._iteration_ms += 0.2 * (elapsed_ms - self._iteration_ms)
         is_mixed = bool(iteration.prefill_tokens or iteration.finetune_tokens or work.is_any)
-        self._reports.learn(iteration, elapsed_ms - (reported_at - sent_at) * 1e3, is_mixed=is_mixed)
-        self._engine.counters["send_ms"] += (sent_at - passed_at) * 1e3  # type: ignore[assignment]
+        self._reports.learn(iteration, elapsed_ms - (reported_at - passed_at) * 1e3, is_mixed=is_mixed)
+        self._engine.counters["send_ms"] += (sent_at - reported_at) * 1e3  # type: ignore[assignment]
         self._note(iteration, work, elapsed_ms)
         await self._training.publish(work.events)
         trees = await self._reports.trees(iteration.number)

@@ -11,7 +11,7 @@ from services.planner.calibration import MAX_PROB, Calibration, Reliability
 from services.planner.drafter import Drafter, DraftOrder, FeatureNeed, Key, Pool
 from services.planner.pacing import Tier
 
-SURE = 0.8
+SURE = 0.5
 """Where a drafter that costs nothing is so sure of the next token, those that compute a model are not asked besides."""
 SILENT, DISSENTS, NAMES = 0, 1, 2
 """What a drafter says of a node: nothing of its siblings either; only siblings; the node itself."""
@@ -55,7 +55,8 @@ class MixedDrafter:
         self.need = need
         """Of one of the drafters."""
         self.is_free = all(drafter.is_free for drafter in drafters)
-        self.has_tiers = len({drafter.is_free for drafter in drafters}) == 2
+        self.has_free = any(drafter.is_free for drafter in drafters)
+        self.has_tiers = self.has_free and not self.is_free
         """Whether some drafters cost next to nothing, and some do not."""
         self.computed: list[Pool] = []
         """Of the last draft what took its time: the pools of drafters that compute a model, if any was asked, or else all."""

@@ -18,6 +18,8 @@ MAX_SURPRISE = 3.0
 """An iteration that took more times what was predicted was held up by something else, and counts as this much."""
 LEAST_GAIN = 1.08
 """Times as many tokens per ms as roots alone that drafts must bring: they also keep a core busy that others can use."""
+LEAST_FREE_GAIN = 1.03
+"""The same of drafters that compute no model: they keep no core busy."""
 LEAST_PAYING_GAIN = 0.8
 """The same where drafts pay debts: what one request gains, all others must not pay for with more than this."""
 DOUBTFUL_GAIN = 1.3
@@ -331,7 +333,7 @@ class Pacing:
     def observe(self, last: Round) -> None:
         """A round of drafts was made by those who were chosen; it may have been their last before a rest."""
         if self._chosen is self._free and self._free is not None:
-            self._free.observe(last, LEAST_GAIN)
+            self._free.observe(last, LEAST_FREE_GAIN)
         else:
             others = self._free.load.gain if self._free is not None else 0.0
             self._all.observe(last, LEAST_GAIN * max(1.0, others))

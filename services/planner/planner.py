@@ -82,19 +82,19 @@ class Planner:
             return ()
         cost = self._costs[tier]
         limits = self._limits(report, self._mode, sequences, debts, cost)
-        affordable = limits
         if self._mode.chain_length is None:
             deviations = DEVIATIONS if self._mode.has_stop_rule else 0.0  # who spends all of a budget spends all of the time
-            affordable = cost.affordable(limits, PATIENCE * report.patience_ms, deviations)
-        if not self._mode.has_stop_rule:
-            limits = affordable
+            limits = cost.affordable(limits, PATIENCE * report.patience_ms, deviations)
+        costly = None
+        if self._mode.has_stop_rule and self._drafter.has_free:
+            # where more nodes cost no drafting, only the selection ends a tree: matches go on once they were right
+            costly, limits = limits, self._most_limits(report, sequences)
         keys = [(report.executor_id, name) for name in sequences]
-        orders, costly = (
-            [DraftOrder(key, *own) for key, own in zip(keys, found, strict=True)] for found in (limits, affordable)
-        )
+        orders = [DraftOrder(key, *own) for key, own in zip(keys, limits, strict=True)]
+        asked = None if costly is None else [DraftOrder(key, *own) for key, own in zip(keys, costly, strict=True)]
         depths = [depth for depth, _ in limits]
         started_at = self._clock()
-        pools = self._drafter.draft(orders, tier, costly if self._mode.has_stop_rule else None)
+        pools = self._drafter.draft(orders, tier, asked)
         drafted_at = self._clock()
         selection, last = self._select(_drafts(report, sequences, depths, pools), self._mode, debts)
         picked = trees.split(selection.chosen.tolist(), pools)
@@ -136,21 +136,26 @@ class Planner:
         shape, num_requests = self._shape, len(sequences)
         if mode.chain_length is not None:
             return [(min(mode.chain_length, sequence.max_depth), 1) for sequence in sequences.values()]
-        depth = control.draft_depth(
-            report.token_budget, num_requests, offset=shape.depth_offset, least=shape.min_depth, most=shape.max_depth
-        )
-        width = control.draft_width(shape.draft_tokens, num_requests, offset=shape.width_offset, most=shape.max_width)
+        most = self._most_limits(report, sequences)
         if not mode.is_calibrated:
-            return [(min(depth, sequence.max_depth), width) for sequence in sequences.values()]
+            return most
         plain_ms, level_rows_ms = _plain_ms(report), _level_rows_ms(report, num_requests)
         level_ms = cost.of(1, num_requests)
         worth = max(shape.min_prob, control.least_worth(num_requests, plain_ms, level_rows_ms / num_requests, level_ms))
         limits = []
-        for each, debt in zip(sequences.values(), debts.tolist(), strict=True):
+        for each, debt, (depth, width) in zip(sequences.values(), debts.tolist(), most, strict=True):
             least, rate = shape.min_prob if debt > 1.0 else worth, each.accepts.rate
-            own_depth = min(control.useful_depth(rate, least, depth), each.max_depth)
-            limits.append((own_depth, control.useful_width(rate, least, width)))
+            limits.append((control.useful_depth(rate, least, depth), control.useful_width(rate, least, width)))
         return limits
+
+    def _most_limits(self, report: IterationReport, sequences: dict[str, Sequence]) -> list[tuple[int, int]]:
+        """Depth and width per request, by load alone."""
+        shape, num_requests = self._shape, len(sequences)
+        depth = control.draft_depth(
+            report.token_budget, num_requests, offset=shape.depth_offset, least=shape.min_depth, most=shape.max_depth
+        )
+        width = control.draft_width(shape.draft_tokens, num_requests, offset=shape.width_offset, most=shape.max_width)
+        return [(min(depth, sequence.max_depth), width) for sequence in sequences.values()]
 
     def _select(self, drafts: _Drafts, mode: Mode, plain_debts: Floats) -> tuple[Selection, Round]:
         """The selection, and what it is expected to bring."""
