@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from common.messages import DraftTrees, IterationReport, LatencyProfile, OpenedSequence, SequenceProgress
+from common.messages import DraftTree, DraftTrees, IterationReport, LatencyProfile, OpenedSequence, SequenceProgress
 from services.executor import planner_link
 from services.executor.planner_link import MAX_DEFERRED, MAX_DEFERRED_BYTES, MISSES_UNTIL_IMPATIENT, PlannerLink
 
@@ -153,6 +153,20 @@ async def test_with_two_cohorts_late_trees_are_asked_for_on_and_waited_for_again
     assert not waiting.done()
     await link._on_trees(answer)
     assert await waiting is answer
+
+
+async def test_trees_that_come_when_nobody_waits_any_more_are_counted(executor: Executor) -> None:
+    tree = DraftTree(request_id="a", length=4, tokens=(9, 8), parents=(-1, 0), probs=(1.0, 0.5))
+    link = executor.link
+    link._resting_until = 0
+    for iteration, planner_id in ((7, "planner"), (1, "another"), (1, "planner")):
+        if iteration == 1 and not executor.wire.reports:
+            await executor.iterate(step("a", (1,), 1))
+        await link._on_trees(DraftTrees(planner_id=planner_id, iteration=iteration, trees=(tree, tree)))
+    assert link.num_overdue == 4, "of an unknown iteration, and of a planner that is not ours"
+    link._max_wait_s = 0.0
+    await link._on_trees(DraftTrees(planner_id="planner", iteration=1, trees=(tree,)))
+    assert link.num_overdue == 5
 
 
 async def test_nothing_waits_for_a_planner_that_is_lost(executor: Executor) -> None:

@@ -120,6 +120,11 @@ async def test_claim_report_trees(bus: Bus, connect: Connect) -> None:
         assert vitals.counters["reports"] == 1
         assert vitals.counters["drafted_nodes"] == len(answer.trees[0].tokens) - 1
         assert vitals.counters["draft_ms"] > 0
+        assert vitals.gauges["reliability_error"] == 0, "nothing was verified"
+        await executor.report("p", 8, done=(progress((90,), 2),))
+        await executor.answer()
+        probs = answer.trees[0].probs[1:]
+        assert actor.vitals().gauges["reliability_error"] == pytest.approx(sum(probs) / len(probs)), "none was accepted"
         assert vitals.counters["select_ms"] > 0
 
 

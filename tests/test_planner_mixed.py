@@ -123,6 +123,8 @@ def test_drafters_that_cost_time_have_limits_of_their_own_and_are_not_asked_wher
     (pool,) = ours.draft(orders, "all")
     assert paths(pool)[1,] == pytest.approx(0.96)
     assert [pool.depths for pool in ours.computed] == [[1, 2, 3]]
+    (pool,) = ours.draft(orders, "all", shallow, needy=[0])
+    assert paths(pool)[1,] == pytest.approx(0.96), "it is in debt"
     unsure = TableDrafter({(): {1: SURE - 0.1}, (1,): {2: 0.5}})
     unsure.is_free = True
     ours = mixed(costly, unsure)

@@ -255,6 +255,17 @@ def test_all_must_bring_more_than_those_that_cost_nothing() -> None:
     assert "free" not in play(Pacing(has_free=True), 200, {"all": 20.0, "free": 12.0})
 
 
+def test_drafts_that_keep_no_core_busy_may_bring_less() -> None:
+    """1.055 times as many tokens per ms."""
+    few = 11.25
+    assert play(Pacing(), 200, {"all": few}).count(None) > 100
+    assert play(Pacing(is_free=True), 200, {"all": few}).count(None) < 30
+    assert play(Pacing(has_free=True), 200, {"all": 10.0, "free": few}).count("free") > 150
+    for pacing in (Pacing(is_free=True), Pacing(has_free=True)):
+        assert pacing.choose(8, 0, PLAIN_MS, most_gain=1.05) == "all"
+    assert Pacing().choose(8, 0, PLAIN_MS, most_gain=1.05) is None
+
+
 def test_where_nothing_pays_all_rest_together_and_say_so() -> None:
     pacing = Pacing(has_free=True)
     chosen = play(pacing, 400, {"all": 9.0, "free": 9.0})

@@ -215,9 +215,13 @@ class ExecutorActor:
         started_at = time.perf_counter()
         iteration = await self._on_device(self._engine.forward_pass)
         passed_at = time.perf_counter()
-        await self._reports.tell(iteration, has_worked_back=self._has_worked_back)  # first: the next pass waits for drafts
-        reported_at = time.perf_counter()
-        await self._send(iteration.chunks)
+        reported_at = passed_at
+        try:
+            await self._reports.tell(iteration, has_worked_back=self._has_worked_back)
+            await asyncio.sleep(0)  # the report leaves now, before chunks are encoded: the next pass waits for its answer
+            reported_at = time.perf_counter()
+        finally:
+            await self._send(iteration.chunks)
         sent_at = time.perf_counter()
         self._inbox.apply()
         work = await self._on_device(self._engine.backward_pass)

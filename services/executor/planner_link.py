@@ -99,6 +99,8 @@ class PlannerLink:
         """What getting drafts adds to an iteration that waits for them: less than a turnaround where other work goes on."""
         self.wait_ms = 0.0
         """All that it added so far."""
+        self.num_overdue = 0
+        """Trees that came when nobody waited for them any more."""
         self._executor_id = executor_id
         self._model = model
         self._max_wait_s = max_wait_s
@@ -238,8 +240,10 @@ class PlannerLink:
     async def _on_trees(self, message: DraftTrees) -> None:
         reported_at = self._reported_at.get(message.iteration)
         if reported_at is None or message.planner_id != self.planner_id:
+            self.num_overdue += len(message.trees)
             return
         turnaround_ms = (time.perf_counter() - reported_at) * 1e3
+        self.num_overdue += len(message.trees) if turnaround_ms > self._max_wait_s * 1e3 else 0
         self._resting_until = message.iteration + message.num_resting
         if turnaround_ms <= self._max_wait_s * 1e3 and message.iteration > self._quiet_until:
             self._misses, self._next_quiet = 0, FIRST_QUIET

@@ -108,6 +108,7 @@ class Reports:
         trees = await self._link.trees(awaited)
         self._is_left_alone = self._link.is_quiet(awaited)
         self._engine.counters["wait_ms"] = self._link.wait_ms  # type: ignore[assignment]
+        self._engine.counters["trees_overdue"] = self._link.num_overdue
         if trees is not None:
             self._unknown = frozenset(trees.unknown)
         return trees

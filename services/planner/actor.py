@@ -131,7 +131,7 @@ def least_busy(own_id: str, executor_id: str, beats: list[Beat]) -> str:
 def make_planner(config: PlannerConfig, clock: Callable[[], float] = time.perf_counter) -> Planner:
     """The planner that this configuration describes. `clock` (seconds) only measures how long drafting and selecting take."""
     mode = make_mode(config.mode)
-    drafter = make_drafter(config, is_calibrated=mode is None or mode.is_calibrated)
+    drafter = make_drafter(config, is_calibrated=mode is None or mode.is_calibrated, clock=clock)
     shape = Shape(
         min_depth=config.min_depth,
         max_depth=config.max_depth,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +30,8 @@ SHIPPED = Path(__file__).with_name("weights")
 log = structlog.get_logger()
 
 
-def make_drafter(config: PlannerConfig, *, is_calibrated: bool) -> MixedDrafter:
-    """The drafters that `config.draft` names, as one. Raises ConfigError where one cannot work."""
+def make_drafter(config: PlannerConfig, *, is_calibrated: bool, clock: Callable[[], float] = time.perf_counter) -> MixedDrafter:
+    """The drafters that `config.draft` names, as one. Raises ConfigError where one cannot work. `clock` is in seconds."""
     drafters: list[Drafter] = []
     needs: list[FeatureNeed] = []
     for spec in parse_drafts(config.draft):
@@ -51,7 +53,9 @@ def make_drafter(config: PlannerConfig, *, is_calibrated: bool) -> MixedDrafter:
             drafters.append(_model(Path(spec.folder), config))
     if len(set(needs)) > 1:
         raise ConfigError(f"draft {config.draft}: one drafter on features at a time")
-    return MixedDrafter(drafters, forgetting=config.forgetting, is_frozen=not is_calibrated, need=needs[0] if needs else None)
+    return MixedDrafter(
+        drafters, forgetting=config.forgetting, is_frozen=not is_calibrated, need=needs[0] if needs else None, clock=clock
+    )
 
 
 def shipped_for(model_dir: str) -> Path | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 
 from services.planner.calibration import MAX_PROB, Calibration, Reliability
@@ -50,8 +51,10 @@ class MixedDrafter:
         forgetting: float = 0.998,
         is_frozen: bool = False,
         need: FeatureNeed | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`forgetting` as in Calibration; frozen, probabilities stay as the drafters believe them."""
+        """`forgetting` as in Calibration; frozen, probabilities stay as the drafters believe them. `clock` is in seconds."""
+        self._clock = clock
         self.need = need
         """Of one of the drafters."""
         self.is_free = all(drafter.is_free for drafter in drafters)
@@ -60,6 +63,8 @@ class MixedDrafter:
         """Whether some drafters cost next to nothing, and some do not."""
         self.computed: list[Pool] = []
         """Of the last draft what took its time: the pools of drafters that compute a model, if any was asked, or else all."""
+        self.computed_ms = 0.0
+        """How long these took."""
         self._drafters = tuple(drafters)
         self._own = [Calibration(forgetting=forgetting, is_frozen=is_frozen) for _ in drafters]
         self._mixes = [Calibration(forgetting=forgetting, is_frozen=is_frozen) for _ in range(3 ** len(drafters))]
@@ -88,24 +93,34 @@ class MixedDrafter:
             for drafter in self._drafters:
                 drafter.close(key)
 
-    def draft(self, orders: Sequence[DraftOrder], tier: Tier = "all", costly: Sequence[DraftOrder] | None = None) -> list[Pool]:
+    def draft(
+        self,
+        orders: Sequence[DraftOrder],
+        tier: Tier = "all",
+        costly: Sequence[DraftOrder] | None = None,
+        needy: Collection[int] = (),
+    ) -> list[Pool]:
         """See Drafter; who does not belong to the tier has nothing to say. `costly` are orders of their own, of the same
-        sequences, for drafters that compute a model; these are then not asked where others are SURE.
+        sequences, for drafters that compute a model; these are then not asked where others are SURE, except for `needy` ones.
         """
         by_drafter: dict[int, list[Pool]] = {}
-        self.computed = []
+        self.computed, self.computed_ms, free_ms = [], 0.0, 0.0
         asked = list(costly or orders) if tier == "all" else []
         for i, drafter in sorted(enumerate(self._drafters), key=lambda each: not each[1].is_free):
+            started_at = self._clock()
             if drafter.is_free:
                 by_drafter[i] = drafter.draft(orders)
+                free_ms += 1e3 * (self._clock() - started_at)
                 for place, pool in enumerate(by_drafter[i] if asked and costly else []):
-                    if self._is_sure(i, pool):
+                    if place not in needy and self._is_sure(i, pool):
                         asked[place] = asked[place]._replace(depth=0)
             else:
                 by_drafter[i] = drafter.draft(asked) if asked else [Pool() for _ in orders]
+                self.computed_ms += 1e3 * (self._clock() - started_at)
                 self.computed += [pool for pool, order in zip(by_drafter[i], asked, strict=False) if order.depth > 0]
         if tier == "free" or self.is_free:
             self.computed = [pool for i, found in by_drafter.items() if self._drafters[i].is_free for pool in found]
+            self.computed_ms = free_ms
         pools = []
         for order, *own in zip(orders, *(by_drafter[i] for i in range(len(self._drafters))), strict=True):
             draft = self._merge(own) if len(own) > 1 else self._correct(own[0])

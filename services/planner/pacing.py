@@ -268,9 +268,11 @@ class Pacing:
     where all together bring little, which then must bring more than they do.
     """
 
-    def __init__(self, *, has_free: bool = False) -> None:
-        """`has_free`: some drafters cost nothing, and some do."""
+    def __init__(self, *, has_free: bool = False, is_free: bool = False) -> None:
+        """`has_free`: some drafters cost nothing, and some do; `is_free`: none costs anything."""
         self._all = _Arm(LONGEST_REST)
+        self._least_gain = LEAST_FREE_GAIN if is_free else LEAST_GAIN
+        self._least_hope = LEAST_FREE_GAIN if is_free or has_free else LEAST_GAIN
         self._free = _Arm(LONGEST_FREE_REST) if has_free else None
         self._chosen: _Arm | None = None
         self._num_hopeless = 0
@@ -306,7 +308,7 @@ class Pacing:
         `plain_ms`. Debts end a rest that began without any. Where drafts cannot bring enough even if they are guessed well,
         `most_gain`, they are probed after LONGEST_REST iterations alone: what is known of the time may be wrong.
         """
-        is_hopeless = most_gain < (LEAST_PAYING_GAIN if num_in_debt else LEAST_GAIN) and self._num_hopeless < LONGEST_REST
+        is_hopeless = most_gain < (LEAST_PAYING_GAIN if num_in_debt else self._least_hope) and self._num_hopeless < LONGEST_REST
         self._num_hopeless = self._num_hopeless + num_iterations if is_hopeless else 0
         if is_hopeless:
             self._chosen = None
@@ -336,4 +338,4 @@ class Pacing:
             self._free.observe(last, LEAST_FREE_GAIN)
         else:
             others = self._free.load.gain if self._free is not None else 0.0
-            self._all.observe(last, LEAST_GAIN * max(1.0, others))
+            self._all.observe(last, self._least_gain * max(1.0, others))

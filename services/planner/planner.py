@@ -50,7 +50,7 @@ class Planner:
         self._shape = shape
         self._clock = clock
         self._costs: dict[Tier, DraftCost] = {"all": DraftCost(), "free": DraftCost()}
-        self.table = SequenceTable(drafter, lambda: Pacing(has_free=drafter.has_tiers))
+        self.table = SequenceTable(drafter, lambda: Pacing(has_free=drafter.has_tiers, is_free=drafter.is_free))
         self.counters: Counter[str] = Counter()
 
     def answer(self, report: IterationReport, now: float, *, is_stale: bool = False) -> tuple[DraftTree, ...]:
@@ -89,12 +89,14 @@ class Planner:
         if self._mode.has_stop_rule and self._drafter.has_free:
             # where more nodes cost no drafting, only the selection ends a tree: matches go on once they were right
             costly, limits = limits, self._most_limits(report, sequences)
+            if tier == "free" or self._drafter.is_free:
+                limits = cost.affordable(limits, PATIENCE * report.patience_ms)
         keys = [(report.executor_id, name) for name in sequences]
         orders = [DraftOrder(key, *own) for key, own in zip(keys, limits, strict=True)]
         asked = None if costly is None else [DraftOrder(key, *own) for key, own in zip(keys, costly, strict=True)]
         depths = [depth for depth, _ in limits]
         started_at = self._clock()
-        pools = self._drafter.draft(orders, tier, asked)
+        pools = self._drafter.draft(orders, tier, asked, needy=np.flatnonzero(debts > 1.0).tolist())
         drafted_at = self._clock()
         selection, last = self._select(_drafts(report, sequences, depths, pools), self._mode, debts)
         picked = trees.split(selection.chosen.tolist(), pools)
@@ -103,7 +105,7 @@ class Planner:
         drafted = _trees(sequences, pools, picked, selection.num_required.tolist())
         draft_ms = 1e3 * (drafted_at - started_at)
         if self._drafter.computed:
-            cost.observe(*trees.size(self._drafter.computed), draft_ms)
+            cost.observe(*trees.size(self._drafter.computed), self._drafter.computed_ms)
         self._count(selection, draft_ms, 1e3 * (self._clock() - drafted_at))
         pacing.observe(last)
         return drafted
