@@ -8,7 +8,7 @@ PEER ?= .venv-vllm
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: up test test-slow test-gpu bench-adapters bench-cohorts bench-coserving bench-curve bench-decode bench-gpu bench-speculation lint check format model lock clean help
+.PHONY: up test test-slow test-gpu bench-adapters bench-cohorts bench-coserving bench-curve bench-decode bench-drafters bench-gpu bench-speculation lint check format model lock clean help
 
 up: $(INSTALLED)  ## start everything; options in ARGS="--port 8123"
 	@exec $(BIN)/heddle up $(ARGS)
@@ -36,6 +36,9 @@ bench-curve: $(VENV)/.bench model  ## 200 steps beside peft, losses compared; AR
 
 bench-decode: $(VENV)/.bench $(PEER)/bin/vllm model  ## Heddle beside vLLM; about 12 minutes, ARGS="--quick" for one round
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_decode --peer $(PEER) $(ARGS)
+
+bench-drafters: $(INSTALLED) model  ## drafters on recorded answers, without a clock; ARGS="--requests FILE --humaneval FILE", 4 minutes
+	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_drafters $(ARGS)
 
 bench-speculation: $(VENV)/.bench $(PEER)/bin/vllm model  ## drafts beside vLLM; ARGS="--requests FILE... --humaneval FILE", 35 minutes without --quick
 	PYTHONPATH=. $(BIN)/python -m benchmarks.bench_speculation --peer $(PEER) $(ARGS)
