@@ -159,11 +159,13 @@ async def test_trees_that_come_when_nobody_waits_any_more_are_counted(executor: 
     tree = DraftTree(request_id="a", length=4, tokens=(9, 8), parents=(-1, 0), probs=(1.0, 0.5))
     link = executor.link
     link._resting_until = 0
-    for iteration, planner_id in ((7, "planner"), (1, "another"), (1, "planner")):
-        if iteration == 1 and not executor.wire.reports:
-            await executor.iterate(step("a", (1,), 1))
-        await link._on_trees(DraftTrees(planner_id=planner_id, iteration=iteration, trees=(tree, tree)))
-    assert link.num_overdue == 4, "of an unknown iteration, and of a planner that is not ours"
+    await executor.iterate(step("a", (1,), 1))
+    await link._on_trees(DraftTrees(planner_id="planner", iteration=1, trees=(tree, tree)))
+    assert link.num_overdue == 0
+    await link._on_trees(DraftTrees(planner_id="planner", iteration=7, trees=(tree, tree)))
+    assert link.num_overdue == 2, "of an iteration that was not reported"
+    await link._on_trees(DraftTrees(planner_id="another", iteration=1, trees=(tree, tree)))
+    assert link.num_overdue == 4, "of a planner that is not ours"
     link._max_wait_s = 0.0
     await link._on_trees(DraftTrees(planner_id="planner", iteration=1, trees=(tree,)))
     assert link.num_overdue == 5
